@@ -1,0 +1,101 @@
+"""Reading the tasks of a pytree of losses: names, dtype, mask, and the errors they can have."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PyTree
+
+
+class Tasks(NamedTuple):
+    """What a method may know of its tasks before the first step.
+
+    Attributes:
+      structure: the structure of the losses.
+      names: the path of each loss, such as ``"depth"`` or ``"heads/0"``.
+      dtype: the dtype of the method's arithmetic and state: the widest of the losses' dtypes, and
+        at least float32.
+    """
+
+    structure: Any
+    names: tuple[str, ...]
+    dtype: Any
+
+    @property
+    def number(self) -> int:
+        """The number of tasks, K."""
+        return len(self.names)
+
+    def full(self, value: float) -> Float[Array, "tasks"]:
+        """The vector whose every entry is ``value``."""
+        return jnp.full((self.number,), value, self.dtype)
+
+    def vector(self, values: PyTree, what: str) -> Float[Array, "tasks"]:
+        """The vector of a parameter given for every task: one number, or a pytree like the losses.
+
+        Raises:
+          ValueError: if ``values`` is neither a number nor of the losses' structure.
+        """
+        structure = jax.tree.structure(values)
+        if structure == jax.tree.structure(0):
+            return self.full(values)
+        if structure != self.structure:
+            raise ValueError(
+                f"{what} must be given for the same tasks as the losses: expected "
+                f"{_describe(self.structure)}, got {_describe(structure)}."
+            )
+        return jnp.stack([jnp.asarray(leaf, self.dtype) for leaf in jax.tree.leaves(values)])
+
+
+def leaf_name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _describe(structure: Any) -> str:
+    """The tasks of a structure, for an error message."""
+    example = jax.tree.unflatten(structure, [0] * structure.num_leaves)
+    names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(example)]
+    return f"{len(names)} task{'s' * (len(names) != 1)} ({', '.join(names)})"
+
+
+def read_tasks(losses: Losses) -> Tasks:
+    """Read and check the tasks of a pytree of losses."""
+    leaves = jax.tree_util.tree_leaves_with_path(losses)
+    if not leaves:
+        raise ValueError("There are no losses: expected a pytree with one scalar for each task.")
+    for path, leaf in leaves:
+        shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
+        if shape:
+            raise ValueError(
+                f"The loss {leaf_name(path)!r} has shape {shape}; a task's loss is a scalar. Reduce it "
+                "over the batch first, for example with `mtl_jax.masked_mean`."
+            )
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"The loss {leaf_name(path)!r} has dtype {dtype}; a task's loss is a real "
+                "floating-point number."
+            )
+    return Tasks(
+        structure=jax.tree.structure(losses),
+        names=tuple(leaf_name(path) for path, _ in leaves),
+        dtype=jnp.result_type(jnp.float32, *(jnp.result_type(leaf) for _, leaf in leaves)),
+    )
+
+
+def read_mask(mask: PyTree | None, tasks: Tasks) -> Bool[Array, "tasks"]:
+    if mask is None:
+        return jnp.ones((tasks.number,), bool)
+    structure = jax.tree.structure(mask)
+    if structure != tasks.structure:
+        raise ValueError(
+            f"The mask must be a pytree like the losses, for {_describe(tasks.structure)}; got "
+            f"{_describe(structure)}."
+        )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(mask):
+        if jnp.shape(leaf) or jnp.result_type(leaf) != jnp.bool_:
+            raise TypeError(
+                f"The mask's leaf {leaf_name(path)!r} has shape {jnp.shape(leaf)} and dtype "
+                f"{jnp.result_type(leaf)}; it must be one boolean, whether the task has labels in "
+                "this batch."
+            )
+    return jnp.stack([jnp.asarray(leaf) for leaf in jax.tree.leaves(mask)])

@@ -15,13 +15,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int32, PyTree
 
-from mtl_jax.tasks import Tasks, leaf_name, read_mask, read_tasks
-
-Losses = PyTree
-"""A pytree of scalars, one for each task: ``{"depth": ..., "normals": ...}``."""
-
-Weights = PyTree
-"""A pytree of scalars with the structure of the losses."""
+from mtl_jax.tasks import Losses, Tasks, Weights, leaf_name, read_mask, read_tasks
 
 
 class Signal(enum.Enum):
@@ -34,7 +28,9 @@ class Signal(enum.Enum):
 class InitFn(Protocol):
     """``init(losses, *, key=None) -> state``."""
 
-    def __call__(self, losses: Losses, *, key: Array | None = None) -> PyTree: ...
+    def __call__(self, losses: Losses, *, key: Array | None = None) -> PyTree:
+        """Return the state before the first step."""
+        ...
 
 
 class UpdateFn(Protocol):
@@ -42,13 +38,17 @@ class UpdateFn(Protocol):
 
     def __call__(
         self, losses: Losses, state: PyTree, *, mask: PyTree | None = None
-    ) -> tuple[Weights, PyTree]: ...
+    ) -> tuple[Weights, PyTree]:
+        """Return the weights and the next state."""
+        ...
 
 
 class ObserveFn(Protocol):
     """``observe(losses_after_the_step, state, *, mask=None) -> state``."""
 
-    def __call__(self, losses: Losses, state: PyTree, *, mask: PyTree | None = None) -> PyTree: ...
+    def __call__(self, losses: Losses, state: PyTree, *, mask: PyTree | None = None) -> PyTree:
+        """Return the next state."""
+        ...
 
 
 class Weighting(NamedTuple):
@@ -78,7 +78,7 @@ class Weighting(NamedTuple):
       >>> weighting = mtl_jax.adaptive()
       >>> state = weighting.init(losses)
       >>> weights, state = weighting.update(losses, state)
-      >>> {task: float(weight) for task, weight in weights.items()}
+      >>> {task: round(float(weight), 3) for task, weight in weights.items()}
       {'depth': 0.5, 'normals': 1.5}
     """
 
@@ -92,11 +92,11 @@ class WeightingState(NamedTuple):
     """The state of a weighting made by :func:`vector_weighting`.
 
     Attributes:
-      count: for each task, the updates in which it was present and which were not skipped.
+      steps: for each task, the updates in which it was present and which were not skipped.
       inner: what the method itself carries.
     """
 
-    count: Int32[Array, "tasks"]
+    steps: Int32[Array, "tasks"]
     inner: PyTree
 
 
@@ -121,8 +121,8 @@ def vector_weighting(
     what ``update`` returns. A method that has no answer returns NaN.
 
     Args:
-      update: ``update(losses, state, present, count) -> (weights, state)``, with ``present:
-        bool[K]``, and ``count: int32[K]``, for each task the earlier updates that it took part in.
+      update: ``update(losses, state, present, steps) -> (weights, state)``, with ``present:
+        bool[K]``, and ``steps: int32[K]``, for each task the earlier updates that it took part in.
       init: ``init(tasks, key) -> state``, ``tasks`` being a :class:`Tasks`. In the state, an array
         of one or more dimensions is a statistic of the tasks, its leading axis being the task:
         the rows of absent tasks are kept as they were. A scalar is shared by the tasks.
@@ -137,7 +137,7 @@ def vector_weighting(
 
       >>> import jax.numpy as jnp
       >>> import mtl_jax
-      >>> def update(losses, state, present, count):
+      >>> def update(losses, state, present, steps):
       ...     return losses / jnp.mean(losses, where=present), state
       >>> weighting = mtl_jax.vector_weighting(update)
       >>> weights, _ = weighting.update((1.0, 3.0), weighting.init((1.0, 3.0)))
@@ -153,12 +153,12 @@ def vector_weighting(
         for path, leaf in jax.tree_util.tree_leaves_with_path(inner):
             if jnp.ndim(leaf) and jnp.shape(leaf)[0] != tasks.number:
                 raise TypeError(
-                    f"The state's leaf {leaf_name(path)!r} has shape {jnp.shape(leaf)}: an array in a "
-                    f"weighting's state must have the tasks ({tasks.number}) as its leading axis."
+                    f"The state's leaf {leaf_name(path)!r} has shape {jnp.shape(leaf)}: an array "
+                    f"in a weighting's state has the tasks ({tasks.number}) as its leading axis."
                 )
         # Copies, so that no leaf aliases an argument, a constant or another leaf.
         inner = jax.tree.map(jnp.copy, inner)
-        return WeightingState(count=jnp.zeros((tasks.number,), jnp.int32), inner=inner)
+        return WeightingState(steps=jnp.zeros((tasks.number,), jnp.int32), inner=inner)
 
     def read(
         losses: Losses, state: WeightingState, mask: PyTree | None
@@ -168,7 +168,7 @@ def vector_weighting(
             raise TypeError(
                 f"Expected the state that this weighting's `init` returned, got {type(state)}."
             )
-        expected = state.count.shape[0]
+        expected = state.steps.shape[0]
         if tasks.number != expected:
             raise ValueError(
                 f"The state was initialised for {expected} tasks, but there are losses for "
@@ -184,7 +184,7 @@ def vector_weighting(
         losses: Losses, state: WeightingState, *, mask: PyTree | None = None
     ) -> tuple[Weights, WeightingState]:
         tasks, vector, present = read(losses, state, mask)
-        weights, inner = update(vector, state.inner, present, state.count)
+        weights, inner = update(vector, state.inner, present, state.steps)
         weights = jax.lax.stop_gradient(weights)
         inner = _keep_absent(inner, state.inner, present)
         valid = (
@@ -192,9 +192,9 @@ def vector_weighting(
             & jnp.all(jnp.isfinite(jnp.where(present, weights, 0)))
             & all_finite(inner)
         )
-        count = jnp.where(present, optax.safe_increment(state.count), state.count)
+        steps = jnp.where(present, optax.safe_increment(state.steps), state.steps)
         weights = jnp.where(present, jnp.where(valid, weights, jnp.nan), 0)
-        new_state = tree_where(valid, WeightingState(count, inner), state)
+        new_state = tree_where(valid, WeightingState(steps, inner), state)
         return jax.tree.unflatten(tasks.structure, jnp.unstack(weights)), new_state
 
     def observe_fn(
@@ -204,7 +204,7 @@ def vector_weighting(
         _, vector, present = read(losses, state, mask)
         inner = _keep_absent(observe(vector, state.inner, present), state.inner, present)
         valid = jnp.all(jnp.isfinite(vector)) & all_finite(inner)
-        return tree_where(valid, WeightingState(state.count, inner), state)
+        return tree_where(valid, WeightingState(state.steps, inner), state)
 
     return Weighting(
         init=init_fn, update=update_fn, observe=observe_fn if observe is not None else None

@@ -4,9 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 
-def masked_mean(
-    values: Float[Array, "*batch *features"], present: Bool[Array, "*batch"]
-) -> Float[Array, ""]:
+def masked_mean(values: Float[Array, "..."], present: Bool[Array, "..."]) -> Float[Array, ""]:
     r"""Mean of the values of present examples; 0, with a zero gradient, where there are none.
 
     .. math:: \frac{\sum_i m_i v_i}{\max(1, \sum_i m_i)}

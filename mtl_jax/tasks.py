@@ -6,6 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
+Losses = PyTree
+"""A pytree of scalars, one for each task: ``{"depth": ..., "normals": ...}``."""
+
+Weights = PyTree
+"""A pytree of scalars with the structure of the losses."""
+
 
 class Tasks(NamedTuple):
     """What a method may know of its tasks before the first step.
@@ -48,6 +54,7 @@ class Tasks(NamedTuple):
 
 
 def leaf_name(path: Any) -> str:
+    """The path of a leaf, such as ``heads/0``."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -67,8 +74,8 @@ def read_tasks(losses: Losses) -> Tasks:
         shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
         if shape:
             raise ValueError(
-                f"The loss {leaf_name(path)!r} has shape {shape}; a task's loss is a scalar. Reduce it "
-                "over the batch first, for example with `mtl_jax.masked_mean`."
+                f"The loss {leaf_name(path)!r} has shape {shape}; a task's loss is a scalar. "
+                "Reduce it over the batch first, for example with `mtl_jax.masked_mean`."
             )
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
@@ -83,6 +90,7 @@ def read_tasks(losses: Losses) -> Tasks:
 
 
 def read_mask(mask: PyTree | None, tasks: Tasks) -> Bool[Array, "tasks"]:
+    """Read and check the mask: which tasks are present; all of them without a mask."""
     if mask is None:
         return jnp.ones((tasks.number,), bool)
     structure = jax.tree.structure(mask)

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 from jaxtyping import PyTree
 
-from mtl_jax.base import Losses, Weighting, Weights, all_finite, tree_where
-from mtl_jax.tasks import read_tasks
+from mtl_jax.base import Weighting, all_finite, tree_where
+from mtl_jax.tasks import Losses, Weights, read_tasks
 
 
 class MultiTaskValue(NamedTuple):
@@ -30,7 +30,9 @@ class GradientFn(Protocol):
 
     def __call__(
         self, params: PyTree, state: PyTree, *args: Any, mask: PyTree | None = None
-    ) -> tuple[MultiTaskValue, PyTree, PyTree]: ...
+    ) -> tuple[MultiTaskValue, PyTree, PyTree]:
+        """Return the value, the gradient and the weighting's next state."""
+        ...
 
 
 def value_and_grad(

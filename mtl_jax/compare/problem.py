@@ -67,9 +67,7 @@ class Problem:
     validation: Split
     test: Split
     init: Callable[[Array], tuple[PyTree, PyTree]]
-    losses: Callable[
-        [PyTree, PyTree, Array, Batch], tuple[dict[str, Float[Array, ""]], PyTree]
-    ]
+    losses: Callable[[PyTree, PyTree, Array, Batch], tuple[dict[str, Float[Array, ""]], PyTree]]
     scores: Callable[[PyTree, PyTree, Batch], dict[str, Float[Array, "batch"]]]
     labelled: Callable[[Batch], dict[str, Bool[Array, "batch"]]] | None = None
     optimizer: Callable[[float, int], optax.GradientTransformation]

@@ -1,0 +1,5 @@
+"""Weightings that read the task losses: a step costs one forward and one backward pass.
+
+One method a file. :mod:`~mtl_jax.loss_weightings.statistics` and
+:mod:`~mtl_jax.loss_weightings.learned` hold what several of them share.
+"""

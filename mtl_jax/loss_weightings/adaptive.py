@@ -1,0 +1,112 @@
+"""Harder tasks get more weight: the scheme that this library comes from."""
+
+import math
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mtl_jax.base import Weighting, vector_weighting
+from mtl_jax.loss_weightings.statistics import check_decay
+
+
+class AdaptiveState(NamedTuple):
+    """Statistics of the losses.
+
+    Attributes:
+      average: the exponential moving average of each loss, before bias correction.
+      initial: the first loss of each task.
+    """
+
+    average: Float[Array, "tasks"]
+    initial: Float[Array, "tasks"]
+
+
+def adaptive(
+    emphasis: float = 1.0,
+    rule: Literal["proportional", "softmax"] = "proportional",
+    relative_to: Literal["initial"] | None = None,
+    decay: float = 0.0,
+) -> Weighting:
+    r"""Adaptive weights: the higher a task's loss, the higher its weight.
+
+    With K present tasks, losses :math:`L` and emphasis :math:`p`,
+
+    .. math::
+
+       w_k = K \frac{L_k^p}{\sum_j L_j^p} \quad \text{(proportional)}, \qquad
+       w_k = K \frac{e^{p L_k}}{\sum_j e^{p L_j}} \quad \text{(softmax)}.
+
+    The weights sum to the number of present tasks. They are decided on the current losses, and no
+    gradient flows through them.
+
+    This is the scheme of the project's origin: *harder tasks get more weight*. The published
+    summary states that principle and does not print a formula; the formula, its variants and
+    their defaults are ours. ``emphasis=0`` is equal weights, 1 the plainest form of the principle.
+
+    A loss is high because its task is hard, or because it is measured on a larger scale (a
+    cross-entropy over 100 classes beside one over 2). The proportional rule does not tell the two
+    apart; ``relative_to="initial"`` does, in part: each loss is then divided by its first value,
+    and what counts is how little of it has been learned.
+
+    The proportional rule is computed in logarithms of the ratios to the highest loss, so that
+    neither losses of 1e30 nor high powers overflow. Where all losses are 0 the weights are equal.
+    A negative loss is outside the domain of the proportional rule, and a first loss that is not
+    positive outside that of ``relative_to="initial"``: the weights are then NaN and the state
+    stays as it was.
+
+    Args:
+      emphasis: the power p, at least 0.
+      rule: ``"proportional"`` or ``"softmax"``. The softmax depends on the losses' differences,
+        not their ratios, and takes losses of any sign.
+      relative_to: ``None`` for the losses as they are; ``"initial"`` to divide each loss by the
+        first one of its task.
+      decay: the decay d, in [0, 1), of an exponential moving average that smooths the losses over
+        the steps first: :math:`m \leftarrow d\,m + (1 - d)\,L`, corrected for its start at 0.
+        0 does not smooth.
+
+    Returns:
+      The weighting.
+
+    Raises:
+      ValueError: if a parameter is not one of these.
+
+    Example:
+      >>> import mtl_jax
+      >>> weighting = mtl_jax.adaptive()
+      >>> losses = {"easy": 0.5, "hard": 1.5}
+      >>> weights, state = weighting.update(losses, weighting.init(losses))
+      >>> round(float(weights["easy"]), 3), round(float(weights["hard"]), 3)
+      (0.5, 1.5)
+    """
+    if not (math.isfinite(emphasis) and emphasis >= 0):
+        raise ValueError(f"adaptive: `emphasis` must be at least 0 and finite, got {emphasis!r}.")
+    if rule not in ("proportional", "softmax"):
+        raise ValueError(f"adaptive: `rule` must be 'proportional' or 'softmax', got {rule!r}.")
+    if relative_to not in (None, "initial"):
+        raise ValueError(f"adaptive: `relative_to` must be None or 'initial', got {relative_to!r}.")
+    check_decay(decay, "adaptive")
+
+    def init(tasks, key):
+        return AdaptiveState(average=tasks.full(0), initial=tasks.full(1))
+
+    def update(losses, state, present, steps):
+        average = decay * state.average + (1 - decay) * losses
+        initial = jnp.where(steps == 0, losses, state.initial)
+        difficulty = average / (1 - decay ** (steps + 1).astype(losses.dtype))
+        if relative_to == "initial":
+            # A ratio to a first loss that is not positive is outside the domain.
+            difficulty = difficulty / jnp.where(initial > 0, initial, jnp.nan)
+        if rule == "proportional":
+            difficulty = jnp.where(difficulty >= 0, difficulty, jnp.nan)
+            highest = jnp.max(difficulty, where=present, initial=0)
+            ratio = jnp.where(highest == 0, 1, difficulty / jnp.where(highest == 0, 1, highest))
+            scores = emphasis * jnp.log(ratio) if emphasis else jnp.zeros_like(losses)
+        else:
+            highest = jnp.max(difficulty, where=present, initial=-jnp.inf)
+            scores = emphasis * (difficulty - highest)
+        shares = jax.nn.softmax(scores, where=present)
+        return jnp.sum(present, dtype=losses.dtype) * shares, AdaptiveState(average, initial)
+
+    return vector_weighting(update, init)

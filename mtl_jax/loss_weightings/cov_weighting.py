@@ -1,0 +1,82 @@
+"""Coefficient-of-variation weights."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mtl_jax.base import Weighting, vector_weighting
+from mtl_jax.loss_weightings.statistics import check_decay
+
+
+class CovWeightingState(NamedTuple):
+    """Running statistics.
+
+    Attributes:
+      mean_loss: the mean of each loss.
+      mean_ratio: the mean of each loss ratio, the loss divided by the mean loss before it.
+      squares: the sum of the squared deviations of each loss ratio.
+    """
+
+    mean_loss: Float[Array, "tasks"]
+    mean_ratio: Float[Array, "tasks"]
+    squares: Float[Array, "tasks"]
+
+
+def cov_weighting(decay: float | None = None) -> Weighting:
+    r"""CoV weighting: the more a task's loss ratio still varies, the higher its weight.
+
+    .. math:: \ell_k(t) = \frac{L_k(t)}{\mu_{L_k}(t - 1)}, \qquad
+              w_k = \frac{c_k}{\sum_j c_j}, \quad c_k = \frac{\sigma_{\ell_k}}{\mu_{\ell_k}},
+
+    with running means and the running population standard deviation of the steps before, found by
+    Welford's algorithm. The weights sum to 1, as in the paper; they are 1/K until every present
+    task has been seen twice. As in the published code, 1e-8 is added to the variance of the ratio,
+    which has no unit. A ratio to a mean loss of 0 is taken as 1.
+
+    Args:
+      decay: ``None``, the default of the published code, takes means over all steps; a number in
+        [0, 1) takes exponential moving averages with this decay (published code: 0.9).
+
+    Returns:
+      The weighting.
+
+    Raises:
+      ValueError: if ``decay`` is not in [0, 1).
+
+    References:
+      Groenendijk et al., `Multi-Loss Weighting with Coefficient of Variations
+      <https://arxiv.org/abs/2009.01717>`_, WACV 2021
+
+    Example:
+      >>> import mtl_jax
+      >>> weighting = mtl_jax.cov_weighting()
+      >>> state = weighting.init((1.0, 1.0))
+      >>> for losses in [(1.0, 1.0), (0.9, 0.5), (0.8, 0.4)]:
+      ...     weights, state = weighting.update(losses, state)
+      >>> [round(float(weight), 3) for weight in weights]
+      [0.136, 0.864]
+    """
+    if decay is not None:
+        check_decay(decay, "cov_weighting")
+
+    def init(tasks, key):
+        return CovWeightingState(*(tasks.full(0) for _ in CovWeightingState._fields))
+
+    def update(losses, state, present, steps):
+        seen = steps.astype(losses.dtype)
+        deviation = jnp.sqrt(state.squares / jnp.maximum(seen, 1) + 1e-8)
+        variation = deviation / jnp.where(steps > 0, state.mean_ratio, 1)
+        ready = jnp.all(steps >= 2, where=present)
+        variation = jnp.where(ready, variation, 1)
+        weights = variation / jnp.sum(variation, where=present)
+
+        ratio = losses / jnp.where(state.mean_loss == 0, losses, state.mean_loss)
+        ratio = jnp.where((steps == 0) | (state.mean_loss == 0), 1, ratio)
+        keep = jnp.where(steps == 0, 0, 1 - 1 / (seen + 1) if decay is None else decay)
+        mean_ratio = keep * state.mean_ratio + (1 - keep) * ratio
+        squares = state.squares + (ratio - state.mean_ratio) * (ratio - mean_ratio)
+        mean_loss = keep * state.mean_loss + (1 - keep) * losses
+        return weights, CovWeightingState(mean_loss, mean_ratio, squares)
+
+    return vector_weighting(update, init)

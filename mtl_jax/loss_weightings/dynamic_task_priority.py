@@ -1,0 +1,97 @@
+"""Dynamic task prioritization."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from mtl_jax.base import Weighting, vector_weighting
+from mtl_jax.loss_weightings.statistics import check_decay
+
+
+class DynamicTaskPriorityState(NamedTuple):
+    """State of the method.
+
+    Attributes:
+      performance: the moving average of each task's performance indicator.
+      gamma: the focusing parameter of each task.
+    """
+
+    performance: Float[Array, "tasks"]
+    gamma: Float[Array, "tasks"]
+
+
+def dynamic_task_priority(
+    gamma: PyTree,
+    performance: Callable[[Float[Array, "tasks"]], Float[Array, "tasks"]] = lambda losses: jnp.exp(
+        -losses
+    ),
+    decay: float = 0.0,
+) -> Weighting:
+    r"""Dynamic task prioritization (DTP): a focal weight on tasks that perform badly.
+
+    .. math:: w_k = -(1 - \bar\kappa_k)^{\gamma_k} \log \bar\kappa_k, \qquad
+              \bar\kappa_k \leftarrow d\,\bar\kappa_k + (1 - d)\,\kappa_k,
+
+    where :math:`\kappa_k \in (0, 1]` is the task's performance indicator, such as its accuracy,
+    and :math:`\bar\kappa_k` its moving average, which starts at the first value. The weights keep
+    this scale and do not sum to K.
+
+    A weighting sees losses, so the indicator is a function of the loss. The default,
+    :math:`e^{-L}`, is the geometric mean of the probability given to the right class where the
+    loss is a mean cross-entropy. It is bounded below by the smallest positive number, where the
+    weight is about 87 in float32. An indicator above 1 (a negative loss) is outside the domain:
+    the weights are then NaN and the state stays as it was. The paper's focal loss on the single
+    examples is part of the losses, not of the weighting.
+
+    Args:
+      gamma: the focusing parameter, at least 0: one number, or a pytree like the losses. At 0 the
+        weight is :math:`-\log\bar\kappa`.
+      performance: the indicator, from the vector of losses to one of the same shape.
+      decay: the decay d in [0, 1) of the moving average, 1 - alpha of the paper. No default was
+        published; 0 does not smooth.
+
+    Returns:
+      The weighting.
+
+    Raises:
+      ValueError: if ``gamma`` is negative or not finite, or ``decay`` outside [0, 1).
+
+    References:
+      Guo et al., `Dynamic Task Prioritization for Multitask Learning
+      <https://openaccess.thecvf.com/content_ECCV_2018/html/Michelle_Guo_Focus_on_the_ECCV_2018_paper.html>`_,
+      ECCV 2018
+
+    Example:
+      >>> import mtl_jax
+      >>> weighting = mtl_jax.dynamic_task_priority(gamma=1.0)
+      >>> weights, _ = weighting.update((0.1, 2.0), weighting.init((0.1, 2.0)))
+      >>> [round(float(weight), 3) for weight in weights]
+      [0.01, 1.729]
+    """
+    for leaf in jax.tree.leaves(gamma):
+        if not (np.isfinite(leaf) and leaf >= 0):
+            raise ValueError(
+                f"dynamic_task_priority: `gamma` must be at least 0 and finite, got {leaf!r}."
+            )
+    check_decay(decay, "dynamic_task_priority")
+
+    def init(tasks, key):
+        return DynamicTaskPriorityState(
+            performance=tasks.full(1),
+            gamma=tasks.vector(gamma, "dynamic_task_priority: `gamma`"),
+        )
+
+    def update(losses, state, present, steps):
+        current = jnp.maximum(performance(losses), jnp.finfo(losses.dtype).tiny)
+        smoothed = decay * state.performance + (1 - decay) * current
+        average = jnp.where(steps == 0, current, smoothed)
+        in_domain = average <= 1
+        average = jnp.where(in_domain, average, jnp.nan)
+        weights = -((1 - average) ** state.gamma) * jnp.log(average)
+        return weights, DynamicTaskPriorityState(average, state.gamma)
+
+    return vector_weighting(update, init)

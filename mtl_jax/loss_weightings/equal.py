@@ -1,0 +1,30 @@
+"""Equal weights."""
+
+import jax.numpy as jnp
+
+from mtl_jax.base import Weighting, vector_weighting
+
+
+def equal() -> Weighting:
+    r"""Equal weights, also called unitary scalarization: the plain sum of the losses.
+
+    .. math:: w_k = 1
+
+    The weights sum to the number of present tasks.
+
+    Returns:
+      The weighting, which has no parameters and no state of its own.
+
+    References:
+      Kurin et al., `In Defense of the Unitary Scalarization for Deep Multi-Task Learning
+      <https://arxiv.org/abs/2201.04122>`_, 2022
+
+    Example:
+      >>> import mtl_jax
+      >>> weighting = mtl_jax.equal()
+      >>> losses = {"depth": 0.5, "normals": 1.5}
+      >>> weights, state = weighting.update(losses, weighting.init(losses))
+      >>> float(weights["depth"]), float(weights["normals"])
+      (1.0, 1.0)
+    """
+    return vector_weighting(lambda losses, state, present, steps: (jnp.ones_like(losses), state))

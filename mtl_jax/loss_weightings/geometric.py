@@ -1,0 +1,38 @@
+"""The geometric mean of the losses."""
+
+import jax.numpy as jnp
+
+from mtl_jax.base import Weighting, vector_weighting
+
+
+def geometric() -> Weighting:
+    r"""Geometric loss strategy (GLS): minimise the geometric mean of the losses.
+
+    .. math:: M = \Big(\prod_k L_k\Big)^{1/K}, \qquad w_k = \frac{\partial M}{\partial L_k}
+              = \frac{M}{K L_k},
+
+    computed in logarithms, so that no product overflows. The direction does not depend on the
+    losses' scales; the weights keep the scale above and do not sum to K. A loss that is not
+    positive is outside the domain: the weights are then NaN and the state stays as it was.
+
+    Returns:
+      The weighting, which has no parameters and no state of its own.
+
+    References:
+      Chennupati et al., `MultiNet++: Multi-Stream Feature Aggregation and Geometric Loss Strategy
+      for Multi-Task Learning <https://arxiv.org/abs/1904.08492>`_, CVPR Workshops 2019
+
+    Example:
+      >>> import mtl_jax
+      >>> weighting = mtl_jax.geometric()
+      >>> weights, _ = weighting.update((0.5, 2.0), weighting.init((0.5, 2.0)))
+      >>> [round(float(weight), 6) for weight in weights]
+      [1.0, 0.25]
+    """
+
+    def update(losses, state, present, steps):
+        log_losses = jnp.log(losses)
+        mean = jnp.mean(log_losses, where=present)
+        return jnp.exp(mean - log_losses) / jnp.sum(present, dtype=losses.dtype), state
+
+    return vector_weighting(update)

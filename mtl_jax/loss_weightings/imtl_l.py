@@ -1,0 +1,51 @@
+"""Impartial multi-task learning, loss balance."""
+
+import jax.numpy as jnp
+import optax
+
+from mtl_jax.base import Weighting, vector_weighting
+from mtl_jax.loss_weightings.learned import LearnedState, learned_step
+
+
+def imtl_l(optimizer: optax.GradientTransformation) -> Weighting:
+    r"""IMTL-L: learned scales that bring every weighted loss to 1.
+
+    The total that is minimised over the network and over s is
+
+    .. math:: \sum_k e^{s_k} L_k - s_k, \qquad w_k = e^{s_k},
+
+    with s = 0 at the start. The gradient by s, :math:`e^{s_k} L_k - 1`, is known in closed form;
+    ``optimizer`` takes one step on it after the weights of a step are decided, with the same
+    losses. The weights keep this scale and do not sum to K. s is kept within the range in which
+    :math:`e^s` is finite, about ±80 in float32.
+
+    Args:
+      optimizer: the optax optimizer of s; it is applied to each task's s on its own. The paper
+        optimises s with the network's own optimizer.
+
+    Returns:
+      The weighting; its state holds s as ``state.inner.parameter``.
+
+    References:
+      Liu et al., `Towards Impartial Multi-Task Learning
+      <https://openreview.net/forum?id=IMPnRXEWpvr>`_, ICLR 2021
+
+    Example:
+      >>> import optax
+      >>> import mtl_jax
+      >>> weighting = mtl_jax.imtl_l(optax.sgd(0.1))
+      >>> state = weighting.init((0.5, 2.0))
+      >>> for _ in range(200):
+      ...     weights, state = weighting.update((0.5, 2.0), state)
+      >>> [round(float(weight), 3) for weight in weights]
+      [2.0, 0.5]
+    """
+
+    def init(tasks, key):
+        return LearnedState.create(tasks.full(0), optimizer)
+
+    def update(losses, state, present, steps):
+        weights = jnp.exp(state.parameter)
+        return weights, learned_step(state, weights * losses - 1, optimizer)
+
+    return vector_weighting(update, init)

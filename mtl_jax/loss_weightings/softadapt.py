@@ -1,0 +1,90 @@
+"""SoftAdapt."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtl_jax.base import Weighting, positive_steps, vector_weighting
+from mtl_jax.loss_weightings.statistics import WindowMeans
+
+
+def softadapt(
+    window: int,
+    beta: float = 0.1,
+    order: int = 1,
+    variant: Literal["original", "normalized", "loss_weighted"] = "original",
+) -> Weighting:
+    r"""SoftAdapt: the faster a task's loss rises, the higher its weight.
+
+    .. math::
+
+       \text{original:}\; w = \mathrm{softmax}(\beta s), \qquad
+       \text{normalized:}\; w = \mathrm{softmax}\Big(\frac{\beta s}{\sum_j |s_j|}\Big), \qquad
+       \text{loss\_weighted:}\; w_k = \frac{\bar L_k e^{\beta s_k}}{\sum_j \bar L_j e^{\beta s_j}},
+
+    where :math:`s_k` is the rate of change of the mean loss from window to window and
+    :math:`\bar L_k` the mean over the last ``order + 1`` windows. The weights sum to 1, as in the
+    paper, and are 1/K until every present task has ``order + 1`` complete windows. Each task
+    counts its windows in the steps in which it is present.
+
+    The rate is the finite difference of accuracy ``order`` over the last ``order + 1`` means. As
+    in the published code, it is the slope at the *oldest* of them. The published normalised
+    variant divides by the signed sum of the rates, which turns the preference round while the
+    losses fall; here it is the sum of their sizes, so that all variants prefer the same task.
+    Where all rates are 0 the weights of the first two variants are equal.
+
+    Args:
+      window: the number of training steps to average over; in the paper, one epoch's or one.
+      beta: how strongly to prefer; positive for the task that does worst, negative for the one
+        that does best. The default is the published code's.
+      order: the accuracy order of the finite difference, at least 1.
+      variant: ``"original"``, ``"normalized"`` or ``"loss_weighted"``.
+
+    Returns:
+      The weighting.
+
+    Raises:
+      ValueError: if ``window`` or ``order`` is not a positive integer, or ``variant`` unknown.
+
+    References:
+      Heydari et al., `SoftAdapt: Techniques for Adaptive Loss Weighting of Neural Networks with
+      Multi-Part Loss Functions <https://arxiv.org/abs/1912.12355>`_, 2019
+
+    Example:
+      >>> import mtl_jax
+      >>> weighting = mtl_jax.softadapt(window=1, beta=1.0)
+      >>> state = weighting.init((5.0, 5.0))
+      >>> for losses in [(5.0, 5.0), (4.0, 4.9), (4.0, 4.9)]:
+      ...     weights, state = weighting.update(losses, state)
+      >>> [round(float(weight), 2) for weight in weights]
+      [0.29, 0.71]
+    """
+    positive_steps(window, "window", "softadapt")
+    positive_steps(order, "order", "softadapt")
+    if variant not in ("original", "normalized", "loss_weighted"):
+        raise ValueError(
+            "softadapt: `variant` must be 'original', 'normalized' or 'loss_weighted', got "
+            f"{variant!r}."
+        )
+    # The weights c of the forward difference: sum_j c_j j^n is 1 for n = 1, else 0, up to `order`.
+    nodes = np.arange(order + 1.0)
+    difference = np.linalg.solve(np.vander(nodes, increasing=True).T, nodes == 1)
+
+    def init(tasks, key):
+        return WindowMeans.zeros(tasks, windows=order + 1)
+
+    def update(losses, state, present, steps):
+        rates = jnp.sum(state.means * jnp.asarray(difference, losses.dtype)[None, :], axis=1)
+        if variant == "normalized":
+            size = jnp.sum(jnp.abs(rates), where=present)
+            rates = rates / jnp.where(size == 0, 1, size)
+        scores = beta * rates
+        if variant == "loss_weighted":
+            scores = scores + jnp.log(jnp.mean(state.means, axis=1))
+        ready = jnp.all(steps >= (order + 1) * window, where=present)
+        scores = jnp.where(ready, scores, 0)
+        return jax.nn.softmax(scores, where=present), state.add(losses, steps, window)
+
+    return vector_weighting(update, init)

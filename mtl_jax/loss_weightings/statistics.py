@@ -1,0 +1,49 @@
+"""Statistics that several methods keep of the losses, each task counted on its own."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from mtl_jax.tasks import Tasks
+
+
+class WindowMeans(NamedTuple):
+    """Means of each loss over the latest complete windows of a fixed number of steps.
+
+    Attributes:
+      total: the sum over the window that is being filled.
+      means: the means over the latest complete windows, the oldest first.
+    """
+
+    total: Float[Array, "tasks"]
+    means: Float[Array, "tasks windows"]
+
+    @classmethod
+    def zeros(cls, tasks: Tasks, windows: int) -> "WindowMeans":
+        """No loss seen yet."""
+        return cls(total=tasks.full(0), means=jnp.zeros((tasks.number, windows), tasks.dtype))
+
+    def add(
+        self, losses: Float[Array, "tasks"], steps: Int32[Array, "tasks"], window: int
+    ) -> "WindowMeans":
+        """Take in the losses of a step, ``steps`` steps after the first."""
+        total = self.total + losses / window
+        complete = (steps + 1) % window == 0
+        shifted = jnp.concatenate([self.means[:, 1:], total[:, None]], axis=1)
+        return WindowMeans(
+            total=jnp.where(complete, 0, total),
+            means=jnp.where(complete[:, None], shifted, self.means),
+        )
+
+
+def check_decay(decay: float, method: str) -> None:
+    """Raise an error for a decay outside [0, 1)."""
+    if not 0 <= decay < 1:
+        raise ValueError(f"{method}: `decay` must be in [0, 1), got {decay!r}.")
+
+
+def check_positive(value: float, name: str, method: str) -> None:
+    """Raise an error for a parameter that is not a positive, finite number."""
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{method}: `{name}` must be positive and finite, got {value!r}.")

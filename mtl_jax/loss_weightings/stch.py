@@ -1,0 +1,83 @@
+"""Smooth Tchebycheff scalarization."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mtl_jax.base import Weighting, positive_steps, vector_weighting
+from mtl_jax.loss_weightings.statistics import check_positive
+
+
+class StchState(NamedTuple):
+    """The nadir: each task's mean loss over the end of the warm-up."""
+
+    nadir: Float[Array, "tasks"]
+
+
+def stch(warmup: int, mu: float = 1.0, window: int | None = None) -> Weighting:
+    r"""Smooth Tchebycheff scalarization (STCH): minimise a smooth maximum of the losses.
+
+    In the first ``warmup`` steps the sum of the logarithms is minimised; then the smooth maximum
+    of the losses relative to the nadir :math:`n`, their means at the end of the warm-up:
+
+    .. math::
+
+       \sum_k \log L_k, \quad w_k = \frac{1}{L_k}; \qquad
+       K \mu \log \sum_k e^{\log(L_k / n_k) / \mu}, \quad
+       w_k = \frac{K}{L_k} \,\mathrm{softmax}_k\Big(\frac{\log(L_k / n_k)}{\mu}\Big).
+
+    This is the form of the paper's multi-task experiments and published code, with uniform
+    preferences. The weights keep this scale and do not sum to K. A loss that is not positive is
+    outside the domain: the weights are then NaN and the state stays as it was. Each task counts
+    its warm-up in the steps in which it is present; it ends when it has ended for all present.
+
+    Args:
+      warmup: the number of training steps of the warm-up; the published code takes the first
+        epochs (5 with its default of 4, counted from 0).
+      mu: the smoothing μ > 0; towards 0 only the worst task counts. The default is the published
+        code's.
+      window: the nadir is the mean over the last ``window`` steps of the warm-up: in the published
+        code, one epoch's. All of the warm-up by default.
+
+    Returns:
+      The weighting.
+
+    Raises:
+      ValueError: if ``warmup`` or ``window`` is not a positive integer, ``window`` is longer than
+        ``warmup``, or ``mu`` is not positive.
+
+    References:
+      Lin et al., `Smooth Tchebycheff Scalarization for Multi-Objective Optimization
+      <https://arxiv.org/abs/2402.19078>`_, ICML 2024
+
+    Example:
+      >>> import mtl_jax
+      >>> weighting = mtl_jax.stch(warmup=1)
+      >>> state = weighting.init((1.0, 2.0))
+      >>> for losses in [(1.0, 2.0), (0.5, 2.0)]:
+      ...     weights, state = weighting.update(losses, state)
+      >>> [round(float(weight), 3) for weight in weights]
+      [1.333, 0.667]
+    """
+    positive_steps(warmup, "warmup", "stch")
+    check_positive(mu, "mu", "stch")
+    window = warmup if window is None else positive_steps(window, "window", "stch")
+    if window > warmup:
+        raise ValueError(f"stch: `window` ({window}) is longer than `warmup` ({warmup}).")
+
+    def init(tasks, key):
+        return StchState(nadir=tasks.full(0))
+
+    def update(losses, state, present, steps):
+        log_losses = jnp.log(losses)
+        measured = (steps >= warmup - window) & (steps < warmup)
+        nadir = state.nadir + jnp.where(measured, losses / window, 0)
+
+        warm = jnp.all(steps >= warmup, where=present)
+        scores = (log_losses - jnp.log(jnp.where(warm, state.nadir, 1))) / mu
+        shares = jnp.sum(present, dtype=losses.dtype) * jax.nn.softmax(scores, where=present)
+        return jnp.where(warm, shares, 1) / losses, StchState(nadir)
+
+    return vector_weighting(update, init)

@@ -1,0 +1,89 @@
+"""Homoscedastic uncertainty weights."""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mtl_jax.base import Weighting, vector_weighting
+from mtl_jax.loss_weightings.learned import LearnedState, learned_step
+
+
+def uncertainty(
+    optimizer: optax.GradientTransformation,
+    initial_log_variance: float = 0.0,
+    form: Literal["kendall", "half", "revised"] = "kendall",
+) -> Weighting:
+    r"""Uncertainty weights: each task's loss is divided by a variance that is learned.
+
+    With :math:`s_k = \log \sigma_k^2`, the total that is minimised over the network and over s is
+
+    .. math::
+
+       \text{kendall:}\; \sum_k e^{-s_k} L_k + s_k, \qquad
+       \text{half:}\; \sum_k \tfrac12 e^{-s_k} L_k + \tfrac12 s_k, \qquad
+       \text{revised:}\; \sum_k \tfrac12 e^{-s_k} L_k + \log(1 + e^{s_k}).
+
+    The weights are the derivatives by the losses: :math:`e^{-s_k}`, or half of it. The gradient
+    by s is known in closed form; ``optimizer`` takes one step on it after the weights of a step
+    are decided, with the same losses. The weights keep this scale and do not sum to K.
+
+    ``"kendall"`` is what the paper's authors published as code and is derived for a Gaussian
+    likelihood up to a factor 2; ``"half"`` is common in later code (and the derivation's own
+    scale); ``"revised"`` keeps the regulariser positive. s is kept within the range in which
+    :math:`e^{-s}` and :math:`e^s` are finite, about ±80 in float32, which a loss that stays at
+    exactly 0 would leave.
+
+    Args:
+      optimizer: the optax optimizer of s; it is applied to each task's s on its own. The paper
+        optimises s with the network's own optimizer.
+      initial_log_variance: s before the first step, in the losses' own unit. The default, 0, is a
+        variance of 1.
+      form: ``"kendall"``, ``"half"`` or ``"revised"``.
+
+    Returns:
+      The weighting; its state holds ``log_variance`` as ``state.inner.parameter``.
+
+    Raises:
+      ValueError: if ``form`` is unknown or ``initial_log_variance`` is not finite.
+
+    References:
+      Kendall et al., `Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry
+      and Semantics <https://arxiv.org/abs/1705.07115>`_, CVPR 2018
+
+      Liebel and Körner, `Auxiliary Tasks in Multi-task Learning
+      <https://arxiv.org/abs/1805.06334>`_, 2018 (``"revised"``)
+
+    Example:
+      >>> import optax
+      >>> import mtl_jax
+      >>> weighting = mtl_jax.uncertainty(optax.sgd(0.1))
+      >>> state = weighting.init((0.5, 2.0))
+      >>> for _ in range(200):
+      ...     weights, state = weighting.update((0.5, 2.0), state)
+      >>> [round(float(weight), 3) for weight in weights]  # 1 / L at the optimum
+      [2.0, 0.5]
+    """
+    if form not in ("kendall", "half", "revised"):
+        raise ValueError(
+            f"uncertainty: `form` must be 'kendall', 'half' or 'revised', got {form!r}."
+        )
+    if not math.isfinite(initial_log_variance):
+        raise ValueError(
+            f"uncertainty: `initial_log_variance` must be finite, got {initial_log_variance!r}."
+        )
+    factor = 1.0 if form == "kendall" else 0.5
+
+    def init(tasks, key):
+        return LearnedState.create(tasks.full(initial_log_variance), optimizer)
+
+    def update(losses, state, present, steps):
+        log_variance = state.parameter
+        weights = factor * jnp.exp(-log_variance)
+        by_regulariser = jax.nn.sigmoid(log_variance) if form == "revised" else factor
+        gradient = by_regulariser - weights * losses
+        return weights, learned_step(state, gradient, optimizer)
+
+    return vector_weighting(update, init)

@@ -1,1 +1,25 @@
-"""The referee: trains one network with each of several weightings and shows what came of it."""
+"""The referee: trains one network with each of several weightings and shows what came of it.
+
+Needs the extra ``compare``. :class:`Problem` describes a multi-task problem, :func:`compare` runs
+the weightings on it, :func:`compare_and_report` prints tables and leaves tables, pictures and
+numbers in a folder. Nothing else in mtl_jax imports it.
+"""
+
+from mtl_jax.compare.problem import Problem, Task
+from mtl_jax.compare.referee import Comparison, compare
+from mtl_jax.compare.report import compare_and_report
+from mtl_jax.compare.training import Run
+from mtl_jax.compare.weightings import WEIGHTINGS, RunSettings, look_up, named_weightings
+
+__all__ = [
+    "WEIGHTINGS",
+    "Comparison",
+    "Problem",
+    "Run",
+    "RunSettings",
+    "Task",
+    "compare",
+    "compare_and_report",
+    "look_up",
+    "named_weightings",
+]

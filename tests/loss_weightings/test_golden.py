@@ -246,7 +246,8 @@ def test_relobralo(case, name, monkeypatch):
 
     def step_of_definition(losses, weights, previous, step, number, epsilon):
         def balanced(reference):
-            scores = np.exp(losses / (params["T"] * reference + epsilon))
+            ratios = losses / (params["T"] * reference + epsilon)
+            scores = np.exp(ratios - np.max(ratios))
             return K * scores / np.sum(scores)
 
         alpha = {0: 1, 1: 0}.get(number, params["alpha"])

@@ -1,0 +1,37 @@
+# `make demo` runs the main job, `make test` all checks. Both set up what they need in .venv first.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+LOWEST := .venv-lowest
+
+.PHONY: demo test test-lowest setup clean
+
+demo: $(VENV)/installed
+	$(BIN)/python -m experiments.compare
+
+test: $(VENV)/installed $(LOWEST)/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest -n auto -q
+	$(MAKE) test-lowest
+
+# The library alone, with the oldest versions that pyproject.toml allows.
+test-lowest: $(LOWEST)/installed
+	$(LOWEST)/bin/python -m pytest -n auto -q tests/test_lowest.py
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+$(LOWEST)/installed: pyproject.toml
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet --disable-pip-version-check --editable . \
+		pytest pytest-xdist hypothesis $$($(PYTHON) .ci/lowest_versions.py)
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(LOWEST) runs

@@ -1,0 +1,100 @@
+"""Compare weightings on the shipped problems: ``python -m experiments.compare --help``."""
+
+import dataclasses
+import pathlib
+import shlex
+import sys
+from typing import Annotated
+
+import tyro
+
+from experiments.problems import PROBLEMS, build_problem
+from mtl_jax.compare import WEIGHTINGS, Problem, compare_and_report, look_up, named_weightings
+from mtl_jax.compare.training import steps_per_epoch
+
+_PROBLEMS_HELP = f"The problems to run on: any of {', '.join(PROBLEMS)}."
+_WEIGHTINGS_HELP = (
+    f"The weightings to compare: any of {', '.join(WEIGHTINGS)}. Equal weights are always run: "
+    "the others' step times are relative to theirs."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Train one network with each of several weightings, beside each task trained alone.
+
+    Prints a table for each problem and leaves tables, pictures and numbers in RUNS_DIR/NAME.
+    """
+
+    problem: Annotated[tuple[str, ...], tyro.conf.arg(help=_PROBLEMS_HELP)] = (
+        "multimnist",
+        "utterances",
+    )
+    weightings: Annotated[tuple[str, ...], tyro.conf.arg(help=_WEIGHTINGS_HELP)] = (
+        "equal",
+        "adaptive",
+        "dwa",
+        "uncertainty",
+    )
+    seeds: int = 3
+    """Number of seeds: 0, 1, ... Each sets initial parameters, order of batches and draws."""
+    epochs: int | None = None
+    """Passes over the training data; the problem's own number if not given."""
+    batch_size: int | None = None
+    """Examples a step; the problem's own number if not given."""
+    learning_rate: float | None = None
+    """Peak learning rate; the problem's own if not given."""
+    alone: bool = True
+    """Whether to train each task alone, too, and show the mean change against that."""
+    data_dir: str | None = None
+    """Folder with prepared tensorflow-datasets data, for the problems that read such."""
+    name: str = "compare"
+    """Name of the folder for the results."""
+    runs_dir: pathlib.Path = pathlib.Path("runs")
+    """Folder that holds the results of all comparisons."""
+
+
+def build_problems(config: Config) -> list[Problem]:
+    """The problems of a configuration, with its settings.
+
+    Raises:
+      ValueError: if a problem is unknown, or a setting does not fit it.
+      FileNotFoundError: if a problem's data is not there.
+    """
+    for name in config.problem:
+        look_up(name, PROBLEMS, "problem")  # before any data is read
+    problems = [
+        build_problem(name, config.data_dir).with_settings(
+            epochs=config.epochs, batch_size=config.batch_size, learning_rate=config.learning_rate
+        )
+        for name in config.problem
+    ]
+    for problem in problems:
+        steps_per_epoch(problem)
+    return problems
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; exits with status 2 after a message if the configuration is wrong."""
+    config = tyro.cli(Config, prog="python -m experiments.compare", args=arguments)
+    try:
+        if config.seeds < 1:
+            raise ValueError(f"--seeds must be at least 1, got {config.seeds}.")
+        weightings = named_weightings(list(config.weightings))
+        problems = build_problems(config)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    words = ["python", "-m", "experiments.compare", *(arguments or sys.argv[1:])]
+    compare_and_report(
+        problems,
+        weightings,
+        config.runs_dir / config.name,
+        seeds=range(config.seeds),
+        alone=config.alone,
+        command=shlex.join(words),
+    )
+
+
+if __name__ == "__main__":
+    main()

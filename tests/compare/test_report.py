@@ -1,0 +1,123 @@
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import pytest
+from toy_problem import make_problem
+
+import mtl_jax
+from mtl_jax.compare import Task, compare, compare_and_report, named_weightings
+from mtl_jax.compare.pictures import metrics_figure, thinned, weights_figure
+from mtl_jax.compare.tables import markdown_report, markdown_table
+from mtl_jax.evaluation import mean_interval
+
+
+def nothing_finite(settings):
+    return mtl_jax.vector_weighting(lambda losses, *rest: (losses * jnp.nan, rest[0]))
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    weightings = named_weightings(["adaptive"]) | {"bad": nothing_finite}
+    return compare(make_problem(), weightings, seeds=[0, 1])
+
+
+def cells(table):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+def test_table_holds_means_and_intervals(comparison):
+    header, _, *rows = cells(markdown_table(comparison))
+    assert header[0] == "weighting"
+    assert header[1].startswith("line squared error")
+    assert "lower is better" in header[1]
+    assert [row[0] for row in rows] == ["equal", "adaptive", "bad", "each task alone"]
+    mean, half_width = mean_interval([run.test["line"][-1] for run in comparison.runs["adaptive"]])
+    assert rows[1][1] == f"{mean:.4f} ± {half_width:.4f}"
+    changes = [100 * comparison.change_from_alone(run) for run in comparison.runs["adaptive"]]
+    mean, half_width = mean_interval(changes)
+    assert rows[1][3] == f"{mean:+.2f} ± {half_width:.2f}"
+    assert rows[0][4] == "1.00"
+    assert rows[2][1] == "failed (2 of 2 seeds)"
+    assert rows[2][-1] == "12"
+    alone = mean_interval([run.test["square"][-1] for run in comparison.alone["square"]])
+    assert rows[3][2] == f"{alone[0]:.4f} ± {alone[1]:.4f}"
+
+
+def test_table_at_the_best_epoch(comparison):
+    rows = cells(markdown_table(comparison, best=True, timing=False))
+    values = [run.test["line"][comparison.best_epoch(run)] for run in comparison.runs["equal"]]
+    assert rows[2][1].startswith(f"{np.mean(values):.4f} ±")
+    assert "step time" not in rows[0]
+
+
+def test_one_seed_has_no_interval_and_shares_are_percentages():
+    tasks = {"line": Task(), "square": Task("error", higher_is_better=False, percent=False)}
+    comparison = compare(make_problem(tasks=tasks), {}, seeds=[0], alone=False)
+    header, _, row = cells(markdown_table(comparison))
+    run = comparison.runs["equal"][0]
+    assert header[1] == "line accuracy, %"
+    assert row[1:3] == [f"{100 * run.test['line'][-1]:.2f}", f"{run.test['square'][-1]:.4f}"]
+    assert not any("alone" in cell for cell in header)
+    assert "skipped steps" not in header
+    report = markdown_report(comparison, command="python -m experiments.compare")
+    assert "1 seed;" in report or "1 seed." in report
+    assert "    python -m experiments.compare" in report
+
+
+def test_pictures_show_every_task_and_weighting(comparison):
+    figure = metrics_figure(comparison)
+    assert [axis.get_title() for axis in figure.axes] == ["line", "square"]
+    labels = [line.get_label() for line in figure.axes[0].lines]
+    assert labels == ["equal", "adaptive", "task alone"]  # the failed one has no curve
+    run = comparison.runs["equal"][0]
+    both = np.mean([run.test["line"] for run in comparison.runs["equal"]], axis=0)
+    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), both)
+
+    figure = weights_figure(comparison)
+    assert [axis.get_title() for axis in figure.axes] == ["equal", "adaptive", "bad"]
+    assert [line.get_label() for line in figure.axes[1].lines] == ["line", "square"]
+    total = sum(line.get_ydata() for line in figure.axes[1].lines)
+    np.testing.assert_allclose(total, 2, rtol=1e-5)
+    assert len(total) == len(run.weights["line"])
+
+
+def test_thinned_keeps_the_mean():
+    values = np.arange(1000.0)
+    steps, means = thinned(values, points=10)
+    np.testing.assert_array_equal(means, values.reshape(10, 100).mean(axis=1))
+    np.testing.assert_array_equal(steps, means)
+    assert len(thinned(values[:7])[0]) == 7
+
+
+def test_folder_of_results(tmp_path, capsys):
+    weightings = named_weightings(["adaptive"]) | {"bad": nothing_finite}
+    for folder in ("first", "second"):
+        compare_and_report([make_problem()], weightings, tmp_path / folder, seeds=[0, 1])
+    printed = capsys.readouterr().out
+    assert "each task alone" in printed
+    names = sorted(path.name for path in (tmp_path / "first").iterdir())
+    assert names == [
+        "results.json",
+        "timing.json",
+        "toy.md",
+        "toy_metrics.png",
+        "toy_weights.png",
+    ]
+    # Everything in results.json is the same when it is run again.
+    first, second = (tmp_path / run / "results.json" for run in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
+    results = json.loads(first.read_text())["toy"]
+    assert results["settings"]["examples"] == {"train": 200, "validation": 50, "test": 70}
+    assert results["weightings"]["bad"][0]["failure"] == "no finite update in epoch 1"
+    assert results["weightings"]["bad"][0]["weights"]["line"] == [None] * 6
+    weights = results["weightings"]["adaptive"][0]["weights"]
+    np.testing.assert_allclose(np.add(weights["line"], weights["square"]), 2, rtol=1e-5)
+    timing = json.loads((tmp_path / "first" / "timing.json").read_text())
+    assert timing["problems"]["toy"]["step_time_relative_to_equal"]["equal"] == 1
+    assert timing["versions"]["jax"]
+    for picture in ("toy_metrics.png", "toy_weights.png"):
+        image = np.asarray(PIL.Image.open(tmp_path / "first" / picture).convert("L"))
+        assert image.shape[1] > 600
+        assert (image < 128).mean() > 0.001

@@ -1,0 +1,47 @@
+import jax
+import numpy as np
+import optax
+import pytest
+
+
+@pytest.fixture
+def check_problem():
+    return _check_problem
+
+
+def _check_problem(problem, steps=12, learning_rate=None):
+    """The problem keeps its contract, and a few steps on one batch lower every task's loss."""
+    key = jax.random.key(0)
+    params, model_state = jax.jit(problem.init)(key)
+    assert set(params) == {"encoder", "heads"}
+    batch = {field: values[: problem.batch_size] for field, values in problem.train.items()}
+    losses, _ = jax.jit(problem.losses)(params, model_state, key, batch)
+    assert set(losses) == set(problem.tasks)
+    optimizer = optax.adam(learning_rate or problem.learning_rate)
+
+    def total(params, key):
+        losses, _ = problem.losses(params, model_state, key, batch)
+        return sum(losses.values()), losses
+
+    def step(carry, key):
+        params, state = carry
+        gradient, losses = jax.grad(total, has_aux=True)(params, key)
+        updates, state = optimizer.update(gradient, state, params)
+        return (optax.apply_updates(params, updates), state), losses
+
+    keys = jax.random.split(key, steps)
+    carry = (params, optimizer.init(params))
+    (trained, _), history = jax.jit(lambda carry: jax.lax.scan(step, carry, keys))(carry)
+    for task, values in history.items():
+        assert np.isfinite(values).all()
+        assert values[-1] < 0.9 * values[0], task
+
+    scores = jax.jit(problem.scores)(trained, model_state, problem.test)
+    for task, values in scores.items():
+        assert values.shape == (problem.size("test"),)
+        assert set(np.unique(values)) <= {0.0, 1.0}, task
+
+    few = {field: values[:4] for field, values in batch.items()}
+    seeds = jax.random.split(key, 2)
+    several = jax.jit(jax.vmap(lambda key: problem.losses(*problem.init(key), key, few)[0]))(seeds)
+    assert all(values.shape == (2,) for values in several.values())

@@ -1,0 +1,99 @@
+import io
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+import tensorflow_datasets as tfds
+
+from experiments.problems import build_problem
+from experiments.problems.cifar100 import cifar100
+from tests.experiments.tfds_folders import write
+
+NUM_TRAIN, NUM_TEST = 40, 12
+
+
+def example(index):
+    """A picture of one colour, which tells its index, as do its labels."""
+    return {
+        "id": f"picture {index}",
+        "image": np.full((32, 32, 3), (index, 2 * index, 255 - index), np.uint8),
+        "label": index % 100,
+        "coarse_label": index % 20,
+    }
+
+
+def encoded(example):
+    """The example with its picture as a PNG file: to encode arrays is TensorFlow's part."""
+    file = io.BytesIO()
+    PIL.Image.fromarray(example["image"]).save(file, "png")
+    file.seek(0)
+    return {**example, "image": file}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    features = tfds.features.FeaturesDict(
+        {
+            "id": tfds.features.Text(),
+            "image": tfds.features.Image(shape=(32, 32, 3)),
+            "label": tfds.features.ClassLabel(num_classes=100),
+            "coarse_label": tfds.features.ClassLabel(num_classes=20),
+        }
+    )
+    examples = [encoded(example(index)) for index in range(NUM_TRAIN + NUM_TEST)]
+    splits = {"train": examples[:NUM_TRAIN], "test": examples[NUM_TRAIN:]}
+    return write(tmp_path_factory.mktemp("tfds"), "cifar100", "3.0.2", features, splits)
+
+
+@pytest.fixture(scope="module")
+def problem(data_dir):
+    return cifar100(data_dir=str(data_dir))
+
+
+def test_pictures_keep_their_labels_and_splits_share_none(problem):
+    indices = []
+    for split in (problem.train, problem.validation, problem.test):
+        index = split["image"][:, 0, 0, 0].astype(int)
+        assert split["image"].dtype == np.uint8
+        np.testing.assert_array_equal(split["image"], [example(i)["image"] for i in index])
+        np.testing.assert_array_equal(split["fine"], index % 100)
+        np.testing.assert_array_equal(split["coarse"], index % 20)
+        indices.append(set(index.tolist()))
+    assert [len(part) for part in indices] == [36, 4, NUM_TEST]
+    assert indices[2] == set(range(NUM_TRAIN, NUM_TRAIN + NUM_TEST))
+    assert indices[0] | indices[1] == set(range(NUM_TRAIN))
+
+
+def test_the_same_validation_split_at_every_call(problem, data_dir):
+    again = cifar100(data_dir=str(data_dir))
+    np.testing.assert_array_equal(problem.validation["fine"], again.validation["fine"])
+
+
+def test_training_pictures_are_changed_by_the_key_alone(problem):
+    params, state = jax.jit(problem.init)(jax.random.key(0))
+    batch = {field: values[:8] for field, values in problem.train.items()}
+    task_losses = jax.jit(problem.losses)
+    losses = [
+        float(task_losses(params, state, jax.random.key(seed), batch)[0]["fine"])
+        for seed in (1, 1, 2)
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_problem(problem, check_problem):
+    assert problem.labelled is None
+    check_problem(problem.with_settings(batch_size=16), steps=12)
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset"), [("cifar100", "cifar100"), ("ag_news", "ag_news_subset")]
+)
+def test_nothing_prepared(name, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError) as error:
+        build_problem(name, str(tmp_path))
+    message = str(error.value)
+    for part in (str(tmp_path / dataset), "'.[prepare]'", f"tfds build {dataset}", "--data-dir"):
+        assert part in message
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,270 @@
+"""adaptive: its defining property, its domain, and its definition in NumPy float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import mtl_jax
+
+RULES = ("proportional", "softmax")
+LOSS = st.floats(1e-6, 1e6, width=32)
+fast = settings(deadline=None, max_examples=60)
+
+
+def weights_of(losses, **kwargs):
+    weighting = mtl_jax.adaptive(**kwargs)
+    weights, _ = weighting.update(tuple(losses), weighting.init(tuple(losses)))
+    return np.array(weights)
+
+
+def definition(losses, emphasis, rule):
+    """The formula, in float64."""
+    losses = np.asarray(losses, np.float64)
+    if rule == "proportional":
+        score = np.where(losses.max() > 0, emphasis * np.log(losses / losses.max()), 0)
+    else:
+        score = emphasis * (losses - losses.max())
+    return len(losses) * np.exp(score) / np.exp(score).sum()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@fast
+@given(losses=st.lists(LOSS, min_size=2, max_size=6), emphasis=st.floats(0.25, 4))
+def test_the_higher_loss_has_the_higher_weight(losses, emphasis, rule):
+    weights = weights_of(losses, emphasis=emphasis, rule=rule)
+    for i, j in np.ndindex(len(losses), len(losses)):
+        if losses[i] > losses[j]:
+            assert weights[i] >= weights[j]
+            # Strictly, where float32 can tell the two apart and neither weight is below it.
+            gap = np.log(losses[i] / losses[j]) if rule == "proportional" else losses[i] - losses[j]
+            resolution = 1e-5 if rule == "proportional" else 1e-5 * max(1, losses[i])
+            if emphasis * gap > resolution and weights[i] > 1e-30:
+                assert weights[i] > weights[j]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@fast
+@given(losses=st.lists(LOSS, min_size=1, max_size=8), emphasis=st.floats(0, 4))
+def test_against_the_definition(losses, emphasis, rule):
+    weights = weights_of(losses, emphasis=emphasis, rule=rule)
+    expected = definition(np.asarray(losses, np.float32), emphasis, rule)
+    # A softmax multiplies the rounding of its scores, emphasis * L, into the weights.
+    size = 30 * emphasis if rule == "proportional" else emphasis * np.max(losses)
+    np.testing.assert_allclose(weights, expected, rtol=2e-6 + 3e-7 * size, atol=1e-30)
+    np.testing.assert_allclose(weights.sum(), len(losses), rtol=1e-5)
+
+
+def test_against_the_definition_in_float64(x64):
+    rng = np.random.default_rng(0)
+    for rule in RULES:
+        for emphasis in (0.0, 0.5, 1.0, 4.0):
+            losses = rng.uniform(0.1, 5, 7)
+            weights = weights_of(losses, emphasis=emphasis, rule=rule)
+            np.testing.assert_allclose(weights, definition(losses, emphasis, rule), rtol=1e-13)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("losses", [(0.3, 5.0, 1e3), (0.0, 0.0, 1.0), (1e-30, 1.0, 1e30)])
+def test_emphasis_0_is_equal(losses, rule):
+    np.testing.assert_array_equal(weights_of(losses, emphasis=0.0, rule=rule), 1)
+
+
+@fast
+@given(losses=st.lists(LOSS, min_size=2, max_size=5), exponent=st.integers(-60, 60))
+def test_the_proportional_rule_does_not_depend_on_a_common_scale(losses, exponent):
+    scaled = [loss * 2.0**exponent for loss in losses]
+    np.testing.assert_allclose(weights_of(scaled), weights_of(losses), rtol=1e-6)
+
+
+@fast
+@given(
+    losses=st.lists(st.floats(-100, 100, width=16), min_size=2, max_size=5),
+    shift=st.integers(-99, 99),
+)
+def test_the_softmax_rule_does_not_depend_on_a_common_shift(losses, shift):
+    shifted = [loss + shift for loss in losses]
+    np.testing.assert_allclose(
+        weights_of(shifted, rule="softmax"),
+        weights_of(losses, rule="softmax"),
+        rtol=1e-4,
+        atol=1e-30,
+    )
+
+
+@pytest.mark.parametrize("emphasis", [1.0, 4.0])
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ((1e30, 1e30), (1, 1)),
+        ((1e-30, 1e-30), (1, 1)),
+        ((1e30, 1e-30), (2, 0)),
+        ((0.0, 0.0), (1, 1)),
+        ((0.0, 1.0), (0, 2)),
+        ((3e38, 3e38), (1, 1)),
+    ],
+)
+def test_extreme_losses(losses, expected, emphasis):
+    np.testing.assert_allclose(
+        weights_of(losses, emphasis=emphasis), expected, rtol=1e-6, atol=1e-30
+    )
+
+
+@pytest.mark.parametrize("losses", [(1e30, 2e30), (1e-30, 2e-30)])
+def test_ratios_of_extreme_losses_are_kept(losses):
+    np.testing.assert_allclose(weights_of(losses), (2 / 3, 4 / 3), rtol=1e-6)
+    np.testing.assert_allclose(weights_of(losses, emphasis=4), (2 / 17, 32 / 17), rtol=1e-5)
+
+
+def test_a_small_power_of_a_ratio_that_underflows():
+    """(1e-30 / 1e30) ** 0.1 is 1e-6: a ratio of 1e-60 is no reason for a weight of 0."""
+    expected = definition((1e-30, 1e30), 0.1, "proportional")
+    np.testing.assert_allclose(weights_of((1e-30, 1e30), emphasis=0.1), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("losses", [(-1.0, 2.0), (-1.0, -1.0), (-1e-20, 0.0)])
+def test_a_negative_loss_is_outside_the_proportional_rule(losses):
+    weighting = mtl_jax.adaptive(decay=0.5)
+    _, state = weighting.update((1.0, 2.0), weighting.init(losses))
+    weights, after = weighting.update(losses, weighting.init(losses))
+    assert np.all(np.isnan(weights))
+    np.testing.assert_array_equal(after.steps, 0)
+    weights, after = weighting.update((1.0, 2.0), state)  # and training goes on
+    np.testing.assert_allclose(weights, (2 / 3, 4 / 3), rtol=1e-5)
+
+
+def test_a_negative_loss_is_seen_behind_the_average():
+    """The average, 0.9 * 1 - 0.1 * 0.5, is positive: the loss is still outside the domain."""
+    weighting = mtl_jax.adaptive(decay=0.9)
+    _, state = weighting.update((1.0, 1.0), weighting.init((1.0, 1.0)))
+    weights, after = weighting.update((-0.5, 1.0), state)
+    assert np.all(np.isnan(weights))
+    np.testing.assert_array_equal(after.inner.average, state.inner.average)
+
+
+def test_the_softmax_rule_takes_negative_losses():
+    expected = definition((-3.0, 1.0, -0.5), 1.0, "softmax")
+    np.testing.assert_allclose(weights_of((-3.0, 1.0, -0.5), rule="softmax"), expected, rtol=1e-6)
+    np.testing.assert_array_equal(weights_of((0.0, 0.0), rule="softmax"), 1)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("decay", [0.0, 0.7])
+def test_relative_to_the_first_losses_no_scale_matters(rule, decay):
+    rng = np.random.default_rng(2)
+    sequence = rng.uniform(0.5, 2, (6, 3)).astype(np.float32)
+    weighting = mtl_jax.adaptive(2.0, rule, "initial", decay)
+    update = jax.jit(weighting.update)
+    state, scaled_state = weighting.init((1.0,) * 3), weighting.init((1.0,) * 3)
+    scales = np.array([1.0, 1024.0, 2.0**-40], np.float32)
+    for number, losses in enumerate(sequence):
+        weights, state = update(tuple(losses), state)
+        scaled, scaled_state = update(tuple(losses * scales), scaled_state)
+        np.testing.assert_allclose(scaled, weights, rtol=1e-6)
+        if number == 0:
+            np.testing.assert_allclose(weights, 1, rtol=1e-6)
+        if decay == 0:
+            expected = definition(losses.astype(float) / sequence[0], 2.0, rule)
+            np.testing.assert_allclose(weights, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("first", [0.0, -1.0])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_first_loss_that_is_not_positive_is_no_reference(rule, first):
+    weighting = mtl_jax.adaptive(rule=rule, relative_to="initial")
+    weights, state = weighting.update((first, 1.0), weighting.init((1.0, 1.0)))
+    assert np.all(np.isnan(weights))
+    np.testing.assert_array_equal(state.steps, 0)
+    weights, _ = weighting.update((2.0, 1.0), state)
+    np.testing.assert_allclose(weights, 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.99, 0.9999])
+def test_decay_against_the_definition(decay):
+    rng = np.random.default_rng(3)
+    sequence = rng.uniform(0.5, 2, (12, 3)).astype(np.float32)
+    weighting = mtl_jax.adaptive(decay=decay)
+    update = jax.jit(weighting.update)
+    state = weighting.init((1.0,) * 3)
+    average = np.zeros(3)
+    for number, losses in enumerate(sequence):
+        weights, state = update(tuple(losses), state)
+        average = decay * average + (1 - decay) * losses.astype(float)
+        smoothed = average / (1 - decay ** (number + 1))
+        np.testing.assert_allclose(weights, definition(smoothed, 1.0, "proportional"), rtol=1e-4)
+
+
+@pytest.mark.parametrize("decay", [0.9999, 1 - 1e-6, 1 - 1e-9])
+def test_the_start_of_a_long_average_is_the_loss(decay):
+    """1 - decay ** 1 must not be rounded away: for the softmax rule its size counts."""
+    weights = weights_of((1.0, 2.0), rule="softmax", decay=decay)
+    np.testing.assert_allclose(weights, definition((1.0, 2.0), 1.0, "softmax"), rtol=1e-3)
+
+
+def test_a_task_that_joins_late_starts_its_own_average():
+    weighting = mtl_jax.adaptive(relative_to="initial", decay=0.9)
+    state = weighting.init((1.0, 1.0))
+    for loss in (1.0, 0.5, 0.25):
+        _, state = weighting.update((loss, 7.0), state, mask=(True, False))
+    average = 0.9 * (0.9 * (0.9 * 0.1 * 1 + 0.1 * 0.5) + 0.1 * 0.25) + 0.1 * 0.125
+    weights, state = weighting.update((0.125, 40.0), state)
+    expected = definition((average / (1 - 0.9**4), 1.0), 1.0, "proportional")
+    np.testing.assert_allclose(weights, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_gradient_through_the_weights(rule):
+    def losses_fn(w):
+        return {"a": w**2, "b": jnp.exp(w)}
+
+    weighting = mtl_jax.adaptive(rule=rule)
+    w = jnp.float32(1.5)
+    state = weighting.init(losses_fn(w))
+    value, gradient, _ = mtl_jax.value_and_grad(losses_fn, weighting)(w, state)
+    expected = float(value.weights["a"]) * 3 + float(value.weights["b"]) * np.exp(1.5)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6)
+
+    # The whole derivative of the weighted sum is another number.
+    def total(w):
+        losses = jnp.stack([w**2, jnp.exp(w)])
+        share = losses / losses.sum() if rule == "proportional" else jax.nn.softmax(losses)
+        return jnp.sum(2 * share * losses)
+
+    assert abs(jax.grad(total)(w) - gradient) > 0.1
+
+
+@given(
+    losses=st.lists(LOSS, min_size=2, max_size=4),
+    present=st.lists(st.booleans(), min_size=4, max_size=4),
+)
+@fast
+def test_the_weights_of_present_tasks_sum_to_their_number(losses, present):
+    present = present[: len(losses)]
+    assume(any(present))
+    weighting = mtl_jax.adaptive()
+    weights, _ = weighting.update(tuple(losses), weighting.init(tuple(losses)), mask=tuple(present))
+    kept = [loss for loss, there in zip(losses, present, strict=True) if there]
+    np.testing.assert_allclose(
+        np.array(weights)[present], definition(kept, 1.0, "proportional"), rtol=1e-5, atol=1e-30
+    )
+    np.testing.assert_allclose(sum(weights), sum(present), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "says"),
+    [
+        ({"emphasis": -0.1}, "`emphasis` must be at least 0"),
+        ({"emphasis": float("nan")}, "`emphasis`.*nan"),
+        ({"emphasis": float("inf")}, "`emphasis`.*inf"),
+        ({"rule": "linear"}, "'proportional' or 'softmax', got 'linear'"),
+        ({"relative_to": "first"}, "None or 'initial', got 'first'"),
+        ({"decay": 1.0}, r"`decay` must be in \[0, 1\), got 1.0"),
+        ({"decay": -0.1}, "`decay`"),
+        ({"decay": float("nan")}, "`decay`"),
+    ],
+)
+def test_parameter_errors(kwargs, says):
+    with pytest.raises(ValueError, match=f"adaptive: .*{says}"):
+        mtl_jax.adaptive(**kwargs)

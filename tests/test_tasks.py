@@ -1,0 +1,172 @@
+"""Reading losses and masks: what is accepted, and what the errors say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mtl_jax
+from mtl_jax.tasks import read_mask, read_tasks
+
+
+def test_names_dtype_and_number():
+    tasks = read_tasks({"heads": [1.0, jnp.bfloat16(2)], "depth": jnp.float16(1)})
+    assert tasks.names == ("depth", "heads/0", "heads/1")
+    assert tasks.number == 3
+    assert tasks.dtype == jnp.float32
+    assert tasks.full(2.0).shape == (3,)
+    assert tasks.full(2.0).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [1.5, np.float32(1.5), np.float64(1.5), np.array(1.5), jnp.array(1.5), jnp.bfloat16(1.5)],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_python_numpy_and_jax_floats_are_losses(loss):
+    weighting = mtl_jax.adaptive()
+    state = weighting.init({"a": loss, "b": loss})
+    weights, _ = weighting.update({"a": loss, "b": 3 * loss}, state)
+    np.testing.assert_allclose([weights["a"], weights["b"]], [0.5, 1.5], rtol=1e-6)
+
+
+def test_shapes_are_enough_for_init():
+    shapes = {"a": jax.ShapeDtypeStruct((), jnp.float32), "b": np.float32(0)}
+    state = mtl_jax.adaptive().init(shapes)
+    np.testing.assert_array_equal(state.steps, [0, 0])
+
+
+def test_one_loss_that_is_no_container():
+    weighting = mtl_jax.equal()
+    weights, _ = weighting.update(jnp.float32(2), weighting.init(jnp.float32(2)))
+    assert weights == 1
+
+
+def test_float64_under_x64(x64):
+    assert read_tasks((1.0, jnp.float32(1))).dtype == jnp.float64
+    assert read_tasks((jnp.bfloat16(1), jnp.float32(1))).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("call", ["init", "update"])
+@pytest.mark.parametrize(
+    ("loss", "error", "says"),
+    [
+        (jnp.ones((4,)), ValueError, r"'heads/0' has shape \(4,\).*masked_mean"),
+        (jnp.ones((1,)), ValueError, r"'heads/0' has shape \(1,\)"),
+        (jnp.int32(1), TypeError, "'heads/0' has dtype int32"),
+        (1, TypeError, "'heads/0' has dtype int"),
+        (jnp.array(True), TypeError, "'heads/0' has dtype bool"),
+        (True, TypeError, "'heads/0' has dtype bool"),
+        (jnp.complex64(1), TypeError, "'heads/0' has dtype complex64"),
+        (jax.ShapeDtypeStruct((2,), jnp.float32), ValueError, r"'heads/0' has shape \(2,\)"),
+        (jax.ShapeDtypeStruct((), jnp.int32), TypeError, "'heads/0' has dtype int32"),
+    ],
+)
+def test_a_loss_that_is_not_a_real_scalar_is_named(loss, error, says, call):
+    weighting = mtl_jax.equal()
+    bad = {"a": 1.0, "heads": [loss]}
+    with pytest.raises(error, match=says):
+        if call == "init":
+            weighting.init(bad)
+        else:
+            weighting.update(bad, weighting.init({"a": 1.0, "heads": [1.0]}))
+
+
+def test_something_that_is_no_number_is_named():
+    with pytest.raises(TypeError, match="'a'"):
+        mtl_jax.equal().init({"a": "high"})
+
+
+@pytest.mark.parametrize("empty", [{}, (), [], None, {"a": {}}])
+def test_no_losses(empty):
+    with pytest.raises(ValueError, match="There are no losses"):
+        mtl_jax.equal().init(empty)
+
+
+def test_errors_are_raised_while_tracing():
+    weighting = mtl_jax.equal()
+    state = weighting.init({"a": 1.0})
+    with pytest.raises(ValueError, match="'a' has shape"):
+        jax.eval_shape(weighting.update, {"a": jax.ShapeDtypeStruct((3,), jnp.float32)}, state)
+
+
+@pytest.mark.parametrize("call", ["update", "observe"])
+def test_another_number_of_tasks_than_at_init(call):
+    weighting = mtl_jax.famo()
+    state = weighting.init({"a": 1.0, "b": 1.0})
+    losses = {"a": 1.0, "b": 1.0, "c": 1.0}
+    with pytest.raises(ValueError, match="for 2 tasks, but there are losses for 3: a, b, c.*init"):
+        if call == "update":
+            weighting.update(losses, state)
+        else:
+            weighting.observe(losses, state)
+
+
+@pytest.mark.parametrize("state", [None, (), {"steps": 0}, jnp.zeros(2)])
+def test_a_state_that_is_not_ours(state):
+    weighting = mtl_jax.equal()
+    with pytest.raises(TypeError, match="state that this weighting's `init` returned"):
+        weighting.update({"a": 1.0, "b": 1.0}, state)
+
+
+LOSSES = {"a": 1.0, "heads": [1.0, 2.0]}
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "says"),
+    [
+        ({"a": True}, ValueError, r"3 tasks \(a, heads/0, heads/1\); got 1 task \(a\)"),
+        (True, ValueError, r"3 tasks \(a, heads/0, heads/1\); got 1 task"),
+        ({"a": True, "b": [True, True]}, ValueError, r"got 3 tasks \(a, b/0, b/1\)"),
+        (jnp.array([True, False, True]), ValueError, "mask must be a pytree like the losses"),
+        ({"a": 1, "heads": [True, True]}, TypeError, r"leaf 'a'.*dtype int"),
+        ({"a": True, "heads": [True, 1.0]}, TypeError, r"leaf 'heads/1'.*dtype float"),
+        ({"a": True, "heads": [jnp.ones(4, bool), True]}, TypeError, r"'heads/0' has shape \(4,\)"),
+    ],
+)
+def test_mask_errors(mask, error, says):
+    weighting = mtl_jax.equal()
+    with pytest.raises(error, match=says):
+        weighting.update(LOSSES, weighting.init(LOSSES), mask=mask)
+
+
+def test_a_mask_that_differs_only_in_its_containers_is_told_so():
+    """The names alone ("2 tasks (0, 1); got 2 tasks (0, 1)") would not show what is wrong."""
+    weighting = mtl_jax.equal()
+    with pytest.raises(ValueError, match="mask") as error:
+        weighting.update((1.0, 2.0), weighting.init((1.0, 2.0)), mask=[True, True])
+    expected, got = str(error.value).split("got")
+    assert got.strip(" .") not in expected
+
+
+def test_constant_weights_that_differ_only_in_their_containers_are_told_so():
+    with pytest.raises(ValueError, match="weights") as error:
+        mtl_jax.constant([1.0, 2.0]).init((1.0, 2.0))
+    expected, got = str(error.value).split("got")
+    assert got.strip(" .") not in expected
+
+
+@pytest.mark.parametrize("true", [True, np.True_, jnp.array(True)], ids=["python", "numpy", "jax"])
+def test_masks_of_python_numpy_and_jax_booleans(true):
+    weighting = mtl_jax.equal()
+    mask = {"a": true, "heads": [not true, true]}
+    weights, _ = weighting.update(LOSSES, weighting.init(LOSSES), mask=mask)
+    assert [float(weight) for weight in jax.tree.leaves(weights)] == [1, 0, 1]
+
+
+def test_no_mask_is_everyone():
+    np.testing.assert_array_equal(read_mask(None, read_tasks(LOSSES)), [True] * 3)
+
+
+def test_a_parameter_given_for_other_tasks_names_both():
+    with pytest.raises(ValueError, match=r"expected 3 tasks \(a, heads/0, heads/1\), got 2 tasks"):
+        mtl_jax.constant({"a": 1.0, "b": 1.0}).init(LOSSES)
+
+
+def test_vector_weighting_refuses_a_state_without_the_tasks_in_front():
+    weighting = mtl_jax.vector_weighting(
+        lambda losses, state, present, steps: (losses, state),
+        lambda tasks, key: {"history": jnp.zeros((7, tasks.number))},
+    )
+    with pytest.raises(TypeError, match=r"'history' has shape \(7, 2\).*tasks \(2\)"):
+        weighting.init((1.0, 2.0))

@@ -1,0 +1,70 @@
+"""A small regression problem with two tasks, for the tests of the referee."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import mtl_jax
+from mtl_jax.compare import Problem, Task
+
+TARGETS = {"line": lambda x: x @ np.array([1.0, -2.0, 0.5]), "square": lambda x: np.sum(x**2, 1)}
+
+
+def split(size, seed):
+    x = np.random.default_rng(seed).normal(size=(size, 3)).astype(np.float32)
+    return {"x": x} | {task: f(x).astype(np.float32) for task, f in TARGETS.items()}
+
+
+def outputs(params, x):
+    hidden = jnp.tanh(x @ params["encoder"])
+    return {task: hidden @ params["heads"][task] for task in TARGETS}
+
+
+def init(key):
+    encoder, *heads = jax.random.split(key, 3)
+    params = {
+        "encoder": jax.random.normal(encoder, (3, 16)),
+        "heads": {
+            task: jax.random.normal(head, (16,)) / 4
+            for task, head in zip(TARGETS, heads, strict=True)
+        },
+    }
+    return params, {"calls": jnp.zeros((), jnp.int32)}
+
+
+def losses(params, model_state, key, batch):
+    predictions = outputs(params, batch["x"])
+    labelled = {task: jnp.isfinite(batch[task]) for task in TARGETS}
+    errors = {
+        task: mtl_jax.masked_mean(
+            (predictions[task] - jnp.where(labelled[task], batch[task], 0)) ** 2, labelled[task]
+        )
+        for task in TARGETS
+    }
+    return errors, {"calls": model_state["calls"] + 1}
+
+
+def scores(params, model_state, batch):
+    return {task: (p - batch[task]) ** 2 for task, p in outputs(params, batch["x"]).items()}
+
+
+def make_problem(**changes):
+    settings = {
+        "name": "toy",
+        "tasks": {
+            "line": Task("squared error", higher_is_better=False, percent=False),
+            "square": Task("squared error", higher_is_better=False, percent=False),
+        },
+        "train": split(200, 0),
+        "validation": split(50, 1),
+        "test": split(70, 2),
+        "init": init,
+        "losses": losses,
+        "scores": scores,
+        "optimizer": lambda learning_rate, steps: optax.adam(learning_rate),
+        "learning_rate": 0.01,
+        "epochs": 3,
+        "batch_size": 32,
+    }
+    return Problem(**(settings | changes))

@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from mtl_jax.tasks import at_least_float32
+
 
 def masked_mean(values: Float[Array, "..."], present: Bool[Array, "..."]) -> Float[Array, ""]:
     r"""Mean of the values of present examples; 0, with a zero gradient, where there are none.
@@ -44,7 +46,7 @@ def masked_mean(values: Float[Array, "..."], present: Bool[Array, "..."]) -> Flo
         )
     present = jnp.reshape(present, present.shape + (1,) * (values.ndim - present.ndim))
     present = jnp.broadcast_to(present, values.shape)
-    dtype = jnp.result_type(values.dtype, jnp.float32)
-    total = jnp.sum(jnp.where(present, values, 0), dtype=dtype)
+    dtype = at_least_float32(values.dtype)
+    total = jnp.sum(jnp.where(present, values.astype(dtype), 0))
     count = jnp.sum(present, dtype=dtype)
     return total / jnp.maximum(count, 1)

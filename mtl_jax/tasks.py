@@ -47,10 +47,15 @@ class Tasks(NamedTuple):
             return self.full(values)
         if structure != self.structure:
             raise ValueError(
-                f"{what} must be given for the same tasks as the losses: expected "
-                f"{_describe(self.structure)}, got {_describe(structure)}."
+                f"{what} must have the structure of the losses, {_describe(self.structure)}; got "
+                f"{_describe(structure)}."
             )
         return jnp.stack([jnp.asarray(leaf, self.dtype) for leaf in jax.tree.leaves(values)])
+
+
+def at_least_float32(*dtypes: Any) -> Any:
+    """The widest of real dtypes, float32 being the narrowest; under strict promotion, too."""
+    return jnp.dtype("float64" if jnp.dtype("float64") in dtypes else "float32")
 
 
 def leaf_name(path: Any) -> str:
@@ -59,10 +64,8 @@ def leaf_name(path: Any) -> str:
 
 
 def _describe(structure: Any) -> str:
-    """The tasks of a structure, for an error message."""
-    example = jax.tree.unflatten(structure, [0] * structure.num_leaves)
-    names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(example)]
-    return f"{len(names)} task{'s' * (len(names) != 1)} ({', '.join(names)})"
+    """The structure, for an error message: ``{'a': *, 'b': *}``."""
+    return str(structure).removeprefix("PyTreeDef(").removesuffix(")")
 
 
 def read_tasks(losses: Losses) -> Tasks:
@@ -71,7 +74,12 @@ def read_tasks(losses: Losses) -> Tasks:
     if not leaves:
         raise ValueError("There are no losses: expected a pytree with one scalar for each task.")
     for path, leaf in leaves:
-        shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
+        try:
+            shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
+        except TypeError:
+            raise TypeError(
+                f"The loss {leaf_name(path)!r} is {leaf!r}; a task's loss is a real number."
+            ) from None
         if shape:
             raise ValueError(
                 f"The loss {leaf_name(path)!r} has shape {shape}; a task's loss is a scalar. "
@@ -85,7 +93,7 @@ def read_tasks(losses: Losses) -> Tasks:
     return Tasks(
         structure=jax.tree.structure(losses),
         names=tuple(leaf_name(path) for path, _ in leaves),
-        dtype=jnp.result_type(jnp.float32, *(jnp.result_type(leaf) for _, leaf in leaves)),
+        dtype=at_least_float32(*(jnp.result_type(leaf) for _, leaf in leaves)),
     )
 
 
@@ -96,7 +104,7 @@ def read_mask(mask: PyTree | None, tasks: Tasks) -> Bool[Array, "tasks"]:
     structure = jax.tree.structure(mask)
     if structure != tasks.structure:
         raise ValueError(
-            f"The mask must be a pytree like the losses, for {_describe(tasks.structure)}; got "
+            f"The mask must have the structure of the losses, {_describe(tasks.structure)}; got "
             f"{_describe(structure)}."
         )
     for path, leaf in jax.tree_util.tree_leaves_with_path(mask):

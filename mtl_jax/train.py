@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int32, PyTree
 
-from mtl_jax.base import Weighting, all_finite
-from mtl_jax.tasks import Losses
-from mtl_jax.transforms import GradientFn, MultiTaskValue, check_weighting
+from mtl_jax.base import Weighting
+from mtl_jax.tasks import Losses, leaf_name
+from mtl_jax.transforms import GradientFn, MultiTaskValue, check_weighting, usable
 
 
 class TrainState(NamedTuple):
@@ -98,8 +98,8 @@ def make_train_step(
     ``losses_fn(params, *args)``, with ``model_state`` and then a fresh key put before ``args``
     where the state has a model state and an rng.
 
-    A step whose gradient is not finite is skipped: parameters, optimizer, model and weighting
-    keep their state, and ``skipped`` counts it.
+    A step is skipped if a weight or the squared norm of the gradient is not finite: parameters,
+    optimizer, model and weighting keep their state, and ``skipped`` counts it.
 
     Args:
       gradient_fn: from :func:`mtl_jax.value_and_grad`.
@@ -155,7 +155,7 @@ def make_train_step(
             state.params, state.weighting_state, *context, *args, mask=mask
         )
         model_state = new_model_state(value.aux) if carries_model_state else None
-        _check_same_structure(model_state, state.model_state)
+        _check_model_state(model_state, state.model_state)
 
         def apply(
             state: TrainState, gradient: PyTree, model_state: PyTree, weighting_state: PyTree
@@ -176,17 +176,30 @@ def make_train_step(
             return state._replace(skipped=optax.safe_increment(state.skipped))
 
         state = jax.lax.cond(
-            all_finite(gradient), apply, skip, state, gradient, model_state, weighting_state
+            usable(gradient, value.weights),
+            apply,
+            skip,
+            state,
+            gradient,
+            model_state,
+            weighting_state,
         )
         return state._replace(step=optax.safe_increment(state.step), rng=next_rng), value
 
     return jax.jit(train_step, donate_argnums=0)
 
 
-def _check_same_structure(new: PyTree, old: PyTree) -> None:
+def _check_model_state(new: PyTree, old: PyTree) -> None:
     if jax.tree.structure(new) != jax.tree.structure(old):
         raise ValueError(
             "The new model state has another structure than the one in the state: "
             f"{jax.tree.structure(new)} instead of {jax.tree.structure(old)}. Return it as `aux` "
             "of the losses (has_aux=True), or select it from `aux` with new_model_state."
         )
+    leaves = zip(jax.tree_util.tree_leaves_with_path(new), jax.tree.leaves(old), strict=True)
+    for (path, new_leaf), old_leaf in leaves:
+        if jax.typeof(new_leaf) != jax.typeof(old_leaf):
+            raise ValueError(
+                f"The new model state's leaf {leaf_name(path)!r} is {jax.typeof(new_leaf)}; in the "
+                f"state it is {jax.typeof(old_leaf)}."
+            )

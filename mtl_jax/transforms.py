@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
-from jaxtyping import PyTree
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PyTree
 
 from mtl_jax.base import Weighting, all_finite, tree_where
-from mtl_jax.tasks import Losses, Weights, read_tasks
+from mtl_jax.tasks import Losses, Weights, at_least_float32, read_tasks
 
 
 class MultiTaskValue(NamedTuple):
@@ -56,7 +57,7 @@ def value_and_grad(
       ``fn(params, state, *args, mask=None) -> (value, gradient, state)``: a
       :class:`MultiTaskValue`, the gradient (a pytree like ``params``) and the weighting's new
       state. ``mask`` tells which tasks have labels in this batch (see :class:`Weighting`). If a
-      loss or the gradient is not finite, the state is returned as it was.
+      loss or the squared norm of the gradient is not finite, the state is returned as it was.
 
     Raises:
       ValueError: if a loss is not a scalar, or the tasks are not those of the state.
@@ -84,16 +85,30 @@ def value_and_grad(
             output = losses_fn(params, *args)
             losses, aux = _split_aux(output) if has_aux else (output, None)
             read_tasks(losses)  # before the backward pass, for its error messages
-            return losses, aux
+            return jax.tree.map(jnp.asarray, losses), aux
 
         losses, pullback, aux = jax.vjp(with_aux, params, has_aux=True)
         weights, new_state = weighting.update(losses, state, mask=mask)
         cotangent = jax.tree.map(lambda weight, loss: weight.astype(loss.dtype), weights, losses)
         (gradient,) = pullback(cotangent)
-        new_state = tree_where(all_finite(gradient), new_state, state)
+        new_state = tree_where(usable(gradient, weights), new_state, state)
         return MultiTaskValue(losses, weights, aux), gradient, new_state
 
     return fn
+
+
+def usable(gradient: PyTree, weights: Weights) -> Bool[Array, ""]:
+    """Whether a step can be taken: finite weights, and gradients whose squared norms are finite.
+
+    The squared norms, since an optimizer squares the gradient too: where that overflows (in float32
+    at a norm of 1.8e19), its state is lost although the gradient itself is finite.
+    """
+
+    def squared_norm(leaf: Array) -> Float[Array, ""]:
+        size = jnp.abs(leaf)
+        return jnp.sum(jnp.square(size.astype(at_least_float32(size.dtype))))
+
+    return all_finite((jax.tree.map(squared_norm, gradient), weights))
 
 
 def check_weighting(weighting: Any) -> None:

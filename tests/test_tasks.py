@@ -115,10 +115,10 @@ LOSSES = {"a": 1.0, "heads": [1.0, 2.0]}
 @pytest.mark.parametrize(
     ("mask", "error", "says"),
     [
-        ({"a": True}, ValueError, r"3 tasks \(a, heads/0, heads/1\); got 1 task \(a\)"),
-        (True, ValueError, r"3 tasks \(a, heads/0, heads/1\); got 1 task"),
-        ({"a": True, "b": [True, True]}, ValueError, r"got 3 tasks \(a, b/0, b/1\)"),
-        (jnp.array([True, False, True]), ValueError, "mask must be a pytree like the losses"),
+        ({"a": True}, ValueError, r"\{'a': \*, 'heads': \[\*, \*\]\}; got \{'a': \*\}\."),
+        (True, ValueError, r"\{'a': \*, 'heads': \[\*, \*\]\}; got \*\."),
+        ({"a": True, "b": [True, True]}, ValueError, r"got \{'a': \*, 'b': \[\*, \*\]\}"),
+        (jnp.array([True, False, True]), ValueError, "mask must have the structure of the losses"),
         ({"a": 1, "heads": [True, True]}, TypeError, r"leaf 'a'.*dtype int"),
         ({"a": True, "heads": [True, 1.0]}, TypeError, r"leaf 'heads/1'.*dtype float"),
         ({"a": True, "heads": [jnp.ones(4, bool), True]}, TypeError, r"'heads/0' has shape \(4,\)"),
@@ -159,7 +159,9 @@ def test_no_mask_is_everyone():
 
 
 def test_a_parameter_given_for_other_tasks_names_both():
-    with pytest.raises(ValueError, match=r"expected 3 tasks \(a, heads/0, heads/1\), got 2 tasks"):
+    with pytest.raises(
+        ValueError, match=r"\{'a': \*, 'heads': \[\*, \*\]\}; got \{'a': \*, 'b': \*\}"
+    ):
         mtl_jax.constant({"a": 1.0, "b": 1.0}).init(LOSSES)
 
 

@@ -44,12 +44,14 @@ def prepared_examples(name: str, data_dir: str | None) -> dict[str, list[dict[st
 
 
 def _how_to_prepare(name: str, data_dir: str | None, path: Any) -> str:
-    option = "" if data_dir is None else f" --data_dir {data_dir}"
+    # Not `tfds build`, which also imports Apache Beam.
+    option = "" if data_dir is None else f", data_dir={data_dir!r}"
+    build = f"tfds.builder({name!r}{option}, file_format='array_record').download_and_prepare()"
     return (
         f"The data set {name!r} is not prepared: there is none in {path}. If it is prepared "
         "elsewhere, give the folder that holds it with --data-dir. To download and prepare it:\n"
         "  pip install -e '.[prepare]'\n"
-        f"  tfds build {name} --file_format array_record{option}"
+        f'  python -c "import tensorflow_datasets as tfds; {build}"'
     )
 
 

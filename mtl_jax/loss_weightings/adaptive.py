@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mtl_jax.base import Weighting, vector_weighting
-from mtl_jax.loss_weightings.statistics import check_decay
+from mtl_jax.loss_weightings.statistics import check_decay, ema_rate
 
 
 class AdaptiveState(NamedTuple):
     """Statistics of the losses.
 
     Attributes:
-      average: the exponential moving average of each loss, before bias correction.
+      average: the moving average of each loss.
       initial: the first loss of each task.
     """
 
@@ -52,9 +52,9 @@ def adaptive(
 
     The proportional rule is computed in logarithms of the ratios to the highest loss, so that
     neither losses of 1e30 nor high powers overflow. Where all losses are 0 the weights are equal.
-    A negative loss is outside the domain of the proportional rule, and a first loss that is not
-    positive outside that of ``relative_to="initial"``: the weights are then NaN and the state
-    stays as it was.
+    A negative loss is outside the domain of the proportional rule and of
+    ``relative_to="initial"``, and so is a first loss of 0 for the latter: the weights are then NaN
+    and the state stays as it was.
 
     Args:
       emphasis: the power p, at least 0.
@@ -63,8 +63,8 @@ def adaptive(
       relative_to: ``None`` for the losses as they are; ``"initial"`` to divide each loss by the
         first one of its task.
       decay: the decay d, in [0, 1), of an exponential moving average that smooths the losses over
-        the steps first: :math:`m \leftarrow d\,m + (1 - d)\,L`, corrected for its start at 0.
-        0 does not smooth.
+        the steps first: :math:`m_t = (1 - d) \sum_{s \le t} d^{\,t - s} L_s / (1 - d^t)`, which
+        starts at the first loss. 0 does not smooth.
 
     Returns:
       The weighting.
@@ -92,20 +92,22 @@ def adaptive(
         return AdaptiveState(average=tasks.full(0), initial=tasks.full(1))
 
     def update(losses, state, present, steps):
-        average = decay * state.average + (1 - decay) * losses
+        if rule == "proportional" or relative_to == "initial":
+            losses = jnp.where(losses >= 0, losses, jnp.nan)
+        average = state.average + ema_rate(decay, steps, losses.dtype) * (losses - state.average)
         initial = jnp.where(steps == 0, losses, state.initial)
-        difficulty = average / (1 - decay ** (steps + 1).astype(losses.dtype))
         if relative_to == "initial":
-            # A ratio to a first loss that is not positive is outside the domain.
-            difficulty = difficulty / jnp.where(initial > 0, initial, jnp.nan)
-        if rule == "proportional":
-            difficulty = jnp.where(difficulty >= 0, difficulty, jnp.nan)
-            highest = jnp.max(difficulty, where=present, initial=0)
-            ratio = jnp.where(highest == 0, 1, difficulty / jnp.where(highest == 0, 1, highest))
-            scores = emphasis * jnp.log(ratio) if emphasis else jnp.zeros_like(losses)
+            difficulty = average / jnp.where(initial == 0, jnp.nan, initial)
         else:
-            highest = jnp.max(difficulty, where=present, initial=-jnp.inf)
+            difficulty = average
+        highest = jnp.max(difficulty, where=present, initial=-jnp.inf)
+        if rule == "softmax":
             scores = emphasis * (difficulty - highest)
+        elif emphasis == 0:
+            scores = jnp.zeros_like(losses)
+        else:
+            scores = emphasis * (jnp.log(difficulty) - jnp.log(highest))
+            scores = jnp.where(highest == 0, 0, scores)
         shares = jax.nn.softmax(scores, where=present)
         return jnp.sum(present, dtype=losses.dtype) * shares, AdaptiveState(average, initial)
 

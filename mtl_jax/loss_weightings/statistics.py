@@ -1,6 +1,7 @@
 """Statistics that several methods keep of the losses, each task counted on its own."""
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
@@ -35,6 +36,23 @@ class WindowMeans(NamedTuple):
             total=jnp.where(complete, 0, total),
             means=jnp.where(complete[:, None], shifted, self.means),
         )
+
+
+def ema_rate(decay: float, steps: Int32[Array, "tasks"], dtype: Any) -> Float[Array, "tasks"]:
+    r"""The rate :math:`(1 - d) / (1 - d^{t})` of an exponential moving average's step t.
+
+    ``average += rate * (new - average)`` is then the average with weights :math:`d^{t-s}`,
+    corrected for its start: the first step replaces it.
+
+    Args:
+      decay: d, in [0, 1).
+      steps: the steps taken before this one, t - 1.
+      dtype: the dtype of the rate.
+    """
+    if decay == 0:
+        return jnp.ones(steps.shape, dtype)
+    later = (1 - decay) / -jnp.expm1((steps + 1).astype(dtype) * math.log(decay))
+    return jnp.where(steps == 0, 1, later)
 
 
 def check_decay(decay: float, method: str) -> None:

@@ -94,6 +94,11 @@ def test_nothing_prepared(name, dataset, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError) as error:
         build_problem(name, str(tmp_path))
     message = str(error.value)
-    for part in (str(tmp_path / dataset), "'.[prepare]'", f"tfds build {dataset}", "--data-dir"):
+    for part in (
+        str(tmp_path / dataset),
+        "'.[prepare]'",
+        f"tfds.builder({dataset!r}, data_dir={str(tmp_path)!r}",
+        "--data-dir",
+    ):
         assert part in message
     assert not list(tmp_path.iterdir())

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 
-from experiments.problems import PROBLEMS
 from experiments.problems.multimnist import overlaid_digits, source_digits
 
 SIZES = {"train": 400, "validation": 100, "test": 100}
@@ -67,7 +66,7 @@ def test_the_same_data_at_every_call(splits):
 
 
 def test_problem(check_problem):
-    problem = PROBLEMS["multimnist"](num_train=300, num_validation=50, num_test=60)
+    problem = multimnist(num_train=300, num_validation=50, num_test=60)
     assert problem.size("train") == 300
     assert list(problem.tasks) == ["left", "right"]
     assert problem.labelled is None

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import mtl_jax
 
 RULES = ("proportional", "softmax")
-LOSS = st.floats(1e-6, 1e6, width=32)
-fast = settings(deadline=None, max_examples=60)
+LOSS = st.floats(2.0**-20, 2.0**20, width=32)
+fast = settings(deadline=None, max_examples=25)
 
 
 def weights_of(losses, **kwargs):
@@ -76,7 +76,8 @@ def test_emphasis_0_is_equal(losses, rule):
 @given(losses=st.lists(LOSS, min_size=2, max_size=5), exponent=st.integers(-60, 60))
 def test_the_proportional_rule_does_not_depend_on_a_common_scale(losses, exponent):
     scaled = [loss * 2.0**exponent for loss in losses]
-    np.testing.assert_allclose(weights_of(scaled), weights_of(losses), rtol=1e-6)
+    # The logarithm of a float32, at most 88, has an error of half a unit in its last place, 4e-6.
+    np.testing.assert_allclose(weights_of(scaled), weights_of(losses), rtol=1e-5)
 
 
 @fast

@@ -274,10 +274,7 @@ def test_no_gradient_flows_through_the_weights(name):
 @each_method
 @pytest.mark.parametrize("number", [1, 128])
 def test_any_number_of_tasks(name, number):
-    if name == "constant":
-        weighting = mtl_jax.constant((1.0,) * number)
-    else:
-        weighting = METHODS[name]()
+    weighting = mtl_jax.constant((1.0,) * number) if name == "constant" else METHODS[name]()
     losses = tuple(jnp.linspace(0.5, 2.0, number))
     weights, _ = weighting.update(losses, weighting.init(losses, key=KEY))
     assert len(weights) == number

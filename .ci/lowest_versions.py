@@ -1,7 +1,12 @@
-"""Print the lower bounds of the library's own dependencies as exact versions, for pip."""
+"""Print the lower bounds of the library's dependencies, and of flax for its tests, for pip."""
 
 import pathlib
 import tomllib
 
 project = tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]
-print(*(requirement.replace(">=", "==") for requirement in project["dependencies"]))
+requirements = project["dependencies"] + [
+    requirement
+    for requirement in project["optional-dependencies"]["experiments"]
+    if requirement.startswith("flax")
+]
+print(*(requirement.replace(">=", "==") for requirement in requirements))

@@ -147,6 +147,8 @@ def vector_weighting(
 
     def init_fn(losses: Losses, *, key: Array | None = None) -> WeightingState:
         tasks = read_tasks(losses)
+        if key is not None and not isinstance(key, jax.Array):
+            raise TypeError(f"`key` must be a jax.random.key, got {key!r}.")
         if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             key = jax.random.wrap_key_data(key)
         inner = init(tasks, key)

@@ -198,8 +198,11 @@ def _check_model_state(new: PyTree, old: PyTree) -> None:
         )
     leaves = zip(jax.tree_util.tree_leaves_with_path(new), jax.tree.leaves(old), strict=True)
     for (path, new_leaf), old_leaf in leaves:
-        if jax.typeof(new_leaf) != jax.typeof(old_leaf):
+        new_type, old_type = (
+            f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}" for leaf in (new_leaf, old_leaf)
+        )
+        if new_type != old_type:
             raise ValueError(
-                f"The new model state's leaf {leaf_name(path)!r} is {jax.typeof(new_leaf)}; in the "
-                f"state it is {jax.typeof(old_leaf)}."
+                f"The new model state's leaf {leaf_name(path)!r} is {new_type}; in the state it is "
+                f"{old_type}."
             )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from mtl_jax.base import Weighting, all_finite, tree_where
-from mtl_jax.tasks import Losses, Weights, at_least_float32, read_tasks
+from mtl_jax.tasks import Losses, Weights, at_least_float32, leaf_name, read_tasks
 
 
 class MultiTaskValue(NamedTuple):
@@ -61,7 +61,8 @@ def value_and_grad(
 
     Raises:
       ValueError: if a loss is not a scalar, or the tasks are not those of the state.
-      TypeError: if ``weighting`` is not a :class:`Weighting`, or a loss is not floating-point.
+      TypeError: if ``weighting`` is not a :class:`Weighting`, or a loss or a parameter is not
+        floating-point.
 
     Example:
       >>> import jax.numpy as jnp
@@ -87,6 +88,7 @@ def value_and_grad(
             read_tasks(losses)  # before the backward pass, for its error messages
             return jax.tree.map(jnp.asarray, losses), aux
 
+        _check_params(params)
         losses, pullback, aux = jax.vjp(with_aux, params, has_aux=True)
         weights, new_state = weighting.update(losses, state, mask=mask)
         cotangent = jax.tree.map(lambda weight, loss: weight.astype(loss.dtype), weights, losses)
@@ -116,6 +118,15 @@ def check_weighting(weighting: Any) -> None:
     if not isinstance(weighting, Weighting):
         hint = " Did you mean to call it?" if callable(weighting) else ""
         raise TypeError(f"Expected a Weighting, such as mtl_jax.equal(), got {weighting!r}.{hint}")
+
+
+def _check_params(params: PyTree) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            raise TypeError(
+                f"The parameter {leaf_name(path)!r} has dtype {jnp.result_type(leaf)}, by which "
+                "nothing can be differentiated. Pass it to `losses_fn` as another argument."
+            )
 
 
 def _split_aux(output: Any) -> tuple[Losses, Any]:

@@ -240,6 +240,19 @@ def test_model_state_of_another_dtype_or_shape_is_named(new):
         step(state, BATCHES[0])
 
 
+def test_model_state_of_another_weak_type_is_the_same():
+    state, step = setting(
+        losses_fn=lambda params, model_state, x: (
+            losses_fn(params, x),
+            jnp.where(jnp.sum(x) > 0, 1.0, 2.0),
+        ),
+        has_aux=True,
+        model_state=jnp.zeros(()),
+    )
+    state, _ = step(state, BATCHES[0])
+    assert state.model_state in (1.0, 2.0)
+
+
 def test_every_step_draws_its_own_key_and_the_run_is_reproducible():
     def noisy(params, rng, x):
         noise = jax.random.normal(rng, ())

@@ -409,11 +409,11 @@ def test_flax_nnx():
     class Network(nnx.Module):
         def __init__(self, rngs):
             self.encoder = nnx.Linear(4, 3, rngs=rngs)
-            self.heads = nnx.Dict({task: nnx.Linear(3, 1, rngs=rngs) for task in TASKS})
+            self.heads = nnx.Linear(3, len(TASKS), rngs=rngs)
 
         def __call__(self, x):
             z = jnp.tanh(self.encoder(x))
-            return {task: head(z) for task, head in self.heads.items()}
+            return dict(zip(TASKS, jnp.unstack(self.heads(z), axis=1), strict=True))
 
     graph, params = nnx.split(Network(nnx.Rngs(0)), nnx.Param)
 
@@ -505,3 +505,11 @@ def test_a_state_of_another_number_of_tasks():
     weighting = mtl_jax.equal()
     with pytest.raises(ValueError, match="initialised for 2 tasks.*for 3: a, b, c"):
         mtl_jax.value_and_grad(losses_fn, weighting)(PARAMS, weighting.init((1.0, 1.0)), X)
+
+
+def test_a_parameter_that_is_an_integer_is_named():
+    weighting = mtl_jax.equal()
+    gradient_fn = mtl_jax.value_and_grad(lambda params: {"a": params["w"] * 1.0}, weighting)
+    params = {"w": jnp.ones(()), "table": jnp.arange(3)}
+    with pytest.raises(TypeError, match="parameter 'table' has dtype int32"):
+        gradient_fn(params, weighting.init({"a": 1.0}))

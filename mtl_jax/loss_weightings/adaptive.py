@@ -50,9 +50,8 @@ def adaptive(
     apart; ``relative_to="initial"`` does, in part: each loss is then divided by its first value,
     and what counts is how little of it has been learned.
 
-    The proportional rule is computed in logarithms of the ratios to the highest loss, so that
-    neither losses of 1e30 nor high powers overflow. Where all losses are 0 the weights are equal.
-    A negative loss is outside the domain of the proportional rule and of
+    The proportional rule is computed in logarithms, so that neither losses of 1e30 nor high powers
+    overflow. Where all losses are 0 the weights are equal. A negative loss is outside the domain of the proportional rule and of
     ``relative_to="initial"``, and so is a first loss of 0 for the latter: the weights are then NaN
     and the state stays as it was.
 
@@ -97,18 +96,27 @@ def adaptive(
         average = state.average + ema_rate(decay, steps, losses.dtype) * (losses - state.average)
         initial = jnp.where(steps == 0, losses, state.initial)
         if relative_to == "initial":
-            difficulty = average / jnp.where(initial == 0, jnp.nan, initial)
+            reference = jnp.where(initial == 0, jnp.nan, initial)
         else:
-            difficulty = average
-        highest = jnp.max(difficulty, where=present, initial=-jnp.inf)
+            reference = jnp.ones_like(losses)
         if rule == "softmax":
-            scores = emphasis * (difficulty - highest)
+            difficulty = average / reference
+            scores = emphasis * (difficulty - jnp.max(difficulty, where=present, initial=-jnp.inf))
         elif emphasis == 0:
-            scores = jnp.zeros_like(losses)
+            scores = 0 * reference
         else:
-            scores = emphasis * (jnp.log(difficulty) - jnp.log(highest))
-            scores = jnp.where(highest == 0, 0, scores)
+            all_zero = jnp.all(average == 0, where=present)
+            scores = emphasis * jnp.where(all_zero, 0 * reference, _log_ratio(average, reference))
         shares = jax.nn.softmax(scores, where=present)
         return jnp.sum(present, dtype=losses.dtype) * shares, AdaptiveState(average, initial)
 
     return vector_weighting(update, init)
+
+
+def _log_ratio(
+    numerator: Float[Array, "tasks"], denominator: Float[Array, "tasks"]
+) -> Float[Array, "tasks"]:
+    """The logarithm of a ratio that may itself be too large or too small for its dtype."""
+    (top, top_exponent), (bottom, bottom_exponent) = jnp.frexp(numerator), jnp.frexp(denominator)
+    exponent = (top_exponent - bottom_exponent).astype(numerator.dtype)
+    return jnp.log(top / bottom) + math.log(2) * exponent

@@ -52,7 +52,7 @@ def constant(weights: PyTree) -> Weighting:
             f"constant: expected a pytree with one weight for each task, got {weights!r}."
         )
     for path, leaf in leaves:
-        if np.shape(leaf) or not np.isfinite(leaf) or leaf < 0:
+        if np.shape(leaf) or isinstance(leaf, str) or not np.isfinite(leaf) or leaf < 0:
             raise ValueError(
                 f"constant: the weight {leaf_name(path)!r} is {leaf!r}; a weight is a finite "
                 "number that is not negative."

@@ -32,7 +32,9 @@ def cov_weighting(decay: float | None = None) -> Weighting:
     with running means and the running population standard deviation of the steps before, found by
     Welford's algorithm. The weights sum to 1, as in the paper; they are 1/K until every present
     task has been seen twice. As in the published code, 1e-8 is added to the variance of the ratio,
-    which has no unit. A ratio to a mean loss of 0 is taken as 1.
+    which has no unit. A ratio to a mean loss of 0 is taken as 1, and a ratio so large that its
+    square overflows is cut off (in float32, above 1.8e15). A negative loss is outside the domain:
+    the weights are then NaN and the state stays as it was.
 
     Args:
       decay: ``None``, the default of the published code, takes means over all steps; a number in
@@ -64,15 +66,18 @@ def cov_weighting(decay: float | None = None) -> Weighting:
         return CovWeightingState(*(tasks.full(0) for _ in CovWeightingState._fields))
 
     def update(losses, state, present, steps):
+        losses = jnp.where(losses >= 0, losses, jnp.nan)
         seen = steps.astype(losses.dtype)
         deviation = jnp.sqrt(state.squares / jnp.maximum(seen, 1) + 1e-8)
-        variation = deviation / jnp.where(steps > 0, state.mean_ratio, 1)
+        variation = deviation / jnp.where(steps > 0, jnp.maximum(state.mean_ratio, 1e-8), 1)
         ready = jnp.all(steps >= 2, where=present)
         variation = jnp.where(ready, variation, 1)
         weights = variation / jnp.sum(variation, where=present)
 
-        ratio = losses / jnp.where(state.mean_loss == 0, losses, state.mean_loss)
-        ratio = jnp.where((steps == 0) | (state.mean_loss == 0), 1, ratio)
+        limits = jnp.finfo(losses.dtype)
+        undefined = (steps == 0) | (state.mean_loss < limits.tiny)
+        ratio = jnp.where(undefined, 1, losses / jnp.where(undefined, 1, state.mean_loss))
+        ratio = jnp.where(jnp.isnan(losses), losses, jnp.minimum(ratio, 1e-4 * limits.max**0.5))
         keep = jnp.where(steps == 0, 0, 1 - 1 / (seen + 1) if decay is None else decay)
         mean_ratio = keep * state.mean_ratio + (1 - keep) * ratio
         squares = state.squares + (ratio - state.mean_ratio) * (ratio - mean_ratio)

@@ -51,9 +51,9 @@ def dwa(window: int, temperature: float = 2.0) -> Weighting:
         older, newer = state.means[:, 0], state.means[:, 1]
         comparable = (steps >= 2 * window) & (older != 0)
         ratio = jnp.where(comparable, newer / jnp.where(comparable, older, 1), 1)
-        weights = jnp.sum(present, dtype=losses.dtype) * jax.nn.softmax(
-            ratio / temperature, where=present
-        )
+        largest = jnp.finfo(losses.dtype).max
+        scores = jnp.clip(ratio / temperature, -largest, largest)
+        weights = jnp.sum(present, dtype=losses.dtype) * jax.nn.softmax(scores, where=present)
         return weights, state.add(losses, steps, window)
 
     return vector_weighting(update, init)

@@ -86,11 +86,11 @@ def dynamic_task_priority(
         )
 
     def update(losses, state, present, steps):
-        current = jnp.maximum(performance(losses), jnp.finfo(losses.dtype).tiny)
+        current = performance(losses)
+        current = jnp.where(current <= 1, current, jnp.nan)  # outside the domain
+        current = jnp.maximum(current, jnp.finfo(losses.dtype).tiny)
         smoothed = decay * state.performance + (1 - decay) * current
-        average = jnp.where(steps == 0, current, smoothed)
-        in_domain = average <= 1
-        average = jnp.where(in_domain, average, jnp.nan)
+        average = jnp.where(steps == 0, current, jnp.minimum(smoothed, 1))
         weights = -((1 - average) ** state.gamma) * jnp.log(average)
         return weights, DynamicTaskPriorityState(average, state.gamma)
 

@@ -43,7 +43,8 @@ def famo(
     .. math:: J_{\mathrm{softmax}}(\xi)^\top (\log D - \log D') + \gamma\,\xi,
 
     so that a task whose loss fell less gains. The weights sum to 1, as in the paper. A loss below
-    its minimum is outside the domain: the weights are then NaN and the state stays as it was.
+    its minimum is outside the domain: the weights are then NaN and the state stays as it was, and
+    ``observe`` must not be called after such an update.
     Losses far below 1e-8 above their minimum all steps as 1e-8, as in the published code.
 
     Args:
@@ -76,6 +77,9 @@ def famo(
     check_positive(learning_rate, "learning_rate", "famo")
     if not 0 <= weight_decay < float("inf"):
         raise ValueError(f"famo: `weight_decay` must be at least 0, got {weight_decay!r}.")
+    for leaf in jax.tree.leaves(min_losses):
+        if not jnp.all(jnp.isfinite(leaf)):
+            raise ValueError(f"famo: `min_losses` must be finite, got {leaf!r}.")
     optimizer = per_task(
         optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
     )

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_jax.base import Weighting, vector_weighting
-from mtl_jax.loss_weightings.learned import LearnedState, learned_step
+from mtl_jax.loss_weightings.learned import LearnedState, check_optimizer, learned_step
 
 
 def imtl_l(optimizer: optax.GradientTransformation) -> Weighting:
@@ -26,6 +26,9 @@ def imtl_l(optimizer: optax.GradientTransformation) -> Weighting:
     Returns:
       The weighting; its state holds s as ``state.inner.parameter``.
 
+    Raises:
+      TypeError: if ``optimizer`` is not an optax optimizer.
+
     References:
       Liu et al., `Towards Impartial Multi-Task Learning
       <https://openreview.net/forum?id=IMPnRXEWpvr>`_, ICLR 2021
@@ -40,6 +43,7 @@ def imtl_l(optimizer: optax.GradientTransformation) -> Weighting:
       >>> [round(float(weight), 3) for weight in weights]
       [2.0, 0.5]
     """
+    check_optimizer(optimizer, "imtl_l")
 
     def init(tasks, key):
         return LearnedState.create(tasks.full(0), optimizer)

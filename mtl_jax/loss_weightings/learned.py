@@ -1,6 +1,6 @@
 """Weightings that learn one parameter for each task with an optimizer of their own."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
@@ -36,3 +36,13 @@ def learned_step(
     parameter = jnp.asarray(optax.apply_updates(state.parameter, updates))
     limit = 0.9 * jnp.log(jnp.finfo(state.parameter.dtype).max)
     return LearnedState(jnp.clip(parameter, -limit, limit), opt_state)
+
+
+def check_optimizer(optimizer: Any, method: str) -> None:
+    """Raise an error for what is not an optax optimizer."""
+    if not isinstance(optimizer, optax.GradientTransformation):
+        hint = " Did you mean to call it?" if callable(optimizer) else ""
+        raise TypeError(
+            f"{method}: `optimizer` must be an optax optimizer, such as optax.adam(1e-3), got "
+            f"{optimizer!r}.{hint}"
+        )

@@ -83,17 +83,20 @@ def relobralo(alpha: float = 0.999, temperature: float = 1.0, rho: float = 1.0) 
     def update(losses, state, present, steps):
         number = jnp.sum(present, dtype=losses.dtype)
         initial = jnp.where(steps == 0, losses, state.initial)
+        previous = jnp.where(steps == 0, losses, state.previous)
+        largest = jnp.finfo(losses.dtype).max
 
         def balanced(reference):
             ratio = jnp.where(reference == 0, 1, losses / jnp.where(reference == 0, 1, reference))
-            return number * jax.nn.softmax(ratio / temperature, where=present)
+            scores = jnp.clip(ratio / temperature, -largest, largest)
+            return number * jax.nn.softmax(scores, where=present)
 
         history, next_key = state.weights, None
         if state.key is not None:
             next_key, key = jax.random.split(state.key)
             history = jnp.where(jax.random.bernoulli(key, rho), history, balanced(initial))
         decay = jnp.where(steps == 0, 1, jnp.where(steps == 1, 0, alpha))
-        weights = decay * history + (1 - decay) * balanced(state.previous)
+        weights = decay * history + (1 - decay) * balanced(previous)
         weights = weights * number / jnp.sum(weights, where=present)
         return weights, RelobraloState(weights, losses, initial, next_key)
 

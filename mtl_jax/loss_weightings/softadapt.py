@@ -33,7 +33,8 @@ def softadapt(
     in the published code, it is the slope at the *oldest* of them. The published normalised
     variant divides by the signed sum of the rates, which turns the preference round while the
     losses fall; here it is the sum of their sizes, so that all variants prefer the same task.
-    Where all rates are 0 the weights of the first two variants are equal.
+    Where all rates, or for the third variant all losses, are 0 the weights are equal. The third
+    variant takes no negative loss: the weights are then NaN and the state stays as it was.
 
     Args:
       window: the number of training steps to average over; in the paper, one epoch's or one.
@@ -68,6 +69,8 @@ def softadapt(
             "softadapt: `variant` must be 'original', 'normalized' or 'loss_weighted', got "
             f"{variant!r}."
         )
+    if not np.isfinite(beta):
+        raise ValueError(f"softadapt: `beta` must be finite, got {beta!r}.")
     # The weights c of the forward difference: sum_j c_j j^n is 1 for n = 1, else 0, up to `order`.
     nodes = np.arange(order + 1.0)
     difference = np.linalg.solve(np.vander(nodes, increasing=True).T, nodes == 1)
@@ -76,13 +79,17 @@ def softadapt(
         return WindowMeans.zeros(tasks, windows=order + 1)
 
     def update(losses, state, present, steps):
+        if variant == "loss_weighted":
+            losses = jnp.where(losses >= 0, losses, jnp.nan)
         rates = jnp.sum(state.means * jnp.asarray(difference, losses.dtype)[None, :], axis=1)
         if variant == "normalized":
             size = jnp.sum(jnp.abs(rates), where=present)
             rates = rates / jnp.where(size == 0, 1, size)
         scores = beta * rates
         if variant == "loss_weighted":
-            scores = scores + jnp.log(jnp.mean(state.means, axis=1))
+            average = jnp.mean(state.means, axis=1)
+            nothing = jnp.max(average, where=present, initial=0) == 0
+            scores = jnp.where(nothing, 0, scores + jnp.log(average))
         ready = jnp.all(steps >= (order + 1) * window, where=present)
         scores = jnp.where(ready, scores, 0)
         return jax.nn.softmax(scores, where=present), state.add(losses, steps, window)

@@ -71,6 +71,7 @@ def stch(warmup: int, mu: float = 1.0, window: int | None = None) -> Weighting:
         return StchState(nadir=tasks.full(0))
 
     def update(losses, state, present, steps):
+        losses = jnp.where(losses > 0, losses, jnp.nan)
         log_losses = jnp.log(losses)
         measured = (steps >= warmup - window) & (steps < warmup)
         nadir = state.nadir + jnp.where(measured, losses / window, 0)

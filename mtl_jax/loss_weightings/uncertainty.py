@@ -1,6 +1,5 @@
 """Homoscedastic uncertainty weights."""
 
-import math
 from typing import Literal
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_jax.base import Weighting, vector_weighting
-from mtl_jax.loss_weightings.learned import LearnedState, learned_step
+from mtl_jax.loss_weightings.learned import LearnedState, check_optimizer, learned_step
 
 
 def uncertainty(
@@ -47,7 +46,8 @@ def uncertainty(
       The weighting; its state holds ``log_variance`` as ``state.inner.parameter``.
 
     Raises:
-      ValueError: if ``form`` is unknown or ``initial_log_variance`` is not finite.
+      ValueError: if ``form`` is unknown or ``initial_log_variance`` is not within ±79.
+      TypeError: if ``optimizer`` is not an optax optimizer.
 
     References:
       Kendall et al., `Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry
@@ -70,9 +70,10 @@ def uncertainty(
         raise ValueError(
             f"uncertainty: `form` must be 'kendall', 'half' or 'revised', got {form!r}."
         )
-    if not math.isfinite(initial_log_variance):
+    check_optimizer(optimizer, "uncertainty")
+    if not abs(initial_log_variance) <= 79:
         raise ValueError(
-            f"uncertainty: `initial_log_variance` must be finite, got {initial_log_variance!r}."
+            f"uncertainty: `initial_log_variance` must be within ±79, got {initial_log_variance!r}."
         )
     factor = 1.0 if form == "kendall" else 0.5
 

@@ -29,7 +29,7 @@ def metrics_figure(comparison: Comparison) -> matplotlib.figure.Figure:
         axis.set_xlabel("epoch")
         axis.set_ylabel(f"test {description.metric}" + (" (%)" if description.percent else ""))
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-    _finish(figure, axes, f"{problem.name}: test metrics")
+    _finish(figure, axes, f"{problem.name}: test metrics", comparison)
     return figure
 
 
@@ -45,7 +45,7 @@ def weights_figure(comparison: Comparison) -> matplotlib.figure.Figure:
         axis.set_xlabel("step")
         axis.set_ylabel("weight")
         axis.set_ylim(bottom=0)
-    _finish(figure, axes, f"{comparison.problem.name}: weight of each task")
+    _finish(figure, axes, f"{comparison.problem.name}: weight of each task", comparison)
     return figure
 
 
@@ -87,10 +87,14 @@ def _line(
     axis.fill_between(x, mean - deviation, mean + deviation, color=color, alpha=0.15, linewidth=0)
 
 
-def _finish(figure: matplotlib.figure.Figure, axes: Sequence[Axes], title: str) -> None:
+def _finish(
+    figure: matplotlib.figure.Figure, axes: Sequence[Axes], title: str, comparison: Comparison
+) -> None:
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
-    figure.suptitle(title)
+    number = len(comparison.seeds)
+    seeds = "one seed" if number == 1 else f"mean and standard deviation over {number} seeds"
+    figure.suptitle(f"{title} ({seeds})")

@@ -115,7 +115,7 @@ class Trainer:
     def run(self, seed: int) -> Iterator[Run]:
         """Train with a seed. Yields the run after every epoch, as far as it has come."""
         init_key, order_key, rng, weighting_key = jax.random.split(jax.random.key(seed), 4)
-        params, model_state = self.problem.init(init_key)
+        params, model_state = jax.jit(self.problem.init)(init_key)
         train = jax.tree.map(jnp.asarray, dict(self.problem.train))
         batch = jax.tree.map(lambda field: field[: self.problem.batch_size], train)
         losses, _ = jax.eval_shape(self._losses, params, model_state, rng, batch)

@@ -51,9 +51,9 @@ def adaptive(
     and what counts is how little of it has been learned.
 
     The proportional rule is computed in logarithms, so that neither losses of 1e30 nor high powers
-    overflow. Where all losses are 0 the weights are equal. A negative loss is outside the domain of the proportional rule and of
-    ``relative_to="initial"``, and so is a first loss of 0 for the latter: the weights are then NaN
-    and the state stays as it was.
+    overflow. Where all losses are 0 the weights are equal. A negative loss is outside the domain of
+    the proportional rule and of ``relative_to="initial"``, and so is a first loss of 0 for the
+    latter: the weights are then NaN and the state stays as it was.
 
     Args:
       emphasis: the power p, at least 0.

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from experiments.problems.multimnist import overlaid_digits, source_digits
+from experiments.problems.multimnist import multimnist, overlaid_digits, source_digits
 
 SIZES = {"train": 400, "validation": 100, "test": 100}
 

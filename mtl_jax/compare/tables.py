@@ -69,7 +69,7 @@ def markdown_report(comparison: Comparison, *, command: str = "") -> str:
         "",
         f"{sizes} examples; {problem.epochs} epochs, batch {problem.batch_size}, learning rate "
         f"{problem.learning_rate:g}; {number} seed{'s' * (number != 1)}. Test metrics, mean ± 95 % "
-        "interval over seeds. Step times are relative to equal weights.",
+        "interval over seeds. Step times: fastest epoch, relative to equal weights.",
         "",
         "## After the last epoch",
         "",

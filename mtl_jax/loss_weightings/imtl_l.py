@@ -17,7 +17,8 @@ def imtl_l(optimizer: optax.GradientTransformation) -> Weighting:
     with s = 0 at the start. The gradient by s, :math:`e^{s_k} L_k - 1`, is known in closed form;
     ``optimizer`` takes one step on it after the weights of a step are decided, with the same
     losses. The weights keep this scale and do not sum to K. s is kept within the range in which
-    :math:`e^s` is finite, about ±80 in float32.
+    :math:`e^s` is finite, about ±80 in float32. With -s for s it is the ``"kendall"`` form of
+    :func:`mtl_jax.uncertainty`, and trains alike where the optimizer treats both signs alike.
 
     Args:
       optimizer: the optax optimizer of s; it is applied to each task's s on its own. The paper

@@ -93,7 +93,8 @@ def adaptive(
     def update(losses, state, present, steps):
         if rule == "proportional" or relative_to == "initial":
             losses = jnp.where(losses >= 0, losses, jnp.nan)
-        average = state.average + ema_rate(decay, steps, losses.dtype) * (losses - state.average)
+        rate = ema_rate(decay, steps, losses.dtype)
+        average = (1 - rate) * state.average + rate * losses
         initial = jnp.where(steps == 0, losses, state.initial)
         if relative_to == "initial":
             reference = jnp.where(initial == 0, jnp.nan, initial)

@@ -41,7 +41,7 @@ class WindowMeans(NamedTuple):
 def ema_rate(decay: float, steps: Int32[Array, "tasks"], dtype: Any) -> Float[Array, "tasks"]:
     r"""The rate :math:`(1 - d) / (1 - d^{t})` of an exponential moving average's step t.
 
-    ``average += rate * (new - average)`` is then the average with weights :math:`d^{t-s}`,
+    ``(1 - rate) * average + rate * new`` is then the average with weights :math:`d^{t-s}`,
     corrected for its start: the first step replaces it.
 
     Args:

@@ -269,3 +269,12 @@ def test_the_weights_of_present_tasks_sum_to_their_number(losses, present):
 def test_parameter_errors(kwargs, says):
     with pytest.raises(ValueError, match=f"adaptive: .*{says}"):
         mtl_jax.adaptive(**kwargs)
+
+
+def test_without_smoothing_earlier_losses_leave_no_trace():
+    weighting = mtl_jax.adaptive()
+    state = weighting.init((0.0, 0.0))
+    for losses in ((1e30, 1e3), (1e-30, 0.1), (0.1, 0.3)):
+        weights, state = weighting.update(losses, state)
+        expected = 2 * np.array(losses) / np.sum(losses)
+        np.testing.assert_allclose(weights, expected, rtol=1e-6, atol=1e-30)

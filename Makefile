@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
-CORE_TESTS := tests/loss_weightings $(addprefix tests/test_, tasks.py masking.py transforms.py train.py)
+CORE_TESTS := tests/loss_weightings/test_golden.py $(addprefix tests/test_, tasks.py masking.py transforms.py train.py)
 
 .PHONY: demo test test-lowest setup clean
 

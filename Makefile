@@ -10,7 +10,7 @@ CORE_TESTS := tests/loss_weightings/test_golden.py $(addprefix tests/test_, task
 demo: $(VENV)/installed
 	$(BIN)/python -m experiments.compare
 
-test: $(VENV)/installed $(LOWEST)/installed
+test: $(VENV)/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python

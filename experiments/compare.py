@@ -85,7 +85,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    words = ["python", "-m", "experiments.compare", *(arguments or sys.argv[1:])]
+    given = sys.argv[1:] if arguments is None else arguments
+    words = ["python", "-m", "experiments.compare", *given]
     compare_and_report(
         problems,
         weightings,

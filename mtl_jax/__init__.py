@@ -3,7 +3,27 @@
 Everything public is here, as ``mtl_jax.<name>``; the referee is ``mtl_jax.compare``.
 """
 
-from mtl_jax.base import Signal, Weighting, vector_weighting
+from mtl_jax.base import Aggregator, Signal, Weighting
+from mtl_jax.diagnostics import Diagnostics, diagnostics
+from mtl_jax.gradient_aggregators.db_mtl import db_mtl
+from mtl_jax.gradient_aggregators.excess_mtl import excess_mtl
+from mtl_jax.gradient_aggregators.graddrop import graddrop
+from mtl_jax.gradient_aggregators.moco import moco
+from mtl_jax.gradient_aggregators.trimmed_mean import trimmed_mean
+from mtl_jax.gramian_weightings.aligned_mtl import aligned_mtl
+from mtl_jax.gramian_weightings.cagrad import cagrad
+from mtl_jax.gramian_weightings.conflict_free import conflict_free
+from mtl_jax.gramian_weightings.dual_proj import dual_proj
+from mtl_jax.gramian_weightings.fair_grad import fair_grad
+from mtl_jax.gramian_weightings.gradnorm import gradnorm
+from mtl_jax.gramian_weightings.gradvac import gradvac
+from mtl_jax.gramian_weightings.imtl_g import imtl_g
+from mtl_jax.gramian_weightings.krum import krum
+from mtl_jax.gramian_weightings.mgda import mgda
+from mtl_jax.gramian_weightings.nash_mtl import nash_mtl
+from mtl_jax.gramian_weightings.pcgrad import pcgrad
+from mtl_jax.gramian_weightings.upgrad import upgrad
+from mtl_jax.interop import as_aggregator
 from mtl_jax.loss_weightings.adaptive import adaptive
 from mtl_jax.loss_weightings.constant import constant
 from mtl_jax.loss_weightings.cov_weighting import cov_weighting
@@ -19,11 +39,18 @@ from mtl_jax.loss_weightings.softadapt import softadapt
 from mtl_jax.loss_weightings.stch import stch
 from mtl_jax.loss_weightings.uncertainty import uncertainty
 from mtl_jax.masking import masked_mean
+from mtl_jax.representation import check_heads, representation_value_and_grad
+from mtl_jax.rows import rows_aggregator
 from mtl_jax.tasks import Losses, Tasks, Weights
 from mtl_jax.train import TrainState, TrainStep, make_train_step
-from mtl_jax.transforms import GradientFn, MultiTaskValue, value_and_grad
+from mtl_jax.transforms import value_and_grad
+from mtl_jax.vector import vector_weighting
+from mtl_jax.weighing import GradientFn, MultiTaskValue
+from mtl_jax.wrappers import after_warmup, clipped, ema, every, normalized, with_preference
 
 __all__ = [
+    "Aggregator",
+    "Diagnostics",
     "GradientFn",
     "Losses",
     "MultiTaskValue",
@@ -34,21 +61,50 @@ __all__ = [
     "Weighting",
     "Weights",
     "adaptive",
+    "after_warmup",
+    "aligned_mtl",
+    "as_aggregator",
+    "cagrad",
+    "check_heads",
+    "clipped",
+    "conflict_free",
     "constant",
     "cov_weighting",
+    "db_mtl",
+    "diagnostics",
+    "dual_proj",
     "dwa",
     "dynamic_task_priority",
+    "ema",
     "equal",
+    "every",
+    "excess_mtl",
+    "fair_grad",
     "famo",
     "geometric",
+    "graddrop",
+    "gradnorm",
+    "gradvac",
+    "imtl_g",
     "imtl_l",
+    "krum",
     "make_train_step",
     "masked_mean",
+    "mgda",
+    "moco",
+    "nash_mtl",
+    "normalized",
+    "pcgrad",
     "random_weighting",
     "relobralo",
+    "representation_value_and_grad",
+    "rows_aggregator",
     "softadapt",
     "stch",
+    "trimmed_mean",
     "uncertainty",
+    "upgrad",
     "value_and_grad",
     "vector_weighting",
+    "with_preference",
 ]

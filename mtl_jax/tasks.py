@@ -47,8 +47,8 @@ class Tasks(NamedTuple):
             return self.full(values)
         if structure != self.structure:
             raise ValueError(
-                f"{what} must have the structure of the losses, {_describe(self.structure)}; got "
-                f"{_describe(structure)}."
+                f"{what} must have the structure of the losses, {describe(self.structure)}; got "
+                f"{describe(structure)}."
             )
         return jnp.stack([jnp.asarray(leaf, self.dtype) for leaf in jax.tree.leaves(values)])
 
@@ -58,12 +58,20 @@ def at_least_float32(*dtypes: Any) -> Any:
     return jnp.dtype("float64" if jnp.dtype("float64") in dtypes else "float32")
 
 
+def arithmetic_dtype(dtype: Any, *others: Any) -> Any:
+    """The dtype to compute in with an array of ``dtype``: at least float32, complex if that is."""
+    real = at_least_float32(jnp.finfo(dtype).dtype, *others)
+    if not jnp.issubdtype(dtype, jnp.complexfloating):
+        return real
+    return jnp.dtype("complex64" if real == jnp.float32 else "complex128")
+
+
 def leaf_name(path: Any) -> str:
     """The path of a leaf, such as ``heads/0``."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _describe(structure: Any) -> str:
+def describe(structure: Any) -> str:
     """The structure, for an error message: ``{'a': *, 'b': *}``."""
     return str(structure).removeprefix("PyTreeDef(").removesuffix(")")
 
@@ -104,8 +112,8 @@ def read_mask(mask: PyTree | None, tasks: Tasks) -> Bool[Array, "tasks"]:
     structure = jax.tree.structure(mask)
     if structure != tasks.structure:
         raise ValueError(
-            f"The mask must have the structure of the losses, {_describe(tasks.structure)}; got "
-            f"{_describe(structure)}."
+            f"The mask must have the structure of the losses, {describe(tasks.structure)}; got "
+            f"{describe(structure)}."
         )
     for path, leaf in jax.tree_util.tree_leaves_with_path(mask):
         if jnp.shape(leaf) or jnp.result_type(leaf) != jnp.bool_:
@@ -115,3 +123,13 @@ def read_mask(mask: PyTree | None, tasks: Tasks) -> Bool[Array, "tasks"]:
                 "this batch."
             )
     return jnp.stack([jnp.asarray(leaf) for leaf in jax.tree.leaves(mask)])
+
+
+def stack_tasks(values: PyTree, tasks: Tasks) -> Float[Array, "tasks"]:
+    """The losses or weights as a vector, in the dtype of the method's arithmetic."""
+    return jnp.stack([jnp.asarray(leaf).astype(tasks.dtype) for leaf in jax.tree.leaves(values)])
+
+
+def unstack_tasks(vector: Float[Array, "tasks"], tasks: Tasks) -> PyTree:
+    """The vector as a pytree like the losses."""
+    return jax.tree.unflatten(tasks.structure, jnp.unstack(vector))

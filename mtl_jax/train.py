@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int32, PyTree
 
-from mtl_jax.base import Weighting
+from mtl_jax.base import Aggregator, Weighting
+from mtl_jax.checks import check_weighting
+from mtl_jax.jacobian import Shared, shared_parameters
 from mtl_jax.tasks import Losses, leaf_name
-from mtl_jax.transforms import GradientFn, MultiTaskValue, check_weighting, usable
+from mtl_jax.weighing import GradientFn, MultiTaskValue, usable
 
 
 class TrainState(NamedTuple):
@@ -40,33 +42,41 @@ class TrainState(NamedTuple):
         cls,
         params: PyTree,
         optimizer: optax.GradientTransformation,
-        weighting: Weighting,
+        weighting: Weighting | Aggregator,
         losses: Losses,
         *,
         model_state: PyTree = None,
         rng: Array | None = None,
         weighting_key: Array | None = None,
+        shared: Shared = None,
     ) -> "TrainState":
         """The state before the first step.
 
         Args:
           params: the parameters. They are copied, since a train step donates its state.
           optimizer: the optax optimizer.
-          weighting: the weighting.
+          weighting: the weighting, or the aggregator.
           losses: the losses, or their structure: ``jax.eval_shape(losses_fn, params, ...)``.
           model_state: batch statistics and the like; copied.
           rng: a key for the network's own randomness, such as dropout; copied.
           weighting_key: a key for a weighting that draws random numbers.
+          shared: for an aggregator, the parameters that it works on, as in
+            :func:`mtl_jax.value_and_grad`.
 
         Returns:
           The state, none of whose buffers is shared.
         """
-        check_weighting(weighting)
         params, model_state, rng = jax.tree.map(jnp.copy, (params, model_state, rng))
+        if isinstance(weighting, Aggregator):
+            selected = shared_parameters(params, shared)
+            weighting_state = weighting.init(selected, losses, key=weighting_key)
+        else:
+            check_weighting(weighting)
+            weighting_state = weighting.init(losses, key=weighting_key)
         return cls(
             params=params,
             opt_state=optimizer.init(params),
-            weighting_state=weighting.init(losses, key=weighting_key),
+            weighting_state=weighting_state,
             step=jnp.zeros((), jnp.int32),
             skipped=jnp.zeros((), jnp.int32),
             model_state=model_state,
@@ -87,7 +97,7 @@ class TrainStep(Protocol):
 def make_train_step(
     gradient_fn: GradientFn,
     optimizer: optax.GradientTransformation,
-    weighting: Weighting,
+    weighting: Weighting | Aggregator,
     *,
     losses_fn: Callable[..., Losses] | None = None,
     new_model_state: Callable[[Any], PyTree] = lambda aux: aux,
@@ -102,9 +112,10 @@ def make_train_step(
     optimizer, model and weighting keep their state, and ``skipped`` counts it.
 
     Args:
-      gradient_fn: from :func:`mtl_jax.value_and_grad`.
+      gradient_fn: from :func:`mtl_jax.value_and_grad` or
+        :func:`mtl_jax.representation_value_and_grad`.
       optimizer: the optax optimizer.
-      weighting: the weighting that ``gradient_fn`` was made with.
+      weighting: the weighting, or the aggregator, that ``gradient_fn`` was made with.
       losses_fn: the losses alone (no ``aux``), for a weighting that observes the losses after the
         step (:func:`mtl_jax.famo`): one more forward pass, on the same batch with the same key.
       new_model_state: selects the new model state from ``aux``; all of it by default. Used only
@@ -136,8 +147,12 @@ def make_train_step(
       >>> print(f"{value.losses['a']:.2f} {value.losses['b']:.2f}, {int(state.skipped)} skipped")
       1.73 1.64, 0 skipped
     """
-    check_weighting(weighting)
-    if weighting.observe is not None and losses_fn is None:
+    if isinstance(weighting, Aggregator):
+        observe = None
+    else:
+        check_weighting(weighting)
+        observe = weighting.observe
+    if observe is not None and losses_fn is None:
         raise ValueError(
             "This weighting observes the losses after the step: pass losses_fn, which returns "
             "them, to make_train_step."
@@ -162,9 +177,9 @@ def make_train_step(
         ) -> TrainState:
             updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            if weighting.observe is not None and losses_fn is not None:
+            if observe is not None and losses_fn is not None:
                 losses = losses_fn(params, *context, *args)
-                weighting_state = weighting.observe(losses, weighting_state, mask=mask)
+                weighting_state = observe(losses, weighting_state, mask=mask)
             return state._replace(
                 params=params,
                 opt_state=opt_state,

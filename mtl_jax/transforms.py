@@ -1,57 +1,80 @@
 """From the losses of several tasks to one gradient: the weights are the cotangent."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, PyTree
 
-from mtl_jax.base import Weighting, all_finite, tree_where
-from mtl_jax.tasks import Losses, Weights, at_least_float32, leaf_name, read_tasks
-
-
-class MultiTaskValue(NamedTuple):
-    """What a step found out.
-
-    Attributes:
-      losses: the losses, as ``losses_fn`` returned them.
-      weights: the weight that each task had in the gradient; the gradient is that of the sum of
-        ``weights * losses``.
-      aux: the auxiliary output of ``losses_fn``, or ``None``.
-    """
-
-    losses: Losses
-    weights: Weights
-    aux: Any = None
-
-
-class GradientFn(Protocol):
-    """``fn(params, state, *args, mask=None) -> (value, gradient, state)``."""
-
-    def __call__(
-        self, params: PyTree, state: PyTree, *args: Any, mask: PyTree | None = None
-    ) -> tuple[MultiTaskValue, PyTree, PyTree]:
-        """Return the value, the gradient and the weighting's next state."""
-        ...
+from mtl_jax.base import Aggregator, Weighting
+from mtl_jax.checks import check_weighting
+from mtl_jax.jacobian import (
+    Partition,
+    Rows,
+    RowsMode,
+    Shared,
+    choose_rows,
+    combine,
+    gramian_of,
+    linearize,
+    low_memory_gramian,
+    stacked,
+    task_gradients,
+)
+from mtl_jax.state import tree_where
+from mtl_jax.tasks import Losses, Weights, read_mask, read_tasks, stack_tasks, unstack_tasks
+from mtl_jax.weighing import (
+    GradientFn,
+    MultiTaskValue,
+    check_params,
+    cotangent,
+    read_output,
+    usable,
+    weigh,
+    with_diagnostics,
+)
 
 
 def value_and_grad(
-    losses_fn: Callable[..., Any], weighting: Weighting, *, has_aux: bool = False
+    losses_fn: Callable[..., Any],
+    weighting: Weighting | Aggregator,
+    *,
+    has_aux: bool = False,
+    shared: Shared = None,
+    rows: RowsMode = "auto",
+    diagnostics: bool = False,
 ) -> GradientFn:
     r"""Differentiate the weighted sum of the task losses, the weights decided on the way.
 
-    .. math:: g = \sum_k w_k \nabla_\theta L_k(\theta), \qquad w = \text{weighting}(L(\theta))
+    .. math:: g = \sum_k w_k \nabla_\theta L_k(\theta), \qquad w = \text{weighting}(L(\theta), G),
+              \qquad G_{ij} = \langle \nabla L_i, \nabla L_j \rangle
 
     The losses are one vector-valued function of the parameters, evaluated once; the weights are
-    the cotangent that is pulled back through it. So a step costs one forward and one backward
-    pass, for any number of tasks, and no gradient flows through the weights.
+    the cotangent that is pulled back through it, and no gradient flows through them. The price of
+    a step is that of what the weighting reads: one forward and one backward pass for the losses;
+    one forward and K backward passes for the Gramian G, or for an aggregator. Where the network
+    has an encoder and heads, :func:`mtl_jax.representation_value_and_grad` has a Gramian for about
+    the price of plain training.
 
     Args:
       losses_fn: ``losses_fn(params, *args)`` returns the losses, a pytree of scalars, or
         ``(losses, aux)`` with ``has_aux``.
-      weighting: decides the weights.
+      weighting: decides the weights; or an :class:`mtl_jax.Aggregator`, which combines the task
+        gradients itself.
       has_aux: whether ``losses_fn`` returns auxiliary output.
+      shared: the parameters whose gradients enter the Gramian, or the aggregator: a predicate on
+        the path of a parameter, such as ``lambda path: path.startswith("encoder/")``, or a pytree
+        of booleans like the parameters; all of them by default. The other parameters, the tasks'
+        heads, get the gradient of the weighted sum of the losses, and with an aggregator that of
+        the plain sum.
+      rows: how the K task gradients are computed. ``"unrolled"``: one backward pass after the
+        other, which XLA can see across. ``"map"``: in a loop. ``"vmap"``: all at once, with the
+        memory for it. ``"low_memory"``: in a loop that holds one of them, never all, for one
+        forward derivative more each; not for aggregators. ``"auto"``: on CPU ``"unrolled"`` for up
+        to 5 tasks and ``"map"`` for more; on other backends ``"vmap"``. On CPU the gradient of a
+        convolution is slow inside a loop, so ``"unrolled"`` may be better there.
+      diagnostics: whether to return the :class:`mtl_jax.Diagnostics` of the task gradients; then
+        the Gramian is measured whatever the weighting reads.
 
     Returns:
       ``fn(params, state, *args, mask=None) -> (value, gradient, state)``: a
@@ -60,9 +83,11 @@ def value_and_grad(
       loss or the squared norm of the gradient is not finite, the state is returned as it was.
 
     Raises:
-      ValueError: if a loss is not a scalar, or the tasks are not those of the state.
-      TypeError: if ``weighting`` is not a :class:`Weighting`, or a loss or a parameter is not
-        floating-point.
+      ValueError: if a loss is not a scalar, the tasks are not those of the state, ``shared``
+        selects nothing, ``rows`` is unknown, or is ``"low_memory"`` with an aggregator.
+      TypeError: if ``weighting`` is neither a :class:`Weighting` nor an aggregator, a loss or a
+        parameter is not floating-point, or ``losses_fn`` has no forward derivative and ``rows`` is
+        ``"low_memory"``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -77,62 +102,75 @@ def value_and_grad(
       >>> float(gradient)
       4.0
     """
-    check_weighting(weighting)
+    if not isinstance(weighting, Aggregator):
+        check_weighting(weighting)
+    elif rows == "low_memory":
+        raise ValueError("An aggregator reads all task gradients: rows='low_memory' holds one.")
+    choose_rows(rows, number=1)
 
     def fn(
         params: PyTree, state: PyTree, *args: Any, mask: PyTree | None = None
     ) -> tuple[MultiTaskValue, PyTree, PyTree]:
         def with_aux(params: PyTree) -> tuple[Losses, Any]:
-            output = losses_fn(params, *args)
-            losses, aux = _split_aux(output) if has_aux else (output, None)
-            read_tasks(losses)  # before the backward pass, for its error messages
-            return jax.tree.map(jnp.asarray, losses), aux
+            return read_output(losses_fn(params, *args), has_aux, "`losses_fn`")
 
-        _check_params(params)
-        losses, pullback, aux = jax.vjp(with_aux, params, has_aux=True)
-        weights, new_state = weighting.update(losses, state, mask=mask)
-        cotangent = jax.tree.map(lambda weight, loss: weight.astype(loss.dtype), weights, losses)
-        (gradient,) = pullback(cotangent)
-        new_state = tree_where(usable(gradient, weights), new_state, state)
-        return MultiTaskValue(losses, weights, aux), gradient, new_state
+        check_params(params)
+        parts = Partition.of(params, shared)
+        if rows == "low_memory":
+            losses, linear, transpose, aux = linearize(with_aux, params)
+        else:
+            losses, transpose, aux = jax.vjp(with_aux, params, has_aux=True)
+            linear = None
+        tasks = read_tasks(losses)
+
+        def pull_back(weights: Weights) -> PyTree:
+            (gradient,) = transpose(cotangent(weights, losses))
+            return gradient
+
+        def shared_gradient(unit: Losses) -> list[Array]:
+            (gradient,) = transpose(unit)
+            return parts.shared(gradient)
+
+        def with_rest(together: list[Array], weights: Weights) -> PyTree:
+            return parts.join(together, parts.rest(pull_back(weights)) if parts.has_rest else [])
+
+        def task_rows() -> Rows:
+            return task_gradients(shared_gradient, losses, choose_rows(rows, tasks.number))
+
+        if isinstance(weighting, Aggregator):
+            gradients = stacked(task_rows())
+            together, new_state = weighting.update(
+                parts.join(gradients, None), state, losses=losses, mask=mask
+            )
+            present = read_mask(mask, tasks).astype(tasks.dtype)
+            gradient = with_rest(parts.shared(together), unstack_tasks(present, tasks))
+            new_state = tree_where(usable(gradient, ()), new_state, state)
+            value = MultiTaskValue(losses, None, aux)
+            if diagnostics:
+                value = with_diagnostics(value._replace(gramian=gramian_of(gradients)), mask)
+            return value, gradient, new_state
+
+        def measure() -> tuple[Array, Any]:
+            if linear is not None:
+                return low_memory_gramian(linear, transpose, losses, parts.without_rest), None
+            gradients = task_rows()
+            return gramian_of(gradients), gradients
+
+        def from_rows(weights: Weights, gradients: Any) -> PyTree:
+            if gradients is None:
+                return pull_back(weights)
+            return with_rest(combine(stack_tasks(weights, tasks), gradients), weights)
+
+        return weigh(
+            weighting,
+            losses,
+            aux,
+            state,
+            mask,
+            pull_back=pull_back,
+            measure=measure,
+            combine=from_rows,
+            diagnose=diagnostics,
+        )
 
     return fn
-
-
-def usable(gradient: PyTree, weights: Weights) -> Bool[Array, ""]:
-    """Whether a step can be taken: finite weights, and gradients whose squared norms are finite.
-
-    The squared norms, since an optimizer squares the gradient too: where that overflows (in float32
-    at a norm of 1.8e19), its state is lost although the gradient itself is finite.
-    """
-
-    def squared_norm(leaf: Array) -> Float[Array, ""]:
-        size = jnp.abs(leaf)
-        return jnp.sum(jnp.square(size.astype(at_least_float32(size.dtype))))
-
-    return all_finite((jax.tree.map(squared_norm, gradient), weights))
-
-
-def check_weighting(weighting: Any) -> None:
-    """Raise a ``TypeError`` for what is not a weighting."""
-    if not isinstance(weighting, Weighting):
-        hint = " Did you mean to call it?" if callable(weighting) else ""
-        raise TypeError(f"Expected a Weighting, such as mtl_jax.equal(), got {weighting!r}.{hint}")
-
-
-def _check_params(params: PyTree) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            raise TypeError(
-                f"The parameter {leaf_name(path)!r} has dtype {jnp.result_type(leaf)}, by which "
-                "nothing can be differentiated. Pass it to `losses_fn` as another argument."
-            )
-
-
-def _split_aux(output: Any) -> tuple[Losses, Any]:
-    if not isinstance(output, tuple) or len(output) != 2:
-        raise TypeError(
-            "With has_aux=True `losses_fn` must return a pair (losses, aux), got "
-            f"{type(output).__name__}."
-        )
-    return output

@@ -1,5 +1,4 @@
 """Weightings that read the task losses: a step costs one forward and one backward pass.
 
-One method a file. :mod:`~mtl_jax.loss_weightings.statistics` and
-:mod:`~mtl_jax.loss_weightings.learned` hold what several of them share.
+One method a file; :mod:`~mtl_jax.loss_weightings.statistics` holds what several of them share.
 """

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mtl_jax.base import Weighting, vector_weighting
-from mtl_jax.loss_weightings.statistics import check_decay, ema_rate
+from mtl_jax.base import Weighting
+from mtl_jax.checks import check_decay
+from mtl_jax.loss_weightings.statistics import ema_rate
+from mtl_jax.vector import vector_weighting
 
 
 class AdaptiveState(NamedTuple):

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from mtl_jax.base import Weighting, vector_weighting
+from mtl_jax.base import Weighting
 from mtl_jax.tasks import leaf_name
+from mtl_jax.vector import vector_weighting
 
 
 class ConstantState(NamedTuple):

@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.base import Weighting, positive_steps, vector_weighting
-from mtl_jax.loss_weightings.statistics import WindowMeans, check_positive
+from mtl_jax.base import Weighting
+from mtl_jax.checks import check_positive, positive_steps
+from mtl_jax.loss_weightings.statistics import WindowMeans
+from mtl_jax.vector import vector_weighting
 
 
 def dwa(window: int, temperature: float = 2.0) -> Weighting:

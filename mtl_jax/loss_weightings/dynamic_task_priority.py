@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from mtl_jax.base import Weighting, vector_weighting
-from mtl_jax.loss_weightings.statistics import check_decay
+from mtl_jax.base import Weighting
+from mtl_jax.checks import check_decay
+from mtl_jax.vector import vector_weighting
 
 
 class DynamicTaskPriorityState(NamedTuple):

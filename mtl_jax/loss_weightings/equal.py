@@ -2,7 +2,8 @@
 
 import jax.numpy as jnp
 
-from mtl_jax.base import Weighting, vector_weighting
+from mtl_jax.base import Weighting
+from mtl_jax.vector import vector_weighting
 
 
 def equal() -> Weighting:

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from mtl_jax.base import Weighting, per_task, vector_weighting
-from mtl_jax.loss_weightings.statistics import check_positive
+from mtl_jax.base import Weighting
+from mtl_jax.checks import check_positive
+from mtl_jax.learned import per_task
+from mtl_jax.vector import vector_weighting
 
 
 class FamoState(NamedTuple):

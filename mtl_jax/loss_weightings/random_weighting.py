@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from mtl_jax.base import Weighting, require_key, vector_weighting
+from mtl_jax.base import Weighting
+from mtl_jax.checks import require_key
+from mtl_jax.vector import vector_weighting
 
 
 class RandomWeightingState(NamedTuple):

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from mtl_jax.base import Weighting, require_key, vector_weighting
-from mtl_jax.loss_weightings.statistics import check_positive
+from mtl_jax.base import Weighting
+from mtl_jax.checks import check_positive, require_key
+from mtl_jax.vector import vector_weighting
 
 
 class RelobraloState(NamedTuple):

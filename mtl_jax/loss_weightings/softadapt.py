@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax.base import Weighting, positive_steps, vector_weighting
+from mtl_jax.base import Weighting
+from mtl_jax.checks import positive_steps
 from mtl_jax.loss_weightings.statistics import WindowMeans
+from mtl_jax.vector import vector_weighting
 
 
 def softadapt(

@@ -53,15 +53,3 @@ def ema_rate(decay: float, steps: Int32[Array, "tasks"], dtype: Any) -> Float[Ar
         return jnp.ones(steps.shape, dtype)
     later = (1 - decay) / -jnp.expm1((steps + 1).astype(dtype) * math.log(decay))
     return jnp.where(steps == 0, 1, later)
-
-
-def check_decay(decay: float, method: str) -> None:
-    """Raise an error for a decay outside [0, 1)."""
-    if not 0 <= decay < 1:
-        raise ValueError(f"{method}: `decay` must be in [0, 1), got {decay!r}.")
-
-
-def check_positive(value: float, name: str, method: str) -> None:
-    """Raise an error for a parameter that is not a positive, finite number."""
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{method}: `{name}` must be positive and finite, got {value!r}.")

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mtl_jax.base import Weighting, positive_steps, vector_weighting
-from mtl_jax.loss_weightings.statistics import check_positive
+from mtl_jax.base import Weighting
+from mtl_jax.checks import check_positive, positive_steps
+from mtl_jax.vector import vector_weighting
 
 
 class StchState(NamedTuple):

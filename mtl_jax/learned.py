@@ -1,12 +1,11 @@
 """Weightings that learn one parameter for each task with an optimizer of their own."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
-
-from mtl_jax.base import per_task
 
 
 class LearnedState(NamedTuple):
@@ -38,11 +37,13 @@ def learned_step(
     return LearnedState(jnp.clip(parameter, -limit, limit), opt_state)
 
 
-def check_optimizer(optimizer: Any, method: str) -> None:
-    """Raise an error for what is not an optax optimizer."""
-    if not isinstance(optimizer, optax.GradientTransformation):
-        hint = " Did you mean to call it?" if callable(optimizer) else ""
-        raise TypeError(
-            f"{method}: `optimizer` must be an optax optimizer, such as optax.adam(1e-3), got "
-            f"{optimizer!r}.{hint}"
-        )
+def per_task(
+    transformation: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+    """The optimizer applied to each task's scalar on its own, its whole state kept per task.
+
+    Then a task that is absent keeps all of its optimizer state, the step counter included.
+    """
+    return optax.GradientTransformation(
+        init=jax.vmap(transformation.init), update=jax.vmap(transformation.update)
+    )

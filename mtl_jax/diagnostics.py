@@ -1,0 +1,82 @@
+"""How the tasks' gradients lie to each other, from their Gramian."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+class Diagnostics(NamedTuple):
+    """What a Gramian tells of the task gradients, in the order of the leaves of the losses.
+
+    Attributes:
+      norms: the norm of each task's gradient; 0 for an absent task.
+      cosines: the cosine of the angle between each two gradients; 0 where one of them is zero or
+        absent.
+      magnitude_similarity: for each two gradients 2 |g_i| |g_j| / (|g_i|^2 + |g_j|^2): 1 if they
+        are equally long, near 0 if one dwarfs the other; 0 where one is zero or absent.
+      conflicting: the share of the pairs of present tasks whose gradients point away from each
+        other, that is with a negative cosine; 0 if there is no pair.
+    """
+
+    norms: Float[Array, "tasks"]
+    cosines: Float[Array, "tasks tasks"]
+    magnitude_similarity: Float[Array, "tasks tasks"]
+    conflicting: Float[Array, ""]
+
+
+def diagnostics(
+    gramian: Float[Array, "tasks tasks"], present: Bool[Array, "tasks"] | None = None
+) -> Diagnostics:
+    r"""Cosines, magnitude similarity and share of conflicting pairs of the task gradients.
+
+    .. math:: \cos_{ij} = \frac{G_{ij}}{\sqrt{G_{ii} G_{jj}}}, \qquad
+              \phi_{ij} = \frac{2 \sqrt{G_{ii} G_{jj}}}{G_{ii} + G_{jj}}.
+
+    Args:
+      gramian: G, the inner products of the task gradients, as in
+        :class:`mtl_jax.MultiTaskValue`.
+      present: which tasks count; all of them by default.
+
+    Returns:
+      The :class:`Diagnostics`. A Gramian that was not measured is NaN, and so are they then.
+
+    Raises:
+      ValueError: if the Gramian is not a square matrix.
+
+    References:
+      Yu et al., `Gradient Surgery for Multi-Task Learning <https://arxiv.org/abs/2001.06782>`_,
+      NeurIPS 2020, Definitions 1 and 2
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import mtl_jax
+      >>> found = mtl_jax.diagnostics(jnp.array([[4.0, -1.0], [-1.0, 1.0]]))
+      >>> [round(float(x), 3) for x in (found.cosines[0, 1], found.magnitude_similarity[0, 1])]
+      [-0.5, 0.8]
+      >>> float(found.conflicting)
+      1.0
+    """
+    gramian = jnp.asarray(gramian)
+    if gramian.ndim != 2 or gramian.shape[0] != gramian.shape[1]:
+        raise ValueError(f"A Gramian is a square matrix, got shape {gramian.shape}.")
+    number = gramian.shape[0]
+    if present is None:
+        present = jnp.ones((number,), bool)
+    norms = jnp.sqrt(jnp.where(present, jnp.maximum(jnp.diagonal(gramian), 0), 0))
+    there = (norms != 0) & present
+    both = there[:, None] & there[None, :]
+    scale = jnp.where(there, norms, 1)
+    cosines = gramian / scale[:, None] / scale[None, :]
+    ratio = scale[:, None] / scale[None, :]
+    similarity = 2 / (ratio + 1 / ratio)
+    pairs = jnp.triu(present[:, None] & present[None, :], 1)
+    conflicts = jnp.sum(jnp.where(pairs & both, cosines < 0, False), dtype=gramian.dtype)
+    measured = jnp.where(jnp.all(jnp.isfinite(jnp.where(both, gramian, 0))), 0, jnp.nan)
+    count = jnp.maximum(jnp.sum(pairs, dtype=gramian.dtype), 1)
+    return Diagnostics(
+        norms=norms,
+        cosines=jnp.where(both, jnp.clip(cosines, -1, 1), 0),
+        magnitude_similarity=jnp.where(both, similarity, 0),
+        conflicting=conflicts / count + measured.astype(gramian.dtype),
+    )

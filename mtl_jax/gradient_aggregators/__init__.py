@@ -1,0 +1,1 @@
+"""Aggregators, which combine the task gradients coordinate by coordinate, one method a file."""

@@ -1,0 +1,92 @@
+"""Dual balancing."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from mtl_jax.base import Aggregator
+from mtl_jax.rows import for_each_task, rows_aggregator, squared_norms, weighted_sum
+from mtl_jax.tasks import at_least_float32
+
+
+class DBMTLState(NamedTuple):
+    """The smoothed gradients, like the parameters with the tasks as leading axis."""
+
+    smoothed: PyTree
+
+
+def db_mtl(beta: float = 0.9, beta_sigma: float = 0.0, eps: float = 1e-8) -> Aggregator:
+    r"""DB-MTL: gradients of the logarithms of the losses, all brought to the length of the longest.
+
+    .. math::
+
+       b_k \leftarrow \beta_t\, b_k + (1 - \beta_t)\, \nabla \log(L_k + \epsilon), \quad
+       \beta_t = \frac{\beta}{t^{\sigma}}, \qquad
+       d = \sum_k \frac{\max_j \|b_j\|}{\|b_k\| + \epsilon}\, b_k,
+
+    from b = 0, t being a task's number of steps, the present one included. There is no correction
+    for the start at 0, so the first gradients are short, :math:`1 - \beta` times their length. The
+    direction is up to K times as long as the longest :math:`b_k`, as in the paper.
+
+    The task gradients given to ``update`` are those of the losses; the logarithm is taken here. A
+    negative loss is outside the domain: the gradient is then NaN and the state stays as it was. The
+    same holds for a norm that overflows (in float32, beyond 1.8e19, the gradients being divided by
+    the losses).
+
+    Args:
+      beta: the decay of the moving average, in [0, 1); 0 does not smooth. The default is that of
+        the authors' code, and so are the others.
+      beta_sigma: :math:`\sigma`, how fast ``beta`` decays over the steps, at least 0.
+      eps: added to the losses and to the norms, at least 0. With 0 the method does not depend on
+        the scale of the losses or of the gradients; gradients far below it almost vanish.
+
+    Returns:
+      The aggregator. Its ``update`` reads the losses.
+
+    Raises:
+      ValueError: if a parameter is outside its range; in ``update``, if the losses are missing.
+
+    References:
+      Lin et al., `Dual-Balancing for Multi-Task Learning <https://arxiv.org/abs/2308.12029>`_, 2023
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import mtl_jax
+      >>> aggregator = mtl_jax.db_mtl(beta=0.0)
+      >>> losses, task_gradients = (1.0, 2.0), jnp.array([[0.1, 0.0], [0.0, 10.0]])
+      >>> state = aggregator.init(task_gradients[0], losses)
+      >>> gradient, state = aggregator.update(task_gradients, state, losses=losses)
+      >>> [round(float(entry), 3) for entry in gradient]
+      [5.0, 5.0]
+    """
+    if not 0 <= beta < 1:
+        raise ValueError(f"db_mtl: `beta` must be in [0, 1), got {beta!r}.")
+    for name, value in (("beta_sigma", beta_sigma), ("eps", eps)):
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"db_mtl: `{name}` must be at least 0 and finite, got {value!r}.")
+
+    def init(params, tasks, key):
+        def zeros(leaf):
+            return jnp.zeros((tasks.number, *leaf.shape), at_least_float32(leaf.dtype))
+
+        return DBMTLState(jax.tree.map(zeros, params))
+
+    def update(rows, state, present, steps, losses):
+        step = (steps + 1).astype(losses.dtype)
+        slope = 1 / (jnp.where(losses >= 0, losses, jnp.nan) + eps)
+        decay = beta * step**-beta_sigma
+
+        def smooth(old, row):
+            # A gradient of 0 stays so, even where without eps a loss of 0 has no logarithm.
+            new = jnp.where(row == 0, 0, for_each_task(slope, row).astype(row.dtype) * row)
+            return new + for_each_task(decay, row).astype(row.dtype) * (old - new)
+
+        smoothed = jax.tree.map(smooth, state.smoothed, rows)
+        norms = jnp.sqrt(squared_norms(smoothed))
+        longest = jnp.max(norms, where=present, initial=0)
+        weights = jnp.where(present, longest / jnp.where(norms == 0, 1, norms + eps), 0)
+        return weighted_sum(weights, smoothed), DBMTLState(smoothed)
+
+    return rows_aggregator(update, init, reads_losses=True)

@@ -1,0 +1,124 @@
+"""Weights from excess risks."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from mtl_jax.base import Aggregator
+from mtl_jax.checks import check_positive
+from mtl_jax.rows import rows_aggregator, weighted_sum
+from mtl_jax.tasks import at_least_float32
+
+
+class ExcessMTLState(NamedTuple):
+    """State of the method.
+
+    Attributes:
+      log_weights: the logarithms of the weights' shares.
+      initial_risk: each task's first excess risk above 0; 0 before it.
+      squares: the sums of the squared gradients, like the parameters with the tasks as leading
+        axis.
+    """
+
+    log_weights: Float[Array, "tasks"]
+    initial_risk: Float[Array, "tasks"]
+    squares: PyTree
+
+
+def excess_mtl(step_size: float = 0.01, eps: float = 1e-7) -> Aggregator:
+    r"""ExcessMTL: the further a task is from its optimum, by its excess risk, the more it counts.
+
+    .. math::
+
+       S_k \leftarrow S_k + g_k \odot g_k, \qquad
+       r_k = \sum_i \frac{g_{k,i}^2}{\sqrt{S_{k,i} + \epsilon}}, \qquad
+       w_k \leftarrow K\, \frac{w_k\, e^{\eta\, r_k / r_k(1)}}
+                               {\sum_j w_j\, e^{\eta\, r_j / r_j(1)}}, \qquad
+       g = \sum_k w_k g_k,
+
+    from equal weights: the excess risk is a second-order estimate, with the Hessian's diagonal
+    taken from the accumulated squares as in AdaGrad, relative to its first value. The first step
+    only sets that value, so its weights are equal. A task whose gradient is 0 at first gets it from
+    its first gradient that is not 0; until then its ratio counts as 1 (the published code becomes
+    NaN there).
+
+    As in the authors' code the weights sum to the number of present tasks. TorchJD's sum to 1, and
+    it moves the weights at the first step already, by the risk itself. The weights are computed in
+    logarithms, so none becomes 0 for good; an :math:`\eta r_k / r_k(1)` whose square overflows is
+    cut off (in float32, above 1.8e19). Gradients whose squares overflow, beyond 1.8e19 in float32,
+    leave the state as it was and give NaN.
+
+    Args:
+      step_size: :math:`\eta`, above 0; the default is that of the authors' code.
+      eps: added to the accumulated squares, at least 0; the default is that of the authors' code.
+        With 0 the method does not depend on the gradients' scale.
+
+    Returns:
+      The aggregator.
+
+    Raises:
+      ValueError: if a parameter is outside its range.
+
+    References:
+      He et al., `Robust Multi-Task Learning with Excess Risks <https://arxiv.org/abs/2402.02009>`_,
+      ICML 2024
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import mtl_jax
+      >>> aggregator = mtl_jax.excess_mtl(step_size=0.5)
+      >>> state = aggregator.init(jnp.zeros(2), (0.0, 0.0))
+      >>> for shrink in (1.0, 0.1):  # the first task's gradient vanishes
+      ...     task_gradients = jnp.array([[shrink, 0.0], [0.0, 1.0]])
+      ...     gradient, state = aggregator.update(task_gradients, state)
+      >>> [round(float(entry), 3) for entry in gradient]
+      [0.083, 1.173]
+    """
+    check_positive(step_size, "step_size", "excess_mtl")
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"excess_mtl: `eps` must be at least 0 and finite, got {eps!r}.")
+
+    def init(params, tasks, key):
+        def zeros(leaf):
+            return jnp.zeros((tasks.number, *leaf.shape), at_least_float32(leaf.dtype))
+
+        return ExcessMTLState(
+            log_weights=tasks.full(0),
+            initial_risk=tasks.full(0),
+            squares=jax.tree.map(zeros, params),
+        )
+
+    def update(rows, state, present, steps):
+        squares = jax.tree.map(lambda old, row: old + row**2, state.squares, rows)
+        risk = _excess_risk(rows, squares, eps).astype(state.initial_risk.dtype)
+        initial_risk = jnp.where(state.initial_risk > 0, state.initial_risk, risk)
+        started = initial_risk > 0
+        ratio = jnp.where(started, risk / jnp.where(started, initial_risk, 1), 1)
+        gain = jnp.minimum(step_size * ratio, jnp.finfo(ratio.dtype).max ** 0.5)
+
+        def log_total(log_weights):
+            return jax.nn.logsumexp(log_weights, where=present)
+
+        log_weights = state.log_weights + gain
+        # The present tasks share among them what they had, so that absent ones keep theirs.
+        log_weights -= log_total(log_weights) - log_total(state.log_weights)
+        number = jnp.sum(present, dtype=log_weights.dtype)
+        weights = number * jax.nn.softmax(log_weights, where=present)
+        return weighted_sum(weights, rows), ExcessMTLState(log_weights, initial_risk, squares)
+
+    return rows_aggregator(update, init)
+
+
+def _excess_risk(rows: PyTree, squares: PyTree, eps: float) -> Float[Array, "tasks"]:
+    """The estimate of every task's excess risk."""
+
+    def leaf_risk(row, square):
+        # A square of 0 is that of a gradient of 0.
+        root = jnp.sqrt(jnp.where(square > 0, square + eps, 1))
+        return jnp.sum(row**2 / root, axis=tuple(range(1, row.ndim)))
+
+    by_leaf = jax.tree.map(leaf_risk, rows, squares)
+    return functools.reduce(jnp.add, jax.tree.leaves(by_leaf))

@@ -1,0 +1,67 @@
+"""Aligned-MTL."""
+
+from typing import Literal
+
+import jax.numpy as jnp
+
+from mtl_jax.base import Signal, Weighting
+from mtl_jax.gramian_weightings.spectral import spectrum
+from mtl_jax.vector import vector_weighting
+
+
+def aligned_mtl(scale: Literal["min", "median", "rmse"] = "min") -> Weighting:
+    r"""Aligned-MTL: the mean of the task gradients after they are made orthogonal, equally long.
+
+    With the eigenvalues :math:`\lambda` and eigenvectors V of the Gramian,
+
+    .. math:: w = \sqrt{\sigma}\; V \operatorname{diag}(\lambda^{-1/2})\, V^\top \tfrac{1}{K}
+                  \mathbf 1, \qquad \sigma = \min_k \lambda_k,
+
+    over the eigenvalues that are not zero. The rows of :math:`\sqrt\sigma\, G^{-1/2} J` are the
+    orthogonal system nearest to the task gradients, the rows of J, up to its length. The weights
+    keep this scale, do not sum to a constant, and may be negative. Published code takes the sum of
+    the aligned gradients, K times this mean. If all gradients are zero, so are the weights.
+
+    The rank is decided on the gradients divided by their norms, so that a short gradient is never
+    taken for a dependent one; published code compares the eigenvalues with the largest.
+
+    Args:
+      scale: the length of the aligned gradients is the square root of: ``"min"``, the paper's
+        choice, the smallest eigenvalue; ``"median"`` the median one, of an even number the lower of
+        the middle two; ``"rmse"`` the mean of the eigenvalues.
+
+    Returns:
+      The weighting.
+
+    Raises:
+      ValueError: if ``scale`` is unknown.
+
+    References:
+      Senushkin et al., `Independent Component Alignment for Multi-Task Learning
+      <https://arxiv.org/abs/2305.19000>`_, CVPR 2023
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import mtl_jax
+      >>> weighting = mtl_jax.aligned_mtl()
+      >>> state = weighting.init((1.0, 1.0))
+      >>> gramian = jnp.diag(jnp.array([1.0, 9.0]))  # two orthogonal gradients, of norms 1 and 3
+      >>> weights, state = weighting.update((1.0, 1.0), state, gramian=gramian)
+      >>> [round(float(weight), 3) for weight in weights]
+      [0.5, 0.167]
+    """
+    if scale not in ("min", "median", "rmse"):
+        raise ValueError(f"aligned_mtl: `scale` must be 'min', 'median' or 'rmse', got {scale!r}.")
+
+    def update(losses, state, present, steps, gramian):
+        eigen = spectrum(gramian)
+        rank = jnp.sum(eigen.kept)
+        if scale == "rmse":
+            level = jnp.mean(eigen.values, where=eigen.kept | (rank == 0))
+        else:
+            middle = 0 if scale == "min" else (jnp.maximum(rank, 1) - 1) // 2
+            level = jnp.sort(jnp.where(eigen.kept | (rank == 0), eigen.values, jnp.inf))[middle]
+        mean = present.astype(gramian.dtype) / jnp.maximum(jnp.sum(present, dtype=gramian.dtype), 1)
+        return jnp.sqrt(level) * eigen.apply(1 / jnp.sqrt(eigen.values), mean), state
+
+    return vector_weighting(update, needs=Signal.GRAMIAN)

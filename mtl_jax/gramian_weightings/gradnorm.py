@@ -1,0 +1,116 @@
+"""Gradient normalization (GradNorm)."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from mtl_jax.base import Signal, Weighting
+from mtl_jax.checks import check_optimizer
+from mtl_jax.gramian_weightings.spectral import gradient_norms
+from mtl_jax.learned import per_task
+from mtl_jax.vector import vector_weighting
+
+
+class GradNormState(NamedTuple):
+    """State of the method.
+
+    Attributes:
+      weights: the weights of the next step.
+      initial: the first loss of each task.
+      opt_state: the optimizer's state, each leaf with the task as its leading axis.
+    """
+
+    weights: Float[Array, "tasks"]
+    initial: Float[Array, "tasks"]
+    opt_state: PyTree
+
+
+def gradnorm(optimizer: optax.GradientTransformation, alpha: float = 1.5) -> Weighting:
+    r"""GradNorm: learned weights that make tasks train at similar rates.
+
+    The weighted gradient norms :math:`w_k \lVert g_k \rVert` are to be their mean, larger for the
+    tasks whose loss has fallen less: the weights minimise
+
+    .. math:: \sum_k \Big\lvert\, w_k \lVert g_k \rVert - \bar G\, r_k^\alpha \Big\rvert, \qquad
+              \bar G = \frac{1}{K} \sum_j w_j \lVert g_j \rVert, \quad
+              r_k = \frac{L_k / L_k(0)}{\frac1K \sum_j L_j / L_j(0)},
+
+    with the target :math:`\bar G\, r_k^\alpha` held constant. ``optimizer`` takes one step on
+    the gradient, :math:`\pm \lVert g_k \rVert`, after the weights of a step are decided; then
+    they are rescaled to sum to K. They are 1 at the start. Between updates in which not all tasks
+    are present, the present ones are rescaled among themselves, to sum to their number in use and
+    to keep their sum in the state, so that the ratios to the absent ones are not lost.
+
+    The paper does not say what keeps the weights positive. Here they are kept, before they are
+    rescaled, at 0.001 or more and at K or less, which matters only where a step is too large:
+    :math:`\pm \lVert g_k \rVert` has the scale of the gradients, so plain gradient descent needs a
+    learning rate that suits it, and Adam does not. The gradient norms are those of the Gramian: at
+    the representation, or over the parameters of ``shared``; the paper takes the last shared layer.
+    :math:`L_k(0)` is the loss of the task's first step, the paper's choice for a known one aside.
+    A first loss that is not positive, or a later one that is negative, is outside the domain: the
+    weights are then NaN and the state stays as it was. Where all losses are 0, r is 1.
+
+    Args:
+      optimizer: the optax optimizer of the weights; it is applied to each task's weight on its own.
+        The paper uses the network's own optimizer and learning rate.
+      alpha: how strongly to pull the tasks to a common rate, at least 0. The default is the paper's
+        choice for NYUv2.
+
+    Returns:
+      The weighting; its state holds the weights of the next step as ``state.inner.weights``.
+
+    Raises:
+      ValueError: if ``alpha`` is negative or not finite.
+      TypeError: if ``optimizer`` is not an optax optimizer.
+
+    References:
+      Chen et al., `GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep Multitask
+      Networks <https://arxiv.org/abs/1711.02257>`_, ICML 2018
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import mtl_jax
+      >>> weighting = mtl_jax.gradnorm(optax.adam(0.01))
+      >>> state = weighting.init((1.0, 1.0))
+      >>> gramian = jnp.diag(jnp.array([1.0, 9.0]))  # two orthogonal gradients, of norms 1 and 3
+      >>> for _ in range(200):
+      ...     weights, state = weighting.update((1.0, 1.0), state, gramian=gramian)
+      >>> [round(float(weight), 1) for weight in weights]
+      [1.5, 0.5]
+    """
+    check_optimizer(optimizer, "gradnorm")
+    if not (math.isfinite(alpha) and alpha >= 0):
+        raise ValueError(f"gradnorm: `alpha` must be at least 0 and finite, got {alpha!r}.")
+    optimizer = per_task(optimizer)
+
+    def init(tasks, key):
+        return GradNormState(tasks.full(1), tasks.full(1), optimizer.init(tasks.full(1)))
+
+    def update(losses, state, present, steps, gramian):
+        number = jnp.maximum(jnp.sum(present, dtype=losses.dtype), 1)
+        initial = jnp.where(steps == 0, losses, state.initial)
+        initial = jnp.where(initial > 0, initial, jnp.nan)
+        losses = jnp.where(losses >= 0, losses, jnp.nan)
+        share = jnp.sum(state.weights, where=present) / number
+        weights = state.weights / jnp.where(share > 0, share, 1)
+
+        norms = gradient_norms(gramian)
+        mean = jnp.sum(weights * norms, where=present) / number
+        # The mean of r is 1. In logarithms, so that no ratio overflows.
+        logs = jnp.log(losses) - jnp.log(initial)
+        logs = jnp.where(jnp.all(losses == 0, where=present), 0 * initial, logs)
+        rate = number * jax.nn.softmax(logs, where=present)
+        gradient = jnp.sign(weights * norms - mean * rate**alpha) * norms
+
+        updates, opt_state = optimizer.update(gradient, state.opt_state, weights)
+        learned = jnp.asarray(optax.apply_updates(weights, updates))
+        learned = jnp.clip(learned, 1e-3, number)
+        learned = learned * (share * number / jnp.sum(learned, where=present))
+        return weights, GradNormState(learned, initial, opt_state)
+
+    return vector_weighting(update, init, needs=Signal.GRAMIAN)

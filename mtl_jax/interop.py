@@ -1,0 +1,81 @@
+"""Gramian weightings for those who already hold task gradients."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from mtl_jax.base import Weighting
+from mtl_jax.checks import check_weighting
+from mtl_jax.jacobian import gramian_of
+from mtl_jax.rows import leading_axis, weighted_sum
+from mtl_jax.tasks import Losses, at_least_float32, read_tasks, stack_tasks
+
+
+def as_aggregator(weighting: Weighting, num_tasks: int, *, key: Array | None = None):
+    r"""A weighting as an ``optax.experimental.aggregating.Aggregator`` of stacked task gradients.
+
+    .. math:: d = \sum_k w_k g_k, \qquad w = \text{weighting}(G), \qquad
+              G_{ij} = \langle g_i, g_j \rangle
+
+    Args:
+      weighting: the weighting, one that reads the Gramian.
+      num_tasks: K.
+      key: a ``jax.random.key`` for a weighting that draws random numbers.
+
+    Returns:
+      The aggregator. ``init(params)`` is the weighting's state; ``update(task_gradients, state,
+      params=None, *, losses=None, mask=None)`` combines gradients whose leaves have the tasks as
+      their leading axis. ``losses``, a pytree of K scalars, need only be given for a weighting
+      that reads them besides the Gramian (:func:`mtl_jax.gradnorm`, and :func:`mtl_jax.mgda`
+      normalised by the losses): they are 1 by default. If something is not finite, the state is
+      returned as it was and the update is NaN.
+
+    Raises:
+      ValueError: if ``num_tasks`` is not positive; in ``update``, if there are gradients of another
+        number of tasks.
+      TypeError: if ``weighting`` is not a :class:`mtl_jax.Weighting`.
+      ImportError: with an optax older than 0.2.7.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import mtl_jax
+      >>> aggregator = mtl_jax.as_aggregator(mtl_jax.upgrad(), num_tasks=2)
+      >>> task_gradients = {"w": jnp.array([[1.0, 1.0], [-1.0, 0.0]])}
+      >>> state = aggregator.init({"w": jnp.zeros(2)})
+      >>> update, state = aggregator.update(task_gradients, state)
+      >>> print(jnp.round(update["w"], 4))
+      [-0.25  0.75]
+    """
+    from optax.experimental import aggregating
+
+    check_weighting(weighting)
+    if num_tasks < 1:
+        raise ValueError(f"as_aggregator: `num_tasks` must be at least 1, got {num_tasks!r}.")
+
+    def init(params: PyTree) -> PyTree:
+        widest = at_least_float32(*(leaf.dtype for leaf in jax.tree.leaves(params)))
+        return weighting.init((jax.ShapeDtypeStruct((), widest),) * num_tasks, key=key)
+
+    def update(
+        updates: PyTree,
+        state: PyTree,
+        params: PyTree = None,
+        *,
+        losses: Losses | None = None,
+        mask: PyTree | None = None,
+        **extra: object,
+    ) -> tuple[PyTree, PyTree]:
+        del params, extra
+        if leading_axis(updates) != num_tasks:
+            raise ValueError(
+                f"as_aggregator was made for {num_tasks} tasks, but there are gradients of "
+                f"{leading_axis(updates)}."
+            )
+        gramian = gramian_of(jax.tree.leaves(updates))
+        if losses is None:
+            losses = (jnp.ones((), gramian.dtype),) * num_tasks
+        weights, state = weighting.update(losses, state, mask=mask, gramian=gramian)
+        return weighted_sum(stack_tasks(weights, read_tasks(losses)), updates), state
+
+    return aggregating.Aggregator(init, update)

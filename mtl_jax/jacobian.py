@@ -1,0 +1,259 @@
+"""The ways to compute the task gradients and their Gramian, and which parameters enter it."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from mtl_jax.rows import weighted_sum
+from mtl_jax.tasks import Losses, arithmetic_dtype, at_least_float32, describe, leaf_name
+
+RowsMode = Literal["auto", "unrolled", "map", "vmap", "low_memory"]
+Shared = PyTree | Callable[[str], bool] | None
+Rows = tuple[list[Array], ...] | list[Array]
+"""Task gradients: for each task its leaves, or each leaf with the tasks as its leading axis."""
+
+MOST_UNROLLED = 5
+"""The most tasks for which "auto" unrolls the backward passes on CPU."""
+
+
+def choose_rows(rows: RowsMode, number: int) -> RowsMode:
+    """The way to compute the rows, "auto" decided by the backend and the number of tasks.
+
+    On CPU backward passes one after the other are fastest (measured: ``docs/speed.md``), unrolled
+    for few tasks, for which XLA sees across them, and in a loop for many. Other backends have the
+    parallelism that a batch of them needs.
+    """
+    if rows not in get_args(RowsMode):
+        raise ValueError(f"`rows` must be one of {', '.join(get_args(RowsMode))}; got {rows!r}.")
+    if rows != "auto":
+        return rows
+    if jax.default_backend() != "cpu":
+        return "vmap"
+    return "unrolled" if number <= MOST_UNROLLED else "map"
+
+
+class Partition(NamedTuple):
+    """The parameters in two parts: those that all tasks share, and the rest.
+
+    Attributes:
+      structure: the structure of the parameters.
+      flags: for each leaf, whether it is shared.
+    """
+
+    structure: Any
+    flags: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, params: PyTree, shared: Shared) -> "Partition":
+        """Read and check what ``shared`` selects: by default everything.
+
+        Raises:
+          ValueError: if ``shared`` selects nothing, or is a pytree of another structure.
+          TypeError: if it selects by something else than booleans.
+        """
+        structure = jax.tree.structure(params)
+        paths = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        if shared is None:
+            flags = [True] * len(paths)
+        elif callable(shared):
+            flags = [shared(path) for path in paths]
+        elif jax.tree.structure(shared) == structure:
+            flags = jax.tree.leaves(shared)
+        else:
+            raise ValueError(
+                "`shared` must be a predicate on the path of a parameter, or a pytree of booleans "
+                f"with the structure of the parameters, {describe(structure)}; got "
+                f"{describe(jax.tree.structure(shared))}."
+            )
+        for path, flag in zip(paths, flags, strict=True):
+            if not isinstance(flag, bool | np.bool_):
+                raise TypeError(
+                    f"`shared` must say True or False for every parameter; for {path!r} it says "
+                    f"{flag!r}."
+                )
+        if paths and not any(flags):
+            raise ValueError(f"`shared` selects none of the parameters: {', '.join(paths)}.")
+        return cls(structure, tuple(map(bool, flags)))
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether some parameter is not shared."""
+        return not all(self.flags)
+
+    def shared(self, tree: PyTree) -> list[Array]:
+        """The leaves of the shared part."""
+        leaves = self.structure.flatten_up_to(tree)
+        return [leaf for leaf, flag in zip(leaves, self.flags, strict=True) if flag]
+
+    def rest(self, tree: PyTree) -> list[Array]:
+        """The leaves of the rest."""
+        leaves = self.structure.flatten_up_to(tree)
+        return [leaf for leaf, flag in zip(leaves, self.flags, strict=True) if not flag]
+
+    def join(self, shared: list[Array], rest: list[Array] | None) -> PyTree:
+        """The tree with these leaves; ``None`` in place of the rest if that is ``None``."""
+        remaining = iter(shared), iter([None] * len(self.flags) if rest is None else rest)
+        leaves = [next(remaining[0] if flag else remaining[1]) for flag in self.flags]
+        return jax.tree.unflatten(self.structure, leaves)
+
+    def without_rest(self, tree: PyTree) -> PyTree:
+        """The tree with zeros in place of the rest."""
+        return self.join(self.shared(tree), [jnp.zeros_like(leaf) for leaf in self.rest(tree)])
+
+
+def shared_parameters(params: PyTree, shared: Shared) -> PyTree:
+    """The parameters that all tasks share, ``None`` standing for the others."""
+    parts = Partition.of(params, shared)
+    return parts.join(parts.shared(params), None)
+
+
+def linearize(
+    losses_fn: Callable[[PyTree], tuple[Losses, Any]], params: PyTree
+) -> tuple[Losses, Callable[[PyTree], Losses], Callable[[Losses], tuple[PyTree]], Any]:
+    """The losses, their derivative as a linear function, its transpose, and the aux output.
+
+    The derivative raises a ``TypeError`` if the losses have none in forward mode.
+    """
+    losses, derivative, aux = jax.linearize(losses_fn, params, has_aux=True)
+
+    def linear(change: PyTree) -> Losses:
+        try:
+            return derivative(change)
+        except TypeError as error:
+            if "custom_vjp" not in str(error):
+                raise
+            raise TypeError(
+                "rows='low_memory' needs the forward derivative of the losses, but they contain a "
+                "function that defines its backward pass alone (jax.custom_vjp). Compute the rows "
+                "in another way, such as rows='map'."
+            ) from error
+
+    return losses, linear, jax.linear_transpose(derivative, params), aux
+
+
+def stacked(rows: Rows) -> list[Array]:
+    """The task gradients with the tasks as the leading axis of every leaf."""
+    if isinstance(rows, tuple):
+        return [jnp.stack(leaves) for leaves in zip(*rows, strict=True)]
+    return rows
+
+
+def unit_cotangents(losses: Losses) -> Losses:
+    """The K unit vectors as cotangents of the losses, stacked along a leading axis."""
+    leaves, structure = jax.tree.flatten(losses)
+    identity = jnp.eye(len(leaves), dtype=bool)
+    return jax.tree.unflatten(
+        structure, [identity[k].astype(leaf.dtype) for k, leaf in enumerate(leaves)]
+    )
+
+
+def task_gradients(
+    gradient: Callable[[Losses], list[Array]], losses: Losses, rows: RowsMode
+) -> Rows:
+    """The gradient of every task's loss.
+
+    Args:
+      gradient: from a cotangent of the losses to the leaves of a gradient.
+      losses: the losses, for their structure and dtypes.
+      rows: ``"unrolled"``, ``"map"`` or ``"vmap"``.
+
+    Returns:
+      The leaves of each of the K gradients if they are unrolled; else the leaves, stacked.
+    """
+    units = unit_cotangents(losses)
+    if rows == "unrolled":
+        number = len(jax.tree.leaves(losses))
+        return tuple(
+            gradient(jax.tree.map(lambda unit, k=k: unit[k], units)) for k in range(number)
+        )
+    if rows == "map":
+        return jax.lax.map(gradient, units)
+    return jax.vmap(gradient)(units)
+
+
+def combine(weights: Float[Array, "tasks"], rows: Rows) -> list[Array]:
+    """The leaves of the weighted sum of the task gradients, in their dtypes."""
+    if not isinstance(rows, tuple):
+        return weighted_sum(weights, rows)
+
+    def add(*leaves: Array) -> Array:
+        dtype = arithmetic_dtype(leaves[0].dtype, weights.dtype)
+        terms = [
+            weight.astype(dtype) * leaf.astype(dtype)
+            for weight, leaf in zip(jnp.unstack(weights), leaves, strict=True)
+        ]
+        return sum_of(terms).astype(leaves[0].dtype)
+
+    return [add(*leaves) for leaves in zip(*rows, strict=True)]
+
+
+def gramian_of(rows: Rows) -> Float[Array, "tasks tasks"]:
+    r"""The Gramian :math:`G_{ij} = \langle g_i, g_j \rangle` of the task gradients.
+
+    Contracted leaf by leaf, in at least float32 and at the highest precision: leaves that are
+    ravelled together would be gathered if they are spread over devices.
+    """
+    if not isinstance(rows, tuple):
+        return sum_of([_contract(leaf, leaf, first=1) for leaf in rows])
+    number = len(rows)
+    entries = [[jnp.zeros(())] * number for _ in range(number)]
+    for i, j in itertools.combinations_with_replacement(range(number), 2):
+        products = [_contract(a, b, first=0) for a, b in zip(rows[i], rows[j], strict=True)]
+        entries[i][j] = entries[j][i] = sum_of(products)
+    return jnp.stack([jnp.stack(row) for row in entries])
+
+
+def sum_of(arrays: list[Array]) -> Array:
+    """The sum of arrays of one shape, in the widest of their dtypes."""
+    dtype = arithmetic_dtype(*(array.dtype for array in arrays))
+    total = arrays[0].astype(dtype)
+    for array in arrays[1:]:
+        total += array.astype(dtype)
+    return total
+
+
+def _contract(a: Array, b: Array, first: int) -> Array:
+    """The inner products over all axes from the first one on."""
+    if jnp.issubdtype(a.dtype, jnp.complexfloating):
+        return _contract(a.real, b.real, first) + _contract(a.imag, b.imag, first)
+    axes = tuple(range(first, a.ndim))
+    return jnp.tensordot(
+        a,
+        b,
+        axes=(axes, axes),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=at_least_float32(a.dtype),
+    )
+
+
+def low_memory_gramian(
+    linear: Callable[[PyTree], Losses],
+    transpose: Callable[[Losses], tuple[PyTree]],
+    losses: Losses,
+    without_rest: Callable[[PyTree], PyTree],
+) -> Float[Array, "tasks tasks"]:
+    r"""The Gramian with one task gradient held at a time.
+
+    Row k of :math:`G = J J^\top` is J applied to the gradient of task k: one backward pass gives
+    the gradient, one forward derivative the row.
+
+    Args:
+      linear: the linearised losses, from a change of the parameters to a change of the losses.
+      transpose: its transpose.
+      losses: the losses, for their structure and dtypes.
+      without_rest: sets the gradient of parameters to 0 that do not enter.
+    """
+
+    def row(cotangent: Losses) -> Float[Array, "tasks"]:
+        (gradient,) = transpose(cotangent)
+        products = jax.tree.leaves(linear(without_rest(gradient)))
+        dtype = at_least_float32(*(product.dtype for product in products))
+        return jnp.stack([product.astype(dtype) for product in products])
+
+    gramian = jax.lax.map(row, unit_cotangents(losses))
+    return (gramian + gramian.T) / 2

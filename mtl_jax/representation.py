@@ -1,0 +1,223 @@
+"""The Gramian at a representation, for about the price of plain training."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from mtl_jax.base import Weighting
+from mtl_jax.checks import check_weighting
+from mtl_jax.jacobian import MOST_UNROLLED, Rows, combine, gramian_of, stacked, sum_of
+from mtl_jax.tasks import Losses, Weights, read_mask, read_tasks, stack_tasks, unstack_tasks
+from mtl_jax.weighing import (
+    GradientFn,
+    MultiTaskValue,
+    check_params,
+    cotangent,
+    read_output,
+    split_aux,
+    weigh,
+)
+
+Encoder = Callable[..., Any]
+Heads = Callable[..., Any]
+
+
+def representation_value_and_grad(
+    encoder: Encoder,
+    heads: Heads,
+    weighting: Weighting,
+    *,
+    tasks: Sequence[str],
+    has_aux: bool = False,
+    head_gradient: Literal["weighted", "unweighted"] = "weighted",
+    diagnostics: bool = False,
+) -> GradientFn:
+    r"""Differentiate the weighted sum of the task losses, the Gramian taken at a representation.
+
+    .. math:: z = \text{encoder}(\theta), \qquad L_k = \text{heads}_k(\theta, z), \qquad
+              G_{ij} = \Big\langle \frac{\partial L_i}{\partial z},
+                       \frac{\partial L_j}{\partial z} \Big\rangle, \qquad
+              w = \text{weighting}(L, G).
+
+    Each task is given *its own copy* of z. So one backward pass through the heads finds all K
+    gradients at once, and one through the encoder takes their weighted sum: about the price of
+    plain training, for any number of tasks. The gradient is that of :math:`\sum_k w_k L_k` by all
+    parameters, exactly; but the weights are those of the Gramian at z, which is not the one over
+    the parameters of the encoder.
+
+    Args:
+      encoder: ``encoder(params, *args) -> z``, a pytree of arrays; with ``has_aux`` it returns
+        ``(z, aux)``.
+      heads: ``heads(params, zs, *args) -> losses`` with ``zs = {task: z}`` and ``losses`` a
+        dictionary with these tasks; with ``has_aux`` it returns ``(losses, aux)``. It gets the
+        same whole ``params`` as the encoder. The loss of a task may depend on its own copy of z
+        only: another one's gives wrong gradients without an error (:func:`check_heads` finds it).
+      weighting: decides the weights. A weighting that reads the losses alone works, too.
+      tasks: the tasks' names.
+      has_aux: whether both functions return auxiliary output.
+      head_gradient: the gradient of what only the heads use: ``"weighted"``, that of the weighted
+        sum, or ``"unweighted"``, that of the plain sum, in which each head learns from its own
+        task's loss as if it were alone.
+      diagnostics: whether to return the :class:`mtl_jax.Diagnostics` of the gradients at z; then
+        the Gramian is measured whatever the weighting reads.
+
+    Returns:
+      ``fn(params, state, *args, mask=None) -> (value, gradient, state)`` as of
+      :func:`mtl_jax.value_and_grad`; ``value.aux`` is ``(encoder_aux, heads_aux)``.
+
+    Raises:
+      ValueError: if ``tasks`` is empty or names one twice, the losses are not of these tasks, or
+        ``head_gradient`` is unknown.
+      TypeError: if ``weighting`` is not a :class:`Weighting`: an aggregator needs the gradients by
+        the parameters.
+
+    References:
+      Sener and Koltun, `Multi-Task Learning as Multi-Objective Optimization
+      <https://arxiv.org/abs/1810.04650>`_, NeurIPS 2018 (MGDA-UB)
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import mtl_jax
+      >>> def encoder(params, x):
+      ...     return jnp.tanh(x @ params["encoder"])
+      >>> def heads(params, zs, x):
+      ...     return {task: jnp.mean((z @ params[task]) ** 2) for task, z in zs.items()}
+      >>> params = {"encoder": jnp.ones((3, 2)), "a": jnp.ones(2), "b": -jnp.ones(2)}
+      >>> x = jnp.ones((5, 3))
+      >>> weighting = mtl_jax.equal()
+      >>> gradient_fn = mtl_jax.representation_value_and_grad(
+      ...     encoder, heads, weighting, tasks=("a", "b"))
+      >>> state = weighting.init({"a": 0.0, "b": 0.0})
+      >>> value, gradient, state = gradient_fn(params, state, x)
+      >>> gradient["encoder"].shape
+      (3, 2)
+    """
+    check_weighting(weighting)
+    tasks = tuple(tasks)
+    if not tasks or len(set(tasks)) != len(tasks):
+        raise ValueError(f"`tasks` must name at least one task, and none twice; got {tasks}.")
+    if head_gradient not in ("weighted", "unweighted"):
+        raise ValueError(
+            f"`head_gradient` must be 'weighted' or 'unweighted', got {head_gradient!r}."
+        )
+
+    def fn(
+        params: PyTree, state: PyTree, *args: Any, mask: PyTree | None = None
+    ) -> tuple[MultiTaskValue, PyTree, PyTree]:
+        def encode(params: PyTree) -> tuple[PyTree, Any]:
+            output = encoder(params, *args)
+            return split_aux(output, "`encoder`", "z") if has_aux else (output, None)
+
+        def decode(params: PyTree, zs: dict[str, PyTree]) -> tuple[Losses, Any]:
+            losses, aux = read_output(heads(params, zs, *args), has_aux, "`heads`")
+            _check_tasks(losses, tasks)
+            return losses, aux
+
+        check_params(params)
+        z, encoder_pullback, encoder_aux = jax.vjp(encode, params, has_aux=True)
+        losses, heads_pullback, heads_aux = jax.vjp(
+            decode, params, dict.fromkeys(tasks, z), has_aux=True
+        )
+        names = read_tasks(losses)
+        ones = unstack_tasks(read_mask(mask, names).astype(names.dtype), names)
+
+        def head_parameters(weights: Weights) -> PyTree:
+            chosen = weights if head_gradient == "weighted" else ones
+            return heads_pullback(cotangent(chosen, losses))[0]
+
+        def task_rows(weights: Weights) -> tuple[list[Array], ...]:
+            """The leaves of each task's gradient at z, weighted."""
+            _, gradients = heads_pullback(cotangent(weights, losses))
+            return tuple(jax.tree.leaves(gradients[task]) for task in losses)
+
+        def through_encoder(at_z: list[Array], weights: Weights) -> PyTree:
+            (gradient,) = encoder_pullback(jax.tree.unflatten(jax.tree.structure(z), at_z))
+            return jax.tree.map(jnp.add, gradient, head_parameters(weights))
+
+        def pull_back(weights: Weights) -> PyTree:
+            sums = [
+                sum_of(list(leaves)).astype(leaves[0].dtype)
+                for leaves in zip(*task_rows(weights), strict=True)
+            ]
+            return through_encoder(sums, weights)
+
+        def measure() -> tuple[Array, Rows]:
+            rows: Rows = task_rows(ones)
+            if len(rows) > MOST_UNROLLED:
+                rows = stacked(rows)
+            return gramian_of(rows), rows
+
+        def from_rows(weights: Weights, rows: Rows) -> PyTree:
+            return through_encoder(combine(stack_tasks(weights, names), rows), weights)
+
+        return weigh(
+            weighting,
+            losses,
+            (encoder_aux, heads_aux) if has_aux else None,
+            state,
+            mask,
+            pull_back=pull_back,
+            measure=measure,
+            combine=from_rows,
+            diagnose=diagnostics,
+        )
+
+    return fn
+
+
+def check_heads(
+    heads: Heads, params: PyTree, z: PyTree, *args: Any, tasks: Sequence[str], has_aux: bool = False
+) -> None:
+    """Check that each task's loss depends on its own copy of the representation only.
+
+    For a test of one's own heads, on values at which no derivative happens to vanish.
+
+    Args:
+      heads: as for :func:`mtl_jax.representation_value_and_grad`.
+      params: the parameters.
+      z: a representation, as the encoder returns it.
+      *args: the further arguments of ``heads``.
+      tasks: the tasks' names.
+      has_aux: whether ``heads`` returns auxiliary output.
+
+    Raises:
+      ValueError: if the loss of a task changes with another one's copy; the message names both.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import mtl_jax
+      >>> def heads(params, zs):
+      ...     return {"a": jnp.sum(zs["a"] ** 2), "b": jnp.sum(zs["a"] * zs["b"])}
+      >>> mtl_jax.check_heads(heads, {}, jnp.ones(3), tasks=("a", "b"))
+      Traceback (most recent call last):
+      ...
+      ValueError: The loss of 'b' depends on the representation of 'a'; each task must use its own.
+    """
+
+    def losses_fn(zs: dict[str, PyTree]) -> Losses:
+        return read_output(heads(params, zs, *args), has_aux, "`heads`")[0]
+
+    losses, pullback = jax.vjp(losses_fn, dict.fromkeys(tasks, z))
+    _check_tasks(losses, tuple(tasks))
+    for task in tasks:
+        unit = {name: jnp.full_like(loss, name == task) for name, loss in losses.items()}
+        (gradients,) = pullback(unit)
+        for other in tasks:
+            changes = any(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(gradients[other]))
+            if other != task and changes:
+                raise ValueError(
+                    f"The loss of {task!r} depends on the representation of {other!r}; each task "
+                    "must use its own."
+                )
+
+
+def _check_tasks(losses: Losses, tasks: tuple[str, ...]) -> None:
+    if not isinstance(losses, dict) or set(losses) != set(tasks):
+        got = sorted(losses) if isinstance(losses, dict) else type(losses).__name__
+        raise ValueError(
+            f"`heads` must return a dictionary with the losses of the tasks {sorted(tasks)}, got "
+            f"{got}."
+        )

@@ -1,0 +1,299 @@
+"""Weightings made of weightings."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from methods import TASKS, loss_sequence
+
+import mtl_jax
+from mtl_jax.state import all_finite
+
+GRAMIAN = jnp.array([[1.0, -0.5, 0.2], [-0.5, 4.0, 0.1], [0.2, 0.1, 0.25]])
+WRAPPERS = {
+    "every": lambda w: mtl_jax.every(w, 2),
+    "after_warmup": lambda w: mtl_jax.after_warmup(w, 2),
+    "ema": lambda w: mtl_jax.ema(w, 0.5),
+    "clipped": lambda w: mtl_jax.clipped(w, 0.2, 1.1),
+    "normalized": lambda w: mtl_jax.normalized(w),
+    "with_preference": lambda w: mtl_jax.with_preference(w, {"a": 1.0, "b": 2.0, "c": 0.5}),
+    "all of them": lambda w: mtl_jax.clipped(
+        mtl_jax.with_preference(
+            mtl_jax.normalized(mtl_jax.ema(mtl_jax.after_warmup(mtl_jax.every(w, 2), 3), 0.5), 2.0),
+            2.0,
+        ),
+        0.1,
+        3.0,
+    ),
+}
+
+
+def inverse_norms():
+    """A weighting of the Gramian that compiles quickly: the inverse of each gradient's norm."""
+
+    def update(losses, state, present, steps, gramian):
+        return jnp.where(present, 1 / jnp.sqrt(jnp.diagonal(gramian)), 0), state
+
+    return mtl_jax.vector_weighting(update, needs=mtl_jax.Signal.GRAMIAN)
+
+
+INNER = {
+    "dwa": lambda: mtl_jax.dwa(window=1),
+    "famo": mtl_jax.famo,
+    "random_weighting": mtl_jax.random_weighting,
+    "inverse_norms": inverse_norms,
+    "gradvac": mtl_jax.gradvac,
+}
+COMPOSITIONS = [
+    (wrapper, inner)
+    for wrapper in WRAPPERS
+    for inner in INNER
+    if wrapper == "all of them" or inner in ("famo", "inverse_norms")
+]
+each_composition = pytest.mark.parametrize(("wrapper", "inner"), COMPOSITIONS)
+KEY = jax.random.key(3)
+B_ABSENT = {"a": jnp.array(True), "b": jnp.array(False), "c": jnp.array(True)}
+
+
+@functools.cache
+def composed(wrapper, inner):
+    return WRAPPERS[wrapper](INNER[inner]())
+
+
+@functools.cache
+def compiled(weighting):
+    return weighting._replace(
+        update=jax.jit(weighting.update),
+        observe=None if weighting.observe is None else jax.jit(weighting.observe),
+    )
+
+
+def vector(weights):
+    return np.array([weights[task] for task in TASKS])
+
+
+def gramians(number):
+    """Gramians of the same angles whose norms change from step to step."""
+    factors = np.exp(np.random.default_rng(0).normal(size=(number, 3))).astype(np.float32)
+    return [GRAMIAN * f[:, None] * f[None, :] for f in factors]
+
+
+def run(weighting, steps=6, masks=None, jit=True):
+    """The weights of each step, measuring only when it is due, and the last state."""
+    sequence = loss_sequence(steps)
+    state = weighting.init(sequence[0], key=KEY)
+    weighting = compiled(weighting) if jit else weighting
+    history = []
+    for step, (losses, gramian) in enumerate(zip(sequence, gramians(steps), strict=True)):
+        mask = None if masks is None else masks[step]
+        due = weighting.due is None or bool(weighting.due(state))
+        weights, state = weighting.update(
+            losses, state, mask=mask, gramian=gramian if due else None
+        )
+        if weighting.observe is not None:
+            after = {task: (0.9 - 0.1 * k) * losses[task] for k, task in enumerate(TASKS)}
+            state = weighting.observe(after, state, mask=mask)
+        history.append(vector(weights))
+    return np.array(history), state
+
+
+@each_composition
+def test_each_composition_is_a_weighting(wrapper, inner):
+    weighting = composed(wrapper, inner)
+    assert isinstance(weighting, mtl_jax.Weighting)
+    assert weighting.needs is INNER[inner]().needs
+    assert (weighting.observe is None) == (INNER[inner]().observe is None)
+    history, state = run(weighting)
+    assert np.all(np.isfinite(history))
+    assert all_finite(state)
+    # No leaf is shared, so that the state can be donated; and it is a fixed point of tracing.
+    fresh = weighting.init(loss_sequence(1)[0], key=KEY)
+    assert jax.tree.structure(fresh) == jax.tree.structure(state)
+    pointers = [
+        leaf.unsafe_buffer_pointer()
+        for leaf in jax.tree.leaves(fresh)
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    ]
+    assert len(set(pointers)) == len(pointers)
+    types = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(fresh)]
+    assert types == [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)]
+
+
+@each_composition
+def test_jit_equals_eager(wrapper, inner):
+    weighting = composed(wrapper, inner)
+    eager = run(weighting, 3, jit=False)[0]
+    np.testing.assert_allclose(run(weighting, 3)[0], eager, rtol=1e-5, atol=1e-6)
+
+
+@each_composition
+@pytest.mark.parametrize("what", ["loss", "gramian"])
+def test_what_is_not_finite_leaves_every_state_as_it_was(wrapper, inner, what):
+    weighting = composed(wrapper, inner)
+    if what == "gramian" and weighting.needs is not mtl_jax.Signal.GRAMIAN:
+        pytest.skip("does not read the Gramian")
+    losses = loss_sequence(1)[0]
+    for steps in (3, 4):  # one of them is due
+        _, state = run(weighting, steps)
+        due = weighting.due is None or bool(weighting.due(state))
+        if what == "gramian" and not due:
+            continue
+        bad = losses | {"b": jnp.float32(jnp.nan)} if what == "loss" else losses
+        gramian = GRAMIAN.at[0, 0].set(jnp.inf) if what == "gramian" else GRAMIAN
+        weights, after = compiled(weighting).update(bad, state, gramian=gramian if due else None)
+        assert np.all(np.isnan(vector(weights)))
+        for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+            if jnp.issubdtype(old.dtype, jax.dtypes.prng_key):
+                new, old = jax.random.key_data(new), jax.random.key_data(old)
+            np.testing.assert_array_equal(new, old)
+
+
+@each_composition
+def test_an_absent_task_has_weight_zero_and_is_not_looked_at(wrapper, inner):
+    weighting = composed(wrapper, inner)
+    masks = [None, None, None, B_ABSENT, B_ABSENT, None]
+    history, _ = run(weighting, masks=masks)
+    np.testing.assert_array_equal(history[3:5, 1], 0)
+    assert np.all(history[[0, 1, 2, 5]][:, 1] != 0)
+    losses = loss_sequence(1)[0]
+    _, state = run(weighting, 4)
+    results = []
+    for garbage in (0.3, jnp.nan):
+        due = weighting.due is None or bool(weighting.due(state))
+        results.append(
+            compiled(weighting).update(
+                losses | {"b": jnp.float32(garbage)},
+                state,
+                mask=B_ABSENT,
+                gramian=GRAMIAN.at[1].set(garbage).at[:, 1].set(garbage) if due else None,
+            )[0]
+        )
+    np.testing.assert_array_equal(vector(results[0]), vector(results[1]))
+    nobody = dict.fromkeys(TASKS, jnp.array(False))
+    weights, _ = compiled(weighting).update(losses, state, mask=nobody, gramian=GRAMIAN)
+    np.testing.assert_array_equal(vector(weights), 0)
+
+
+def test_every_decides_at_every_kth_step():
+    history, _ = run(mtl_jax.every(inverse_norms(), 3), 7)
+    each, _ = run(inverse_norms(), 7)
+    np.testing.assert_allclose(history, each[[0, 0, 0, 3, 3, 3, 6]], rtol=1e-6)
+
+
+def test_every_with_a_weighting_of_the_losses_sees_only_those_of_its_steps():
+    history, _ = run(mtl_jax.every(mtl_jax.dwa(window=1), 2), 8)
+    weighting = mtl_jax.dwa(window=1)
+    state, expected = weighting.init(loss_sequence(1)[0]), []
+    for losses in loss_sequence(8)[::2]:
+        weights, state = weighting.update(losses, state)
+        expected += [vector(weights)] * 2
+    np.testing.assert_allclose(history, expected, rtol=1e-6)
+
+
+def test_every_is_due_again_after_a_step_that_was_skipped():
+    weighting = mtl_jax.every(inverse_norms(), 2)
+    losses = loss_sequence(1)[0]
+    state = weighting.init(losses)
+    weights, state = weighting.update(losses, state, gramian=GRAMIAN.at[0, 0].set(jnp.nan))
+    assert np.all(np.isnan(vector(weights)))
+    assert weighting.due(state)
+
+
+def test_every_asks_for_the_gramian_when_it_is_due():
+    """Whoever leaves it out then gets NaN, not the weights of another step."""
+    weighting = mtl_jax.every(inverse_norms(), 2)
+    losses = loss_sequence(1)[0]
+    weights, _ = weighting.update(losses, weighting.init(losses))
+    assert np.all(np.isnan(vector(weights)))
+
+
+def test_every_holds_the_weight_of_a_task_that_comes_back():
+    weighting = mtl_jax.every(inverse_norms(), 4)
+    history, _ = run(weighting, 4, masks=[None, B_ABSENT, None, None])
+    assert history[1, 1] == 0
+    np.testing.assert_allclose(history[2], history[0])
+    history, _ = run(weighting, 2, masks=[B_ABSENT, None])
+    assert history[1, 1] == 0  # never decided
+
+
+def test_after_warmup_starts_the_weighting_with_the_first_step_after():
+    history, _ = run(mtl_jax.after_warmup(mtl_jax.dwa(window=1), 3), 7)
+    np.testing.assert_array_equal(history[:3], 1)
+    weighting = mtl_jax.dwa(window=1)
+    state = weighting.init(loss_sequence(1)[0])
+    for step, losses in enumerate(loss_sequence(7)[3:], start=3):
+        weights, state = weighting.update(losses, state)
+        np.testing.assert_allclose(history[step], vector(weights), rtol=1e-6)
+
+
+def test_after_warmup_does_not_measure_in_the_warmup():
+    weighting = mtl_jax.after_warmup(mtl_jax.every(inverse_norms(), 2), 3)
+    losses, due = loss_sequence(1)[0], []
+    state = weighting.init(losses)
+    for gramian in gramians(8):
+        due.append(bool(weighting.due(state)))
+        _, state = weighting.update(losses, state, gramian=gramian if due[-1] else None)
+    assert due == [False, False, False, True, False, True, False, True]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_ema_is_the_weighted_mean_of_the_weights(decay):
+    masks = [None, None, B_ABSENT, B_ABSENT, None, None]
+    history, _ = run(mtl_jax.ema(inverse_norms(), decay), masks=masks)
+    each, _ = run(inverse_norms(), masks=masks)
+    for k, (step, present) in enumerate([(5, range(6)), (5, (0, 1, 4, 5)), (5, range(6))]):
+        values = each[list(present), k]
+        factors = decay ** np.arange(len(values) - 1, -1, -1.0)
+        np.testing.assert_allclose(history[step, k], factors @ values / factors.sum(), rtol=1e-5)
+
+
+def test_the_stateless_ones():
+    each, _ = run(inverse_norms())
+    np.testing.assert_allclose(run(WRAPPERS["clipped"](inverse_norms()))[0], each.clip(0.2, 1.1))
+    scaled, _ = run(mtl_jax.normalized(inverse_norms()))
+    np.testing.assert_allclose(scaled, 3 * each / each.sum(axis=1)[:, None], rtol=1e-5)
+    scaled, _ = run(mtl_jax.normalized(inverse_norms(), 5.0), masks=[B_ABSENT] * 6)
+    np.testing.assert_allclose(scaled.sum(axis=1), 5, rtol=1e-5)
+    prior, _ = run(WRAPPERS["with_preference"](inverse_norms()))
+    np.testing.assert_allclose(prior, each * [1, 2, 0.5], rtol=1e-6)
+
+
+@pytest.mark.parametrize("weights", [(1e-37, 3e-37), (1e38, 3e38), (0.0, 0.0), (-1.0, 3.0)])
+def test_normalized_at_the_ends(weights):
+    def update(losses, state, present, steps):
+        return jnp.array(weights), state
+
+    weighting = mtl_jax.normalized(mtl_jax.vector_weighting(update))
+    got, _ = weighting.update((1.0, 1.0), weighting.init((1.0, 1.0)))
+    exact = np.array(weights, np.float64)
+    np.testing.assert_allclose(got, 2 * exact / (np.abs(exact).sum() or 1), rtol=1e-5)
+
+
+def test_errors():
+    weighting = inverse_norms()
+    for wrap in WRAPPERS.values():
+        with pytest.raises(TypeError, match="got an Aggregator"):
+            wrap(mtl_jax.graddrop())
+        with pytest.raises(TypeError, match="Did you mean to call it"):
+            wrap(inverse_norms)
+    with pytest.raises(ValueError, match="put `every` innermost"):
+        mtl_jax.every(mtl_jax.after_warmup(weighting, 3), 2)
+    for steps in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="every: `steps`"):
+            mtl_jax.every(weighting, steps)
+        with pytest.raises(ValueError, match="after_warmup: `steps`"):
+            mtl_jax.after_warmup(weighting, steps)
+    with pytest.raises(ValueError, match="ema: `decay`"):
+        mtl_jax.ema(weighting, 1.0)
+    for low, high in [(1.0, 0.5), (jnp.nan, 1.0), (-jnp.inf, 1.0)]:
+        with pytest.raises(ValueError, match="clipped: the bounds"):
+            mtl_jax.clipped(weighting, low, high)
+    with pytest.raises(ValueError, match="normalized: `total`"):
+        mtl_jax.normalized(weighting, 0.0)
+    with pytest.raises(ValueError, match="with_preference: a factor"):
+        mtl_jax.with_preference(weighting, {"a": -1.0})
+    wrapped = mtl_jax.with_preference(mtl_jax.equal(), {"a": 1.0})
+    with pytest.raises(ValueError, match="with_preference: `prior` must have the structure"):
+        wrapped.update({"b": 1.0}, wrapped.init({"b": 1.0}))

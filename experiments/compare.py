@@ -10,12 +10,13 @@ import tyro
 
 from experiments.problems import PROBLEMS, build_problem
 from mtl_jax.compare import WEIGHTINGS, Problem, compare_and_report, look_up, named_weightings
+from mtl_jax.compare.referee import make_weightings
 from mtl_jax.compare.training import steps_per_epoch
 
 _PROBLEMS_HELP = f"The problems to run on: any of {', '.join(PROBLEMS)}."
 _WEIGHTINGS_HELP = (
     f"The weightings to compare: any of {', '.join(WEIGHTINGS)}. Equal weights are always run: "
-    "the others' step times are relative to theirs."
+    "the others' step times are relative to theirs. krum and trimmed_mean need three tasks."
 )
 
 
@@ -46,6 +47,10 @@ class Config:
     """Peak learning rate; the problem's own if not given."""
     alone: bool = True
     """Whether to train each task alone, too, and show the mean change against that."""
+    conflict: bool = False
+    """Whether to measure how the tasks' gradients conflict for all weightings, not only for those
+    that read them: steps cost a little more, and on a problem without encoder and heads a
+    backward pass for each task."""
     data_dir: str | None = None
     """Folder with prepared tensorflow-datasets data, for the problems that read such."""
     name: str = "compare"
@@ -82,6 +87,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"--seeds must be at least 1, got {config.seeds}.")
         weightings = named_weightings(list(config.weightings))
         problems = build_problems(config)
+        for problem in problems:
+            make_weightings(problem, weightings)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -93,6 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
         config.runs_dir / config.name,
         seeds=range(config.seeds),
         alone=config.alone,
+        conflict=config.conflict,
         command=shlex.join(words),
     )
 

@@ -46,7 +46,8 @@ from mtl_jax.train import TrainState, TrainStep, make_train_step
 from mtl_jax.transforms import value_and_grad
 from mtl_jax.vector import vector_weighting
 from mtl_jax.weighing import GradientFn, MultiTaskValue
-from mtl_jax.wrappers import after_warmup, clipped, ema, every, normalized, with_preference
+from mtl_jax.wrappers.reweighting import clipped, ema, normalized, with_preference
+from mtl_jax.wrappers.turns import after_warmup, every
 
 __all__ = [
     "Aggregator",

@@ -74,7 +74,8 @@ def as_aggregator(weighting: Weighting, num_tasks: int, *, key: Array | None = N
             )
         gramian = gramian_of(jax.tree.leaves(updates))
         if losses is None:
-            losses = (jnp.ones((), gramian.dtype),) * num_tasks
+            names = (True,) * num_tasks if mask is None else mask
+            losses = jax.tree.map(lambda _: jnp.ones((), gramian.dtype), names)
         weights, state = weighting.update(losses, state, mask=mask, gramian=gramian)
         return weighted_sum(stack_tasks(weights, read_tasks(losses)), updates), state
 

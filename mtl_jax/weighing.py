@@ -11,7 +11,7 @@ from mtl_jax.base import Signal, Weighting
 from mtl_jax.diagnostics import Diagnostics, diagnostics
 from mtl_jax.state import all_finite, tree_where
 from mtl_jax.tasks import Losses, Weights, at_least_float32, leaf_name, read_mask, read_tasks
-from mtl_jax.wrappers import any_due
+from mtl_jax.wrappers.turns import any_due
 
 
 class MultiTaskValue(NamedTuple):

@@ -33,16 +33,31 @@ def init(key):
     return params, {"calls": jnp.zeros((), jnp.int32)}
 
 
-def losses(params, model_state, key, batch):
-    predictions = outputs(params, batch["x"])
+def errors_of(predictions, batch):
     labelled = {task: jnp.isfinite(batch[task]) for task in TARGETS}
-    errors = {
+    return {
         task: mtl_jax.masked_mean(
             (predictions[task] - jnp.where(labelled[task], batch[task], 0)) ** 2, labelled[task]
         )
         for task in TARGETS
     }
-    return errors, {"calls": model_state["calls"] + 1}
+
+
+def losses(params, model_state, key, batch):
+    predictions = outputs(params, batch["x"])
+    return errors_of(predictions, batch), {"calls": model_state["calls"] + 1}
+
+
+def encoder(params, model_state, key, batch):
+    return jnp.tanh(batch["x"] @ params["encoder"]), {"calls": model_state["calls"] + 1}
+
+
+def heads(params, zs, batch):
+    return errors_of({task: zs[task] @ params["heads"][task] for task in TARGETS}, batch)
+
+
+IN_PARTS = {"losses": None, "encoder": encoder, "heads": heads, "shared": {"encoder": True, "heads": dict.fromkeys(TARGETS, False)}}
+"""Changes to the toy problem: the same losses, given as an encoder and heads."""
 
 
 def scores(params, model_state, batch):

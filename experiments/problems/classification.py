@@ -32,8 +32,9 @@ def classification(
 ) -> Problem:
     """Make a problem whose tasks are classifications of one input by one encoder.
 
-    The parameters are ``{"encoder": ..., "heads": ...}``, the loss of a task is the cross entropy,
-    its metric the accuracy. The optimizer is Adam with a cosine decay of the learning rate to 0.
+    The parameters are ``{"encoder": ..., "heads": ...}``, those of the encoder being shared. The
+    loss of a task is the cross entropy, its metric the accuracy. The optimizer is Adam with a
+    cosine decay of the learning rate to 0.
 
     Args:
       name: the problem's name.
@@ -62,25 +63,32 @@ def classification(
         heads_variables = heads.init(heads_key, dict.fromkeys(classes, z))
         return {"encoder": encoder_variables["params"], "heads": heads_variables["params"]}, {}
 
-    def predict(params: PyTree, x: Array) -> dict[str, Float[Array, "batch classes"]]:
-        z = encoder.apply({"params": params["encoder"]}, x)
-        logits = heads.apply({"params": params["heads"]}, dict.fromkeys(classes, z))
-        assert isinstance(logits, dict)
-        return logits
-
-    def losses(
+    def encode(
         params: PyTree, model_state: PyTree, key: Array, batch: Batch
-    ) -> tuple[dict[str, Float[Array, ""]], PyTree]:
+    ) -> tuple[PyTree, PyTree]:
         x = inputs(batch)
         if augment is not None:
             x = augment(key, x)
-        logits = predict(params, x)
-        return {task: _cross_entropy(logits[task], batch[task]) for task in classes}, model_state
+        return encoder.apply({"params": params["encoder"]}, x), model_state
+
+    def predict(
+        params: PyTree, zs: Mapping[str, PyTree]
+    ) -> dict[str, Float[Array, "batch classes"]]:
+        logits = heads.apply({"params": params["heads"]}, zs)
+        assert isinstance(logits, dict)
+        return logits
+
+    def losses_of(
+        params: PyTree, zs: Mapping[str, PyTree], batch: Batch
+    ) -> dict[str, Float[Array, ""]]:
+        logits = predict(params, zs)
+        return {task: _cross_entropy(logits[task], batch[task]) for task in classes}
 
     def scores(
         params: PyTree, model_state: PyTree, batch: Batch
     ) -> dict[str, Float[Array, "batch"]]:
-        logits = predict(params, inputs(batch))
+        z = encoder.apply({"params": params["encoder"]}, inputs(batch))
+        logits = predict(params, dict.fromkeys(classes, z))
         return {
             task: (logits[task].argmax(axis=-1) == batch[task]).astype(jnp.float32)
             for task in classes
@@ -98,7 +106,9 @@ def classification(
         validation=splits["validation"],
         test=splits["test"],
         init=init,
-        losses=losses,
+        encoder=encode,
+        heads=losses_of,
+        shared=lambda path: path.startswith("encoder/"),
         scores=scores,
         labelled=None if complete else labelled,
         optimizer=adam_cosine,

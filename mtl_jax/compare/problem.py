@@ -9,11 +9,33 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
+from mtl_jax.jacobian import Shared
+
 Batch = Mapping[str, Array]
 """A mapping from field to array, the examples along the leading axis."""
 
 Split = Mapping[str, np.ndarray]
 """A part of the data: a mapping from field to array, the examples along the leading axis."""
+
+
+LossesFn = Callable[[PyTree, PyTree, Array, Batch], tuple[dict[str, Float[Array, ""]], PyTree]]
+EncoderFn = Callable[[PyTree, PyTree, Array, Batch], tuple[PyTree, PyTree]]
+HeadsFn = Callable[[PyTree, dict[str, PyTree], Batch], dict[str, Float[Array, ""]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Composed:
+    """The losses of heads on an encoder, every task given the one representation."""
+
+    encoder: EncoderFn
+    heads: HeadsFn
+    tasks: tuple[str, ...]
+
+    def __call__(
+        self, params: PyTree, model_state: PyTree, key: Array, batch: Batch
+    ) -> tuple[dict[str, Float[Array, ""]], PyTree]:
+        z, model_state = self.encoder(params, model_state, key, batch)
+        return self.heads(params, dict.fromkeys(self.tasks, z), batch), model_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +60,10 @@ class Problem:
     All functions are pure and are traced by JAX. A batch is a mapping from field to array with
     the fields of the splits.
 
+    The losses are given whole, by ``losses``, or in two parts, by ``encoder`` and ``heads``. From
+    the parts a weighting that reads the Gramian has it at the representation, for about the price
+    of plain training; else it is taken over the ``shared`` parameters.
+
     Attributes:
       name: the problem's name.
       tasks: the tasks by name. Losses, scores and labels use these names.
@@ -49,7 +75,16 @@ class Problem:
       losses: ``losses(params, model_state, key, batch) -> (losses, model_state)``: for each task
         the mean loss over the batch's examples that have its label, taken with
         :func:`mtl_jax.masked_mean` where labels can be missing. ``key`` is for dropout,
-        augmentation and the like.
+        augmentation and the like. Where ``encoder`` and ``heads`` are given it is left out, and
+        made of them.
+      encoder: ``encoder(params, model_state, key, batch) -> (z, model_state)``: the representation
+        that all tasks share, a pytree of arrays. What is random or has a state belongs here.
+      heads: ``heads(params, zs, batch) -> losses``, with ``zs = {task: z}`` and the losses as
+        above, each task's from its own copy of the representation alone
+        (:func:`mtl_jax.check_heads` tells whether it is).
+      shared: the parameters that all tasks share, over which a Gramian is taken and on which an
+        :class:`mtl_jax.Aggregator` works: as in :func:`mtl_jax.value_and_grad`, a predicate on a
+        parameter's path or a pytree of booleans; ``None`` for all of them.
       scores: ``scores(params, model_state, batch) -> {task: float[batch]}``: each example's score,
         the task's metric being the mean over the examples that have its label.
       labelled: ``labelled(batch) -> {task: bool[batch]}``: which examples have the task's label;
@@ -67,7 +102,10 @@ class Problem:
     validation: Split
     test: Split
     init: Callable[[Array], tuple[PyTree, PyTree]]
-    losses: Callable[[PyTree, PyTree, Array, Batch], tuple[dict[str, Float[Array, ""]], PyTree]]
+    losses: LossesFn = None  # pyright: ignore[reportAssignmentType]  (set in __post_init__)
+    encoder: EncoderFn | None = None
+    heads: HeadsFn | None = None
+    shared: Shared = None
     scores: Callable[[PyTree, PyTree, Batch], dict[str, Float[Array, "batch"]]]
     labelled: Callable[[Batch], dict[str, Bool[Array, "batch"]]] | None = None
     optimizer: Callable[[float, int], optax.GradientTransformation]
@@ -86,6 +124,18 @@ class Problem:
                     f"The {part} split of the problem {self.name!r} must hold at least one field, "
                     f"all with the same number of examples, at least one; got {sizes}."
                 )
+        # A copy made by `dataclasses.replace` is given the losses that were composed before.
+        whole = self.losses is not None and not isinstance(self.losses, _Composed)
+        given = {"losses": whole, "encoder": self.encoder, "heads": self.heads}
+        names = [name for name, value in given.items() if value]
+        if names not in (["losses"], ["encoder", "heads"]):
+            raise ValueError(
+                f"The problem {self.name!r} must be given either `losses`, or `encoder` and "
+                f"`heads`; got {' and '.join(f'`{name}`' for name in names) or 'none of them'}."
+            )
+        if self.encoder is not None and self.heads is not None:
+            composed = _Composed(self.encoder, self.heads, tuple(self.tasks))
+            object.__setattr__(self, "losses", composed)
 
     def size(self, part: str) -> int:
         """The number of examples in ``"train"``, ``"validation"`` or ``"test"``."""

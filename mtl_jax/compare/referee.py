@@ -3,13 +3,17 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 import mtl_jax
+from mtl_jax.base import Aggregator, Weighting
 from mtl_jax.compare.problem import Problem
 from mtl_jax.compare.training import Evaluator, Run, Trainer, steps_per_epoch
-from mtl_jax.compare.weightings import MakeWeighting, RunSettings
+from mtl_jax.compare.weightings import WEIGHTINGS, MakeWeighting, RunSettings
 from mtl_jax.evaluation import delta_m
+from mtl_jax.train import TrainState
 
 BASELINE = "equal"
 """The weighting that others are measured against; it is always run."""
@@ -75,12 +79,50 @@ class Comparison:
         return fastest / steps_per_epoch(self.problem)
 
 
+def make_weightings(
+    problem: Problem, weightings: Mapping[str, MakeWeighting]
+) -> dict[str, Weighting | Aggregator]:
+    """Make the weightings for a problem, equal weights first, and check that they can run on it.
+
+    Args:
+      problem: the problem.
+      weightings: functions that make the weightings, by name.
+
+    Returns:
+      The weightings by name.
+
+    Raises:
+      ValueError: if a weighting cannot run on this problem, such as one that needs more tasks, or
+        the problem's settings do not fit its data.
+    """
+    steps = steps_per_epoch(problem)
+    optimizer = problem.optimizer(problem.learning_rate, steps * problem.epochs)
+    settings = RunSettings(steps, problem.epochs, optimizer)
+    params, _ = jax.eval_shape(problem.init, jax.random.key(0))
+    losses = dict.fromkeys(problem.tasks, jax.ShapeDtypeStruct((), jnp.float32))
+    made = {}
+    for name, make in ({BASELINE: WEIGHTINGS[BASELINE]} | dict(weightings)).items():
+        made[name] = weighting = make(settings)
+
+        def initialize(params, losses, key, weighting=weighting):
+            return TrainState.create(
+                params, optimizer, weighting, losses, weighting_key=key, shared=problem.shared
+            )
+
+        try:
+            jax.eval_shape(initialize, params, losses, jax.random.key(0))
+        except ValueError as error:
+            raise ValueError(f"{name!r} cannot run on {problem.name!r}: {error}") from error
+    return made
+
+
 def compare(
     problem: Problem,
     weightings: Mapping[str, MakeWeighting],
     *,
     seeds: Sequence[int] = (0, 1, 2),
     alone: bool = True,
+    conflict: bool = False,
     on_epoch: Callable[[Run], None] = lambda run: None,
 ) -> Comparison:
     """Train the problem's network with every weighting and every seed.
@@ -94,26 +136,27 @@ def compare(
       weightings: functions that make the weightings, by name.
       seeds: the seeds.
       alone: whether to train each task alone, too: the same network on that task's loss only.
+      conflict: whether to measure how the task gradients conflict also for the weightings that do
+        not read them. It costs them what reading the Gramian costs: little where the problem has an
+        encoder and heads, else a backward pass for each task.
       on_epoch: called with the run after every epoch of it.
 
     Returns:
       The comparison.
 
     Raises:
-      ValueError: if there are no seeds or one is given twice, or the problem's settings do not
-        fit its data.
+      ValueError: if there are no seeds or one is given twice, the problem's settings do not fit
+        its data, or a weighting cannot run on the problem; before anything is trained.
     """
     seeds = tuple(seeds)
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"At least one seed is needed, and none twice; got {list(seeds)}.")
-    settings = RunSettings(
-        steps_per_epoch(problem),
-        problem.epochs,
-        problem.optimizer(problem.learning_rate, steps_per_epoch(problem) * problem.epochs),
-    )
+    made = make_weightings(problem, weightings)
     evaluate = Evaluator(problem)
-    made = {BASELINE: mtl_jax.equal()} | {name: make(settings) for name, make in weightings.items()}
-    trainers = [Trainer(problem, evaluate, weighting, name) for name, weighting in made.items()]
+    trainers = [
+        Trainer(problem, evaluate, weighting, name, conflict=conflict)
+        for name, weighting in made.items()
+    ]
     lone_trainers = [
         Trainer(problem, evaluate, mtl_jax.equal(), f"{task} alone", [task])
         for task in (problem.tasks if alone else ())

@@ -14,9 +14,9 @@ import rich.console
 import rich.markdown
 import rich.progress
 
-from mtl_jax.compare.pictures import metrics_figure, thinned, weights_figure
+from mtl_jax.compare.pictures import conflict_figure, metrics_figure, thinned, weights_figure
 from mtl_jax.compare.problem import Problem
-from mtl_jax.compare.referee import BASELINE, Comparison, compare
+from mtl_jax.compare.referee import BASELINE, Comparison, compare, make_weightings
 from mtl_jax.compare.tables import markdown_report, markdown_table
 from mtl_jax.compare.training import Run
 from mtl_jax.compare.weightings import MakeWeighting
@@ -29,13 +29,15 @@ def compare_and_report(
     *,
     seeds: Sequence[int] = (0, 1, 2),
     alone: bool = True,
+    conflict: bool = False,
     command: str = "",
 ) -> list[Comparison]:
     """Compare the weightings on every problem, print the tables and write the results.
 
     The folder receives ``results.json`` (all that is the same when run again on the same machine),
     ``timing.json`` (times, versions, machine), and for each problem ``<problem>.md`` (the tables),
-    ``<problem>_metrics.png`` and ``<problem>_weights.png``.
+    ``<problem>_metrics.png``, ``<problem>_weights.png`` and, if the task gradients were measured,
+    ``<problem>_conflict.png``.
 
     Args:
       problems: the problems.
@@ -43,11 +45,17 @@ def compare_and_report(
       folder: where the results go; made if it does not exist.
       seeds: the seeds.
       alone: whether to train each task alone, too.
+      conflict: whether to measure conflicts for all weightings, as in :func:`compare`.
       command: the command that makes these results, for the reader of the tables.
 
     Returns:
       The comparison on each problem.
+
+    Raises:
+      ValueError: as :func:`compare`, for any of the problems before the first is trained.
     """
+    for problem in problems:
+        make_weightings(problem, weightings)
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     console = rich.console.Console()
@@ -55,7 +63,7 @@ def compare_and_report(
         console = rich.console.Console(width=140)
     comparisons = []
     for problem in problems:
-        comparison = _compare(problem, weightings, seeds, alone, console)
+        comparison = _compare(problem, weightings, seeds, alone, conflict, console)
         comparisons.append(comparison)
         console.print(f"\n[bold]{problem.name}[/bold]: test metrics after the last epoch")
         console.print(rich.markdown.Markdown(markdown_table(comparison)))
@@ -63,7 +71,10 @@ def compare_and_report(
         for name, figure in (
             ("metrics", metrics_figure(comparison)),
             ("weights", weights_figure(comparison)),
+            ("conflict", conflict_figure(comparison)),
         ):
+            if figure is None:
+                continue
             figure.savefig(folder / f"{problem.name}_{name}.png", dpi=120)
         _write_json(folder / "results.json", {c.problem.name: results(c) for c in comparisons})
         _write_json(folder / "timing.json", timing(comparisons))
@@ -137,6 +148,7 @@ def _compare(
     weightings: Mapping[str, MakeWeighting],
     seeds: Sequence[int],
     alone: bool,
+    conflict: bool,
     console: rich.console.Console,
 ) -> Comparison:
     number = len({BASELINE, *weightings}) + (len(problem.tasks) if alone else 0)
@@ -156,13 +168,14 @@ def _compare(
             description = f"{problem.name}: {run.weighting}, seed {run.seed}"
             progress.update(bar, advance=advance, description=description)
 
-        comparison = compare(problem, weightings, seeds=seeds, alone=alone, on_epoch=on_epoch)
+        comparison = compare(
+            problem, weightings, seeds=seeds, alone=alone, conflict=conflict, on_epoch=on_epoch
+        )
         progress.update(bar, description=problem.name)
     return comparison
 
 
 def _run_results(comparison: Comparison, run: Run) -> dict[str, Any]:
-    centres = thinned(next(iter(run.weights.values())))[0]
     return {
         "seed": run.seed,
         "failure": run.failure,
@@ -171,9 +184,18 @@ def _run_results(comparison: Comparison, run: Run) -> dict[str, Any]:
         "train_loss": _rounded(run.train_losses),
         "validation": _rounded(run.validation),
         "test": _rounded(run.test),
-        "weights": {"step": centres.tolist()}
-        | _rounded({task: thinned(values)[1] for task, values in run.weights.items()}),
+        "weights": _thinned(run.weights),
+        "conflict": {"measured_at": run.measured_at} | _thinned(run.conflict),
     }
+
+
+def _thinned(steps: Mapping[str, np.ndarray]) -> dict[str, list[float | None]]:
+    """Values by step, thinned, and the middle step of each piece; empty if there are none."""
+    if not steps:
+        return {}
+    thin = {name: thinned(values) for name, values in steps.items()}
+    centres = next(iter(thin.values()))[0]
+    return {"step": centres.tolist()} | _rounded({name: means for name, (_, means) in thin.items()})
 
 
 def _rounded(values: Mapping[str, Sequence[float] | np.ndarray]) -> dict[str, list[float | None]]:

@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeVar
 import optax
 
 import mtl_jax
-from mtl_jax.base import Weighting
+from mtl_jax.base import Aggregator, Weighting
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ class RunSettings(NamedTuple):
     optimizer: optax.GradientTransformation
 
 
-MakeWeighting = Callable[[RunSettings], Weighting]
+MakeWeighting = Callable[[RunSettings], Weighting | Aggregator]
 
 
 def _stch(settings: RunSettings) -> Weighting:
@@ -50,9 +50,31 @@ WEIGHTINGS: Mapping[str, MakeWeighting] = {
     "imtl_l": lambda settings: mtl_jax.imtl_l(settings.optimizer),
     "stch": _stch,
     "famo": lambda settings: mtl_jax.famo(),
+    # From here on they read the Gramian,
+    "gradnorm": lambda settings: mtl_jax.gradnorm(settings.optimizer),
+    "mgda": lambda settings: mtl_jax.mgda(),
+    "cagrad": lambda settings: mtl_jax.cagrad(),
+    "pcgrad": lambda settings: mtl_jax.pcgrad(),
+    "gradvac": lambda settings: mtl_jax.gradvac(),
+    "nash_mtl": lambda settings: mtl_jax.nash_mtl(),
+    "fair_grad": lambda settings: mtl_jax.fair_grad(),
+    "imtl_g": lambda settings: mtl_jax.imtl_g(),
+    "aligned_mtl": lambda settings: mtl_jax.aligned_mtl(),
+    "upgrad": lambda settings: mtl_jax.upgrad(),
+    "dual_proj": lambda settings: mtl_jax.dual_proj(),
+    "conflict_free": lambda settings: mtl_jax.conflict_free(),
+    "krum": lambda settings: mtl_jax.krum(byzantine=0),
+    # and from here on the task gradients.
+    "graddrop": lambda settings: mtl_jax.graddrop(),
+    "trimmed_mean": lambda settings: mtl_jax.trimmed_mean(trim=1),
+    "moco": lambda settings: mtl_jax.moco(),
+    "excess_mtl": lambda settings: mtl_jax.excess_mtl(),
+    "db_mtl": lambda settings: mtl_jax.db_mtl(),
 }
 """Each weighting with its published defaults. Windows are one epoch; the weightings that learn
-take the network's optimizer; ``stch`` warms up for a fifth of the epochs."""
+take the network's optimizer; ``stch`` warms up for a fifth of the epochs. ``krum`` and
+``trimmed_mean``, which have no defaults, take the smallest numbers that do something: they need
+three tasks."""
 
 
 def named_weightings(names: list[str]) -> dict[str, MakeWeighting]:

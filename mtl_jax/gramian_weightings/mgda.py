@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from mtl_jax.base import Weighting
 from mtl_jax.gramian_weightings.solved import solved
+from mtl_jax.gramian_weightings.spectral import gradient_norms
 from mtl_jax.solvers import minimum_norm_point
 
 
@@ -58,7 +59,7 @@ def mgda(normalization: Literal["l2", "loss", "loss+"] | None = None) -> Weighti
     def solve(gramian, losses, present):
         if normalization is None:
             return minimum_norm_point(gramian, present)
-        norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
+        norms = gradient_norms(gramian)
         # A zero gradient is one whatever it is divided by.
         size = jnp.where(norms > 0, norms, 1) if normalization in ("l2", "loss+") else 1
         size = size * jnp.where(norms > 0, losses, 1) if "loss" in normalization else size

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 from mtl_jax.base import Weighting
 from mtl_jax.checks import check_positive
 from mtl_jax.gramian_weightings.solved import solved
+from mtl_jax.gramian_weightings.spectral import cosines, gradient_norms
 from mtl_jax.solvers import fair_point
+from mtl_jax.solvers.cosines import product
 
 
 def nash_mtl(max_norm: float | None = None) -> Weighting:
@@ -54,11 +56,8 @@ def nash_mtl(max_norm: float | None = None) -> Weighting:
         solution = fair_point(gramian, 1.0, present)
         if max_norm is None:
             return solution
-        norms = jnp.sqrt(jnp.maximum(jnp.diagonal(gramian), 0))
-        shares = solution.x * norms
-        cosines = gramian / jnp.where(norms > 0, norms, 1)[:, None]
-        cosines = cosines / jnp.where(norms > 0, norms, 1)[None, :]
-        norm = jnp.sqrt(jnp.maximum(shares @ cosines @ shares, 0))
+        shares = solution.x * gradient_norms(gramian)
+        norm = jnp.sqrt(jnp.maximum(shares @ product(cosines(gramian), shares), 0))
         return solution._replace(x=solution.x / jnp.maximum(norm / max_norm, 1))
 
     return solved(solve)

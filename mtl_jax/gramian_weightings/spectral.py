@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from mtl_jax.solvers.cosines import product
+
 
 class Spectrum(NamedTuple):
     """The eigendecomposition of a Gramian.
@@ -24,8 +26,8 @@ class Spectrum(NamedTuple):
         self, values: Float[Array, "eigenvalues"], vector: Float[Array, "tasks"]
     ) -> Float[Array, "tasks"]:
         """The product with a vector of the matrix that has ``values``, or 0 where not kept."""
-        parts = jnp.where(self.kept, values * _product(self.vectors, vector), 0)
-        return _product(self.vectors.T, parts)
+        parts = jnp.where(self.kept, values * product(self.vectors, vector), 0)
+        return product(self.vectors.T, parts)
 
 
 def gradient_norms(gramian: Float[Array, "tasks tasks"]) -> Float[Array, "tasks"]:
@@ -95,7 +97,7 @@ def spectrum(gramian: Float[Array, "tasks tasks"]) -> Spectrum:
 
     def unfinished(carry):
         matrix, vectors, sweeps = carry
-        noise = jnp.sqrt(_product(vectors**2, squares))
+        noise = jnp.sqrt(product(vectors**2, squares))
         noise = number * float(jnp.finfo(matrix.dtype).eps) * noise[:, None] * noise[None, :]
         coupled = (jnp.abs(matrix) > noise) & ~jnp.eye(size, dtype=bool)
         # Convergence is quadratic; six or seven sweeps are usual.
@@ -104,10 +106,5 @@ def spectrum(gramian: Float[Array, "tasks tasks"]) -> Spectrum:
     start = (jnp.pad(gramian, (0, size - number)), jnp.eye(size, dtype=gramian.dtype), 0)
     matrix, vectors, _ = jax.lax.while_loop(unfinished, sweep, start)
     values = jnp.diagonal(matrix)
-    kept = values > rounding(gramian) * _product(vectors**2, squares)
+    kept = values > rounding(gramian) * product(vectors**2, squares)
     return Spectrum(jnp.where(kept, values, 1), vectors[:, :number], kept)
-
-
-def _product(matrix: Float[Array, "m n"], vector: Float[Array, "n"]) -> Float[Array, "m"]:
-    """Their product in full precision, which accelerators do not use by default."""
-    return jnp.matmul(matrix, vector, precision=jax.lax.Precision.HIGHEST)

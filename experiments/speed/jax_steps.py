@@ -1,0 +1,314 @@
+"""The steps in JAX, timed: a process of its own."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, PyTree
+
+import mtl_jax
+from experiments.networks.convolution import Conv
+from experiments.networks.heads import Heads
+from experiments.speed.child import package_versions, progress, serve
+from experiments.speed.methods import EVERY, HELD, OPTIMIZER, Variant, variants, why_not
+from experiments.speed.records import (
+    NETWORKS,
+    FrameworkResult,
+    Measured,
+    Network,
+    NetworkResult,
+    Request,
+)
+from experiments.speed.timing import Timed, quartiles_of_ratio, time_in_rounds
+from mtl_jax.base import Signal, Weighting
+from mtl_jax.jacobian import RowsMode
+from mtl_jax.tasks import Losses
+
+Step = Callable[[Any, PyTree], tuple[Any, Any]]
+"""``step(state, batch) -> (state, value)``."""
+
+
+class Encoder(nn.Module):
+    """Convolutions, if any, then dense layers, each with a rectifier.
+
+    Attributes:
+      network: its sizes.
+    """
+
+    network: Network
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch *inputs"]) -> Float[Array, "batch features"]:
+        """Encode examples."""
+        for channels in self.network.channels:
+            x = nn.relu(Conv(channels, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))(x))
+        x = x.reshape(x.shape[0], -1)
+        for width in self.network.widths:
+            x = nn.relu(nn.Dense(width)(x))
+        return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A network's functions, with a batch and parameters to start from.
+
+    Attributes:
+      network: the network.
+      encoder: ``encoder(params, batch) -> z``.
+      heads: ``heads(params, zs, batch) -> losses``.
+      batch: the examples and labels of all steps.
+      params: the parameters, those that the tasks share under "encoder".
+    """
+
+    network: Network
+    encoder: Callable[[PyTree, PyTree], Array]
+    heads: Callable[[PyTree, dict[str, Array], PyTree], Losses]
+    batch: PyTree
+    params: PyTree
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks' names."""
+        return tuple(self.batch["labels"])
+
+    def losses_fn(self, params: PyTree, batch: PyTree) -> Losses:
+        """The task losses."""
+        z = self.encoder(params, batch)
+        return self.heads(params, dict.fromkeys(self.tasks, z), batch)
+
+    def total(self, params: PyTree, batch: PyTree) -> tuple[Float[Array, ""], Losses]:
+        """The sum of the losses: what plain training differentiates."""
+        losses = self.losses_fn(params, batch)
+        return jnp.sum(jnp.stack(list(losses.values()))), losses
+
+
+def make_problem(network: Network) -> Problem:
+    """The network with a random batch and random parameters."""
+    tasks = tuple(f"task_{k:02d}" for k in range(network.tasks))
+    encoder, heads = Encoder(network), Heads(dict.fromkeys(tasks, network.classes))
+    draw = np.random.default_rng(0)
+    size = network.batch_size
+    batch = {
+        "inputs": draw.standard_normal((size, *network.inputs), np.float32),
+        "labels": {
+            task: draw.integers(network.classes, size=size, dtype=np.int32) for task in tasks
+        },
+    }
+    batch = jax.device_put(batch)
+
+    def encode(params: PyTree, batch: PyTree) -> Array:
+        return cast(Array, encoder.apply(params["encoder"], batch["inputs"]))
+
+    def head_losses(params: PyTree, zs: dict[str, Array], batch: PyTree) -> Losses:
+        logits = cast(dict[str, Array], heads.apply(params["heads"], zs))
+        return {
+            task: jnp.mean(
+                optax.softmax_cross_entropy_with_integer_labels(logits[task], batch["labels"][task])
+            )
+            for task in tasks
+        }
+
+    encoder_key, heads_key = jax.random.split(jax.random.key(0))
+    z = jnp.zeros((size, network.widths[-1]))
+    params = {
+        "encoder": encoder.init(encoder_key, batch["inputs"]),
+        "heads": heads.init(heads_key, dict.fromkeys(tasks, z)),
+    }
+    return Problem(network, encode, head_losses, batch, params)
+
+
+def _shared(path: str) -> bool:
+    return path.startswith("encoder")
+
+
+def make_step(problem: Problem, variant: Variant) -> tuple[Step, Any]:
+    """A step of this variant, not compiled yet, and the state before the first one."""
+    weighting = variant.weighting
+    if weighting is None:
+        return _plain_step(problem), _fresh((problem.params, OPTIMIZER.init(problem.params)))
+    if variant.form == "losses":
+        gradient_fn = mtl_jax.value_and_grad(problem.losses_fn, weighting)
+    elif variant.form == "representation":
+        gradient_fn = mtl_jax.representation_value_and_grad(
+            problem.encoder, problem.heads, cast(Weighting, weighting), tasks=problem.tasks
+        )
+    else:
+        way = cast(RowsMode, variant.form.partition("=")[2] or "auto")
+        gradient_fn = mtl_jax.value_and_grad(problem.losses_fn, weighting, shared=_shared, rows=way)
+    step = mtl_jax.make_train_step(gradient_fn, OPTIMIZER, weighting, losses_fn=problem.losses_fn)
+    state = mtl_jax.TrainState.create(
+        problem.params,
+        OPTIMIZER,
+        weighting,
+        jax.eval_shape(problem.losses_fn, problem.params, problem.batch),
+        weighting_key=jax.random.key(0),
+        shared=_shared,
+    )
+    return step, state
+
+
+def _plain_step(problem: Problem) -> Step:
+    def step(state: Any, batch: PyTree) -> tuple[Any, Losses]:
+        params, opt_state = state
+        (_, losses), gradient = jax.value_and_grad(problem.total, has_aux=True)(params, batch)
+        updates, opt_state = OPTIMIZER.update(gradient, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), losses
+
+    return step
+
+
+def _fresh(tree: PyTree) -> PyTree:
+    return jax.tree.map(jnp.copy, tree)
+
+
+class Compiled:
+    """A compiled step with its state.
+
+    Attributes:
+      state: the state after the steps taken so far.
+      value: what the last call returned besides.
+      seconds: the time that tracing and compiling took.
+      temporary_bytes: what the step needs besides its arguments and results; ``None`` where the
+        backend does not say.
+      timed: the steps, to be timed.
+    """
+
+    def __init__(self, problem: Problem, variant: Variant, clock: Callable[[], float]) -> None:
+        step, state = make_step(problem, variant)
+        scanned = problem.network.scanned
+
+        def steps(state: Any, batch: PyTree) -> tuple[Any, Any]:
+            if scanned == 1:
+                return step(state, batch)
+            return jax.lax.scan(lambda state, _: step(state, batch), state, length=scanned)
+
+        start = clock()
+        call = jax.jit(steps, donate_argnums=0).lower(state, problem.batch).compile()
+        self.seconds = clock() - start
+        memory = call.memory_analysis()
+        self.temporary_bytes = None if memory is None else memory.temp_size_in_bytes
+        self.state, self.value = call(state, problem.batch)
+
+        def run(number: int) -> None:
+            for _ in range(number // scanned):
+                self.state, self.value = call(self.state, problem.batch)
+            jax.block_until_ready(self.state)
+
+        self.timed = Timed(run, multiple=max(scanned, EVERY if variant.method == HELD else 1))
+
+    @property
+    def skipped(self) -> int:
+        """The steps that were skipped, and so were cheaper than they should be."""
+        return int(self.state.skipped) if isinstance(self.state, mtl_jax.TrainState) else 0
+
+
+def solver_of(weighting: Weighting, compiled: Compiled, scanned: int) -> Timed:
+    """The way from the Gramian that a step found to the weights, alone."""
+    value, state = compiled.value, compiled.state.weighting_state
+    if scanned > 1:
+        value = jax.tree.map(lambda leaf: leaf[-1], value)
+    update = jax.jit(weighting.update)
+    losses, gramian, state = _fresh((value.losses, value.gramian, state))
+
+    def run(number: int) -> None:
+        nonlocal state
+        for _ in range(number):
+            _, state = update(losses, state, gramian=gramian)
+        jax.block_until_ready(state)
+
+    return Timed(run)
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of the compiled losses, and of them and their gradient."""
+
+    forward: float
+    step: float
+
+
+def count_flops(problem: Problem) -> Flops:
+    """What XLA says of the losses alone and of the losses with their gradient."""
+
+    def flops(function: Callable[..., Any]) -> float:
+        compiled = jax.jit(function).lower(problem.params, problem.batch).compile()
+        return (compiled.cost_analysis() or {"flops": math.nan})["flops"]
+
+    return Flops(
+        flops(lambda *args: problem.total(*args)[1]),
+        flops(jax.value_and_grad(problem.total, has_aux=True)),
+    )
+
+
+def measure_network(name: str, request: Request) -> NetworkResult:
+    """Time all variants of one network."""
+    clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
+    network = NETWORKS[name]
+    problem = make_problem(network)
+    reasons = {variant: why_not(variant, network) for variant in variants(request.methods)}
+    chosen = [variant for variant, reason in reasons.items() if reason is None]
+    flops = count_flops(problem)  # also warms up the compiler, which is slower the first time
+    compiled = {variant.label: Compiled(problem, variant, clock) for variant in chosen}
+    solvers = {
+        f"{variant.label}: solver": solver_of(
+            variant.weighting, compiled[variant.label], network.scanned
+        )
+        for variant in chosen
+        if isinstance(variant.weighting, Weighting)
+        and variant.weighting.needs is Signal.GRAMIAN
+        and variant.weighting.due is None
+        and variant.form in ("representation", "rows")
+    }
+    progress(f"{name}: {len(compiled)} variants compiled; {request.rounds} rounds")
+    times = time_in_rounds(
+        {label: one.timed for label, one in compiled.items()} | solvers,
+        rounds=request.rounds,
+        seconds=request.seconds,
+        clock=clock,
+    )
+    plain = times[chosen[0].label]
+
+    def measured(variant: Variant) -> Measured:
+        one, mine = compiled[variant.label], times[variant.label]
+        solver = times.get(f"{variant.label}: solver")
+        notes = ["1 more forward pass"] if getattr(variant.weighting, "observe", None) else []
+        notes += [f"{one.skipped} steps skipped"] if one.skipped else []
+        return Measured(
+            variant.method,
+            variant.form,
+            step_seconds=float(np.median(mine)),
+            ratio=quartiles_of_ratio(mine, plain),
+            compile_seconds=one.seconds,
+            temporary_bytes=one.temporary_bytes,
+            solver_ratio=None if solver is None else quartiles_of_ratio(solver, plain)[1],
+            note=", ".join(notes),
+        )
+
+    return NetworkResult(
+        name,
+        [measured(variant) for variant in chosen],
+        forward_flops=flops.forward,
+        step_flops=flops.step,
+        left_out=[f"{variant.label}: {reason}" for variant, reason in reasons.items() if reason],
+    )
+
+
+def measure(request: Request) -> FrameworkResult:
+    """Time all variants of all networks asked for."""
+    on_cpu = jax.default_backend() == "cpu"
+    return FrameworkResult(
+        device=jax.devices()[0].device_kind,
+        clock="CPU time" if on_cpu else "wall-clock time",
+        versions=package_versions("jax", "jaxlib", "optax", "flax"),
+        networks=[measure_network(name, request) for name in request.networks],
+    )
+
+
+if __name__ == "__main__":
+    serve(measure)

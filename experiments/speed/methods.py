@@ -1,0 +1,82 @@
+"""The methods whose steps are timed, and every form in which each can be had."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import optax
+
+import mtl_jax
+from experiments.speed.records import LEARNING_RATE, LEAST_TASKS, Network
+from mtl_jax.base import Aggregator, Signal, Weighting
+from mtl_jax.compare import WEIGHTINGS, look_up
+from mtl_jax.compare.weightings import RunSettings
+from mtl_jax.jacobian import RowsMode
+
+OPTIMIZER = optax.sgd(LEARNING_RATE)
+PLAIN = "plain"
+EVERY = 10
+"""The steps between two Gramians of ``every``."""
+HELD = f"nash_mtl_every_{EVERY}"
+METHODS = (*WEIGHTINGS, HELD)
+ROWS_METHOD = "mgda"
+"""The method with which every way to compute the rows is timed."""
+ROWS_WAYS: tuple[RowsMode, ...] = ("unrolled", "map", "vmap", "low_memory")
+
+
+class Variant(NamedTuple):
+    """A method in one form.
+
+    Attributes:
+      method: its name.
+      form: "plain", "losses", "representation", "rows" or "rows=<way>".
+      weighting: the weighting or the aggregator; ``None`` for the plain step.
+    """
+
+    method: str
+    form: str
+    weighting: Weighting | Aggregator | None
+
+    @property
+    def label(self) -> str:
+        """A name that no other variant of a network has."""
+        return f"{self.method}, {self.form}"
+
+
+def check_methods(names: Sequence[str]) -> None:
+    """Raise a ``ValueError`` for an unknown name; the message lists the known ones."""
+    for name in names:
+        look_up(name, dict.fromkeys(METHODS), "method")
+
+
+def variants(methods: Sequence[str] = ()) -> Iterator[Variant]:
+    """The plain step, and these methods (all by default) in all their forms."""
+    settings = RunSettings(steps_per_epoch=10, epochs=10, optimizer=OPTIMIZER)
+    yield Variant(PLAIN, PLAIN, None)
+    for name in methods or METHODS:
+        if name == HELD:
+            yield Variant(name, "rows", mtl_jax.every(mtl_jax.nash_mtl(), EVERY))
+            continue
+        weighting = WEIGHTINGS[name](settings)
+        for form in _forms(name, weighting):
+            yield Variant(name, form, weighting)
+
+
+def _forms(name: str, weighting: Weighting | Aggregator) -> Iterator[str]:
+    if isinstance(weighting, Aggregator):
+        yield "rows"
+    elif weighting.needs is Signal.LOSSES:
+        yield "losses"
+    else:
+        yield from ("representation", "rows")
+        if name == ROWS_METHOD:
+            yield from (f"rows={way}" for way in ROWS_WAYS)
+
+
+def why_not(variant: Variant, network: Network) -> str | None:
+    """Why a variant cannot be had on this network; ``None`` if it can."""
+    least = LEAST_TASKS.get(variant.method, 1)
+    if network.tasks < least:
+        return f"needs {least} tasks"
+    if variant.form == "rows=low_memory" and network.channels:
+        return "the convolution that is fast on CPU has no forward derivative"
+    return None

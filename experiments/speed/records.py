@@ -1,0 +1,152 @@
+"""What is measured, and what was found: read by every process, whatever its framework."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+LEARNING_RATE = 1e-3
+"""Of plain gradient descent: the cheapest optimizer hides the least."""
+LEAST_TASKS = {"krum": 3, "trimmed_mean": 3}
+"""The methods that need more than one task, as they are set here."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """An encoder with one linear classifier for each task, and its batch.
+
+    Attributes:
+      tasks: the number of tasks K.
+      batch_size: the examples of a step.
+      inputs: the shape of one example.
+      widths: the sizes of the encoder's dense layers; the last one is the representation.
+      channels: the output channels of 3 x 3 convolutions of stride 2 in front of them.
+      classes: the classes of each task.
+      scanned: the steps in one call, in one loop on the device; 1 is a call a step.
+    """
+
+    tasks: int
+    batch_size: int
+    inputs: tuple[int, ...]
+    widths: tuple[int, ...]
+    channels: tuple[int, ...] = ()
+    classes: int = 10
+    scanned: int = 1
+
+
+def _mlp(tasks: int) -> Network:
+    return Network(tasks, batch_size=256, inputs=(256,), widths=(512, 512, 512))
+
+
+def _convolutional(tasks: int) -> Network:
+    return Network(tasks, batch_size=64, inputs=(32, 32, 3), widths=(128,), channels=(16, 32, 64))
+
+
+_TINY = Network(tasks=3, batch_size=8, inputs=(8,), widths=(16, 16), classes=4)
+
+NETWORKS: Mapping[str, Network] = {
+    "mlp-2": _mlp(2),
+    "mlp-5": _mlp(5),
+    "mlp-20": _mlp(20),
+    "conv-2": _convolutional(2),
+    "conv-20": _convolutional(20),
+    "tiny": _TINY,
+    "tiny-scan": dataclasses.replace(_TINY, scanned=100),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a process is asked to measure.
+
+    Attributes:
+      networks: names from ``NETWORKS``.
+      methods: the names of the methods; empty for all of them.
+      rounds: how often each variant is timed.
+      seconds: how long one timing lasts at least.
+    """
+
+    networks: tuple[str, ...]
+    methods: tuple[str, ...]
+    rounds: int
+    seconds: float
+
+
+@dataclasses.dataclass
+class Measured:
+    """One way to take a step of one network.
+
+    Attributes:
+      method: the method's name; "plain" for the sum of the losses and nothing else.
+      form: what the method reads and how: "plain", "losses", "representation", "rows" for the
+        library's own choice, or "rows=<way>".
+      step_seconds: the median time of a step.
+      ratio: the step time relative to the plain step of the same round: lower quartile, median,
+        upper quartile over the rounds.
+      compile_seconds: the time to trace and compile the step, where there is such a thing.
+      temporary_bytes: what the compiled step needs besides its arguments and results.
+      solver_ratio: the time from the Gramian to the weights alone, relative to the plain step.
+      note: what the reader should know.
+    """
+
+    method: str
+    form: str
+    step_seconds: float
+    ratio: tuple[float, float, float]
+    compile_seconds: float | None = None
+    temporary_bytes: int | None = None
+    solver_ratio: float | None = None
+    note: str = ""
+
+
+@dataclasses.dataclass
+class NetworkResult:
+    """All that one framework measured on one network.
+
+    Attributes:
+      network: the network's name.
+      measured: the variants, the plain step first.
+      forward_flops: floating-point operations of the compiled losses.
+      step_flops: those of the compiled losses and their gradient.
+      left_out: variants that cannot be measured on this network, with the reason.
+    """
+
+    network: str
+    measured: list[Measured]
+    forward_flops: float | None = None
+    step_flops: float | None = None
+    left_out: list[str] = dataclasses.field(default_factory=list)
+
+    def find(self, method: str, form: str) -> Measured | None:
+        """The variant of this method and form, if it was measured."""
+        found = [one for one in self.measured if (one.method, one.form) == (method, form)]
+        return found[0] if found else None
+
+    @property
+    def plain(self) -> Measured:
+        """The plain step."""
+        return self.measured[0]
+
+
+@dataclasses.dataclass
+class FrameworkResult:
+    """What one process measured.
+
+    Attributes:
+      device: the kind of device.
+      clock: what was measured: CPU time or wall-clock time.
+      versions: of the packages that matter.
+      networks: the results by network.
+    """
+
+    device: str
+    clock: str
+    versions: dict[str, str]
+    networks: list[NetworkResult]
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "FrameworkResult":
+        """Read what ``dataclasses.asdict`` made, after a journey through JSON."""
+        for network in value["networks"]:
+            network["measured"] = [Measured(**one) for one in network["measured"]]
+        value["networks"] = [NetworkResult(**network) for network in value["networks"]]
+        return cls(**value)

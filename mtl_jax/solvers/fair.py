@@ -1,0 +1,108 @@
+"""The alpha-fair direction."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from mtl_jax.solvers.cosines import (
+    Solution,
+    check_at_least_zero,
+    product,
+    read_gramian,
+    safe_divide,
+)
+from mtl_jax.solvers.quadratic import minimum_norm_point
+
+
+def fair_point(
+    gramian: Float[Array, "tasks tasks"],
+    alpha: float | Float[Array, ""] = 1.0,
+    present: Bool[Array, "tasks"] | None = None,
+) -> Solution:
+    r"""The weights of the alpha-fair direction, Nash's bargaining solution for alpha = 1.
+
+    .. math::
+
+       G x = x^{-1 / \alpha}, \quad x > 0, \quad \text{elementwise}
+
+    A solution exists, and is unique up to the null space of :math:`J^\top`, unless the gradients'
+    convex hull contains 0. There, and where this cannot be told from rounding, the weights are
+    those of :func:`minimum_norm_point`, which sum to 1 and give a direction near 0, and the
+    residual is 1. Otherwise, with :math:`r_k = x_k^{-1 / \alpha} / \|g_k\|`, the residual is
+    :math:`\max_k |(G x)_k / \|g_k\| - r_k| / \max_k r_k`.
+
+    Args:
+      gramian: the inner products of the task gradients.
+      alpha: how the tasks' gains are traded, more than 0: 1 for proportional fairness; the larger,
+        the more for the worst-served task.
+      present: the tasks that count; ``None`` for all. If none does, the weights are 0.
+
+    Returns:
+      The weights x and the residual.
+
+    Raises:
+      TypeError: if an argument has a dtype of the wrong kind.
+      ValueError: if an argument has the wrong shape, or alpha is not positive.
+
+    References:
+      Navon et al., `Multi-Task Learning as a Bargaining Game <https://arxiv.org/abs/2202.01017>`_,
+      2022; Ban and Ji, `Fair Resource Allocation in Multi-Task Learning
+      <https://arxiv.org/abs/2402.15638>`_, 2024.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtl_jax.solvers import fair_point
+      >>> weights, residual = fair_point(jnp.array([[1.0, 0.0], [0.0, 16.0]]))
+      >>> [round(float(weight), 4) for weight in weights]
+      [1.0, 0.25]
+    """
+    rows = read_gramian(gramian, present)
+    dtype, K = rows.cosines.dtype, rows.lengths.size
+    eps = jnp.finfo(dtype).eps
+    check_at_least_zero(alpha, "alpha", strictly=True)
+    p = 1 / jnp.asarray(alpha, dtype)
+
+    # With y = length * x, G x = x^-p is C y = m y^-p, m = length^(p - 1). Scaled to max(m) = 1.
+    log_m = jnp.where(rows.usable, (p - 1) * jnp.log(rows.lengths), 0)
+    log_top = jnp.max(jnp.where(rows.usable, log_m, -jnp.inf), initial=-jnp.inf)
+    log_top = jnp.where(jnp.any(rows.usable), log_top, 0)
+    m = jnp.where(rows.usable, jnp.exp(log_m - log_top), 1)
+    identity = jnp.eye(K, dtype=dtype)
+    C = jnp.where(rows.usable[:, None] & rows.usable[None, :], rows.cosines, identity)
+
+    def newton(state):
+        # A primal-dual step to z = C y, z y^p = m from y, z > 0. The added diagonal is below the
+        # rounding error of C: it keeps the matrix positive definite and does not move the solution.
+        y, z, change, _, count = state
+        slack = m * y**-p - z
+        slope = p * z / y
+        H = C + identity * (slope + 4 * K * eps)[:, None]
+        factor = jax.scipy.linalg.cho_factor(H)
+        dy = jax.scipy.linalg.cho_solve(factor, slack + z - product(C, y))
+        dz = slack - slope * dy
+        size = 0.9 / jnp.maximum(jnp.max(jnp.maximum(-dy / y, -dz / z), initial=0), 0.9)
+        now = jnp.max(jnp.abs(dy / y), initial=0)
+        converged = (now < 0.01) & (now > change / 2)
+        return y + size * dy, z + size * dz, now, converged, count + 1
+
+    y = m ** (1 / (1 + p))
+    state = (y, m * y**-p, jnp.asarray(jnp.inf, dtype), jnp.asarray(False), jnp.int32(0))
+    y, *_ = lax.while_loop(lambda state: ~state[3] & (state[4] < 60), newton, state)
+
+    # Where 0 is in the hull, y diverges, and C y becomes smaller than its rounding error.
+    z = product(C, y)
+    noise = 2 * math.sqrt(K) * eps * jnp.sum(y)
+    solved = jnp.all((z > noise) & (jnp.abs(z * y**p / m - 1) < 0.5)) & ~jnp.any(rows.zero)
+    scale = jnp.exp((log_top - 2 * jnp.log(rows.unit)) / (1 + p))
+    x = jnp.where(rows.usable, scale * y / rows.lengths, 0)
+    wanted = jnp.where(rows.usable, m * y**-p, 0)
+    residual = jnp.max(jnp.where(rows.usable, jnp.abs(z - wanted), 0), initial=0)
+    residual = safe_divide(residual, jnp.max(wanted, initial=0))
+    return lax.cond(
+        solved,
+        lambda: Solution(x, residual),
+        lambda: Solution(minimum_norm_point(gramian, present).x, jnp.ones_like(residual)),
+    )

@@ -1,0 +1,125 @@
+"""The path that the solutions of three problems lie on.
+
+Of the points that satisfy <g_k, d> >= nu for all k, the nearest to
+a given g0 is d = g0 + J' u, where u >= 0 is piecewise linear in nu. Followed upwards from u = 0,
+
+- at nu = 0, d is the projection of g0 on the dual cone;
+- where d has come to a given distance from g0, d is the solution of CAGrad;
+- far out, u has the direction of the point of least norm in the convex hull of the gradients.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32
+
+from mtl_jax.solvers.cosines import Rows, product, safe_divide
+
+
+class Segment(NamedTuple):
+    """A point of the path, and how it goes on from there."""
+
+    y: Float[Array, "tasks"]  # lengths * u
+    ray: Float[Array, "tasks"]  # dy / dtau
+    nu: Float[Array, ""]
+    slope: Float[Array, ""]  # dnu / dtau; 0 where nu cannot be increased
+
+
+class _Path(NamedTuple):
+    """The state of :func:`follow`."""
+
+    segment: Segment
+    tau: Float[Array, ""]
+    tableau: Float[Array, "tasks tasks"]
+    inside: Bool[Array, "tasks"]
+    done: Bool[Array, ""]
+    pivots: Int32[Array, ""]
+
+
+def follow(
+    rows: Rows,
+    q: Float[Array, "tasks"],
+    a: Float[Array, "tasks"],
+    until: Callable[[Segment], Float[Array, ""] | float],
+) -> Segment:
+    r"""Follow the path of y(nu) >= 0, z = C y + q - nu a >= 0, y'z = 0 upwards from y = 0.
+
+    C are the cosines, q is in the range of C, and a > 0. The parameter is tau = nu + a'y, so that
+
+        z = M y + q - tau a,  M = C + a a'.
+
+    It can grow without bound where nu cannot, and q and a are in the range of M; so the path never
+    ends, and each of its corners is one principal pivot (Cottle's parametric method): the task
+    whose y_k or z_k meets zero enters or leaves the set of tasks with y_k > 0. Of tasks that tie,
+    the first is taken (Murty's rule), which cannot cycle. The tableau, M swept on that set, only
+    preconditions the solves, which are refined on M itself: errors do not add up along the path.
+
+    Args:
+      rows: the tasks.
+      q: as above.
+      a: as above, 0 where a task is not usable.
+      until: how much further tau may grow on a segment until the wanted point is reached.
+
+    Returns:
+      The wanted point, or the last corner if it is not on the path.
+    """
+    C, usable = rows.cosines, rows.usable
+    K, eps = q.size, jnp.finfo(q.dtype).eps
+    M = C + a[:, None] * a[None, :]
+
+    def pivot(path: _Path) -> _Path:
+        T, inside, tau = path.tableau, path.inside, path.tau
+        inverse = jnp.where(inside[:, None] & inside[None, :], -T, 0)
+
+        def solve(b, x):
+            for _ in range(3):
+                x = x + product(inverse, jnp.where(inside, b - product(M, x), 0))
+            return x
+
+        # y does not jump where the set changes: from where it was, there is little to correct.
+        y = solve(tau * a - q, jnp.where(inside, path.segment.y, 0))
+        ray = solve(a, jnp.zeros_like(a))
+        size = jnp.sum(jnp.abs(ray))
+        gain, curvature = jnp.sum(a * ray), jnp.sum(ray * product(C, ray))
+        slope = jnp.where(curvature > 4 * eps * size**2, safe_divide(curvature, gain), 0)
+        slope = jnp.where(jnp.any(inside), slope, 1)
+        y = jnp.where(slope > 0, y, path.segment.y)  # else it would pick up noise along the ray
+
+        # On a segment where nu stays, C ray = 0, so that no task can enter.
+        independent = jnp.diagonal(T) > 4 * K * eps
+        movable = inside | (usable & independent & (slope > 0))
+        rate = jnp.where(inside, ray, product(M, ray) - a)
+        value = jnp.where(inside, y, product(M, y) + q - tau * a)
+        meets = movable & (rate < -4 * eps * (a + size))
+        steps = jnp.where(meets, safe_divide(jnp.maximum(value, 0), -rate), jnp.inf)
+        k = jnp.argmin(steps)
+        end = until(Segment(y, ray, tau - jnp.sum(a * y), slope))
+        step = jnp.minimum(steps[k], end)
+        done = (end <= steps[k]) | jnp.isinf(step)
+        step = jnp.where(jnp.isinf(step), 0, step)
+        tau, y = tau + step, jnp.maximum(y + step * ray, 0)
+        segment = Segment(y, jnp.maximum(ray, 0), tau - jnp.sum(a * y), slope)
+
+        this = jnp.arange(K) == k
+        row = T[k]
+        line = jnp.where(inside[k], -row, row) / row[k]
+        T = T - row[:, None] * (row / row[k])[None, :]
+        T = jnp.where(this[:, None], line[None, :], jnp.where(this[None, :], line[:, None], T))
+        T = jnp.where(this[:, None] & this[None, :], -1 / row[k], T)
+        return _Path(segment, tau, T, inside ^ this, done, path.pivots + 1)
+
+    start = jnp.min(jnp.where(usable, q / jnp.where(usable, a, 1), jnp.inf), initial=jnp.inf)
+    start = jnp.where(jnp.any(usable), start, 0)
+    zeros = jnp.zeros_like(q)
+    path = _Path(
+        segment=Segment(zeros, zeros, start, jnp.ones_like(start)),
+        tau=start,
+        tableau=M,
+        inside=jnp.zeros(K, bool),
+        done=jnp.asarray(False),
+        pivots=jnp.int32(0),
+    )
+    path = lax.while_loop(lambda path: ~path.done & (path.pivots < 8 * K + 8), pivot, path)
+    return path.segment

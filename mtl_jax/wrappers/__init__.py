@@ -1,0 +1,1 @@
+"""Weightings made of weightings: each takes one and returns one, and they compose."""

@@ -1,0 +1,76 @@
+"""Weightings as aggregators of optax."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax.experimental import aggregating
+
+import mtl_jax
+
+PARAMS = {"w": jnp.zeros((2, 3)), "b": jnp.zeros(())}
+KEYS = jax.random.split(jax.random.key(0))
+ROWS = {"w": jax.random.normal(KEYS[0], (4, 2, 3)), "b": jax.random.normal(KEYS[1], (4,))}
+
+
+def flat_rows(rows):
+    return np.concatenate([np.asarray(leaf).reshape(4, -1) for leaf in jax.tree.leaves(rows)], 1)
+
+
+def test_the_weighted_sum():
+    aggregator = mtl_jax.as_aggregator(mtl_jax.nash_mtl(), num_tasks=4)
+    assert isinstance(aggregator, aggregating.Aggregator)
+    got, state = jax.jit(aggregator.update)(ROWS, aggregator.init(PARAMS))
+    J = flat_rows(ROWS)
+    weighting = mtl_jax.nash_mtl()
+    weights, _ = weighting.update((1.0,) * 4, weighting.init((1.0,) * 4), gramian=J @ J.T)
+    flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(got)])
+    np.testing.assert_allclose(flat, np.array(weights) @ J, rtol=1e-4, atol=1e-6)
+    assert jax.tree.structure(got) == jax.tree.structure(PARAMS)
+    np.testing.assert_array_equal(state.steps, 1)
+
+
+def test_inside_process_and_chain():
+    """Preprocessing of the rows, aggregation, and an optimizer after it."""
+    optimizer = aggregating.process(
+        optax.identity(),
+        mtl_jax.as_aggregator(mtl_jax.pcgrad(), 4, key=jax.random.key(0)),
+        optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(1.0)),
+    )
+    update, _ = jax.jit(optimizer.update)(ROWS, optimizer.init(PARAMS), PARAMS)
+    np.testing.assert_allclose(optax.global_norm(update), 1e-3, rtol=1e-5)
+
+
+def test_losses_and_mask():
+    losses = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0}
+    aggregator = mtl_jax.as_aggregator(mtl_jax.mgda("loss"), 4)
+    state = aggregator.init(PARAMS)
+    plain, _ = aggregator.update(ROWS, state)
+    scaled, _ = aggregator.update(ROWS, state, losses=losses)
+    assert not np.allclose(plain["w"], scaled["w"])
+    mask = dict.fromkeys(losses, jnp.array(False)) | {"c": jnp.array(True)}
+    only, _ = aggregator.update(ROWS, state, losses=losses, mask=mask)
+    np.testing.assert_allclose(only["w"], ROWS["w"][2], rtol=1e-6)
+
+
+def test_what_is_not_finite():
+    aggregator = mtl_jax.as_aggregator(mtl_jax.upgrad(), 4)
+    state = aggregator.init(PARAMS)
+    got, after = aggregator.update(ROWS | {"b": ROWS["b"].at[0].set(jnp.inf)}, state)
+    assert np.all(np.isnan(got["w"]))
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="`num_tasks` must be at least 1"):
+        mtl_jax.as_aggregator(mtl_jax.mgda(), 0)
+    with pytest.raises(TypeError, match="Expected a Weighting"):
+        mtl_jax.as_aggregator(mtl_jax.graddrop(), 2)
+    aggregator = mtl_jax.as_aggregator(mtl_jax.mgda(), 3)
+    with pytest.raises(ValueError, match="made for 3 tasks, but there are gradients of 4"):
+        aggregator.update(ROWS, aggregator.init(PARAMS))
+    with pytest.raises(ValueError, match="as the leading axis of every leaf"):
+        aggregator.update(ROWS | {"b": jnp.ones(2)}, aggregator.init(PARAMS))
+    with pytest.raises(ValueError, match="draws random numbers"):
+        mtl_jax.as_aggregator(mtl_jax.pcgrad(), 4).init(PARAMS)

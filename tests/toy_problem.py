@@ -1,5 +1,7 @@
 """A small regression problem with two tasks, for the tests of the referee."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,37 +11,38 @@ import mtl_jax
 from mtl_jax.compare import Problem, Task
 
 TARGETS = {"line": lambda x: x @ np.array([1.0, -2.0, 0.5]), "square": lambda x: np.sum(x**2, 1)}
+THREE_TARGETS = TARGETS | {"product": lambda x: x[:, 0] * x[:, 1]}
 
 
 def split(size, seed):
     x = np.random.default_rng(seed).normal(size=(size, 3)).astype(np.float32)
-    return {"x": x} | {task: f(x).astype(np.float32) for task, f in TARGETS.items()}
+    return {"x": x} | {task: f(x).astype(np.float32) for task, f in THREE_TARGETS.items()}
 
 
 def outputs(params, x):
     hidden = jnp.tanh(x @ params["encoder"])
-    return {task: hidden @ params["heads"][task] for task in TARGETS}
+    return {task: hidden @ head for task, head in params["heads"].items()}
 
 
-def init(key):
-    encoder, *heads = jax.random.split(key, 3)
+def init(key, tasks=tuple(TARGETS)):
+    encoder, *heads = jax.random.split(key, 1 + len(tasks))
     params = {
         "encoder": jax.random.normal(encoder, (3, 16)),
         "heads": {
             task: jax.random.normal(head, (16,)) / 4
-            for task, head in zip(TARGETS, heads, strict=True)
+            for task, head in zip(tasks, heads, strict=True)
         },
     }
     return params, {"calls": jnp.zeros((), jnp.int32)}
 
 
 def errors_of(predictions, batch):
-    labelled = {task: jnp.isfinite(batch[task]) for task in TARGETS}
+    labelled = {task: jnp.isfinite(batch[task]) for task in predictions}
     return {
         task: mtl_jax.masked_mean(
             (predictions[task] - jnp.where(labelled[task], batch[task], 0)) ** 2, labelled[task]
         )
-        for task in TARGETS
+        for task in predictions
     }
 
 
@@ -53,10 +56,14 @@ def encoder(params, model_state, key, batch):
 
 
 def heads(params, zs, batch):
-    return errors_of({task: zs[task] @ params["heads"][task] for task in TARGETS}, batch)
+    return errors_of({task: zs[task] @ head for task, head in params["heads"].items()}, batch)
 
 
-IN_PARTS = {"losses": None, "encoder": encoder, "heads": heads, "shared": {"encoder": True, "heads": dict.fromkeys(TARGETS, False)}}
+def shared(path):
+    return path == "encoder"
+
+
+IN_PARTS = {"losses": None, "encoder": encoder, "heads": heads, "shared": shared}
 """Changes to the toy problem: the same losses, given as an encoder and heads."""
 
 
@@ -64,17 +71,15 @@ def scores(params, model_state, batch):
     return {task: (p - batch[task]) ** 2 for task, p in outputs(params, batch["x"]).items()}
 
 
-def make_problem(**changes):
+def make_problem(targets=TARGETS, **changes):
+    error = Task("squared error", higher_is_better=False, percent=False)
     settings = {
         "name": "toy",
-        "tasks": {
-            "line": Task("squared error", higher_is_better=False, percent=False),
-            "square": Task("squared error", higher_is_better=False, percent=False),
-        },
+        "tasks": dict.fromkeys(targets, error),
         "train": split(200, 0),
         "validation": split(50, 1),
         "test": split(70, 2),
-        "init": init,
+        "init": functools.partial(init, tasks=tuple(targets)),
         "losses": losses,
         "scores": scores,
         "optimizer": lambda learning_rate, steps: optax.adam(learning_rate),

@@ -19,6 +19,7 @@ from experiments.networks.heads import Heads
 from experiments.speed.child import package_versions, progress, serve
 from experiments.speed.methods import EVERY, HELD, OPTIMIZER, Variant, variants, why_not
 from experiments.speed.records import (
+    MORE_FORWARD,
     NETWORKS,
     FrameworkResult,
     Measured,
@@ -277,7 +278,7 @@ def measure_network(name: str, request: Request) -> NetworkResult:
     def measured(variant: Variant) -> Measured:
         one, mine = compiled[variant.label], times[variant.label]
         solver = times.get(f"{variant.label}: solver")
-        notes = ["1 more forward pass"] if getattr(variant.weighting, "observe", None) else []
+        notes = [MORE_FORWARD] if getattr(variant.weighting, "observe", None) else []
         notes += [f"{one.skipped} steps skipped"] if one.skipped else []
         return Measured(
             variant.method,

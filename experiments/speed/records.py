@@ -9,6 +9,9 @@ LEARNING_RATE = 1e-3
 LEAST_TASKS = {"krum": 3, "trimmed_mean": 3}
 """The methods that need more than one task, as they are set here."""
 
+MORE_FORWARD = "1 more forward pass"
+"""Noted where a method observes the losses after the step."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Network:

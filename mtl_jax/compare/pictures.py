@@ -16,8 +16,10 @@ PLACES: dict[Place, str] = {
 }
 CONFLICT = (("share", "conflicting pairs (%)", 100), ("cosine", "mean cosine", 1))
 """What is shown of a run's conflicts: name, label and scale."""
-CONFLICT_POINTS = 40
+CONFLICT_POINTS = 25
 """Points of a curve of conflicts, which are noisier than weights: of two tasks, 0 or 1 a step."""
+LEGEND_LINE = 0.24
+"""The height of a line of the legend, in inches."""
 
 
 def metrics_figure(comparison: Comparison) -> matplotlib.figure.Figure:
@@ -150,7 +152,7 @@ def _line(
     x, values = x[known], values[:, known]
     mean, deviation = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
     axis.plot(x, mean, style, color=color, label=label, linewidth=1.5)
-    axis.fill_between(x, mean - deviation, mean + deviation, color=color, alpha=0.15, linewidth=0)
+    axis.fill_between(x, mean - deviation, mean + deviation, color=color, linewidth=0)
 
 
 def _finish(
@@ -159,11 +161,19 @@ def _finish(
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
+        for band in axis.collections:  # many bands over each other would hide the lines
+            band.set_alpha(min(0.15, 0.6 / len(axis.collections)))
     labelled = {}
     for axis in axes:
         handles, labels = axis.get_legend_handles_labels()
         labelled |= dict(zip(labels, handles, strict=True))
-    figure.legend(labelled.values(), labelled, loc="outside right center", frameon=False)
+    figure.legend(
+        labelled.values(),
+        labelled,
+        loc="outside right center",
+        frameon=False,
+        ncols=-(-len(labelled) // int(figure.get_figheight() / LEGEND_LINE)),
+    )
     number = len(comparison.seeds)
     seeds = "one seed" if number == 1 else f"mean and standard deviation over {number} seeds"
     figure.suptitle(f"{title} ({seeds})")

@@ -34,6 +34,7 @@ class Rows(NamedTuple):
 def read_gramian(
     gramian: Float[Array, "tasks tasks"], present: Bool[Array, "tasks"] | None
 ) -> Rows:
+    """Check the arguments of a solver and take the Gramian apart."""
     gramian = jnp.asarray(gramian)
     if gramian.ndim != 2 or gramian.shape[0] != gramian.shape[1]:
         raise ValueError(f"A Gramian is tasks x tasks, got an array of shape {gramian.shape}.")

@@ -1,11 +1,22 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_problem import TARGETS, losses, make_problem, outputs, split
+from toy_problem import (
+    IN_PARTS,
+    TARGETS,
+    encoder,
+    heads,
+    losses,
+    make_problem,
+    outputs,
+    split,
+)
 
 import mtl_jax
-from mtl_jax.compare import WEIGHTINGS, compare, named_weightings
+from mtl_jax.compare import compare, named_weightings
 from mtl_jax.compare.training import Evaluator
 
 
@@ -16,19 +27,6 @@ def problem():
 
 def nothing_finite(settings):
     return mtl_jax.vector_weighting(lambda losses, *rest: (losses * jnp.nan, rest[0]))
-
-
-def test_every_known_weighting_trains(problem):
-    comparison = compare(problem, WEIGHTINGS, seeds=[0], alone=False)
-    assert list(comparison.runs) == list(WEIGHTINGS)
-    for name, (run,) in comparison.runs.items():
-        assert run.failure is None, name
-        assert run.skipped == 0, name
-        for task in problem.tasks:
-            assert len(run.test[task]) == len(run.validation[task]) == problem.epochs
-            assert run.weights[task].shape == (6 * problem.epochs,)
-        total = [sum(run.train_losses[task][epoch] for task in TARGETS) for epoch in (0, -1)]
-        assert total[1] < total[0], name
 
 
 def test_same_seed_same_numbers(problem):
@@ -159,6 +157,28 @@ def test_seeds_share_a_compiled_program(problem):
     assert compiled == [True, False, False]
 
 
+def test_a_weighting_that_needs_more_tasks_is_an_error_before_training(problem):
+    def on_epoch(run):
+        raise AssertionError("something was trained")
+
+    for name in ("krum", "trimmed_mean"):
+        with pytest.raises(ValueError, match=f"'{name}' cannot run on 'toy': {name}.* tasks"):
+            compare(problem, named_weightings(["adaptive", name]), on_epoch=on_epoch)
+
+
+def test_conflicts_of_all_weightings_on_request():
+    problem = make_problem(**IN_PARTS, epochs=1)
+    comparison = compare(problem, named_weightings(["graddrop"]), seeds=[0], conflict=True)
+    places = {name: runs[0].measured_at for name, runs in comparison.runs.items()}
+    assert places == {"equal": "representation", "graddrop": "parameters"}
+    for (run,) in comparison.runs.values():
+        share, cosine = run.conflict["share"], run.conflict["cosine"]
+        assert cosine.shape == (6,)
+        assert (np.abs(cosine) < 1).all()
+        np.testing.assert_array_equal(share, cosine < 0)  # there is one pair
+    assert comparison.alone["line"][0].conflict == {}  # one task has no conflict
+
+
 def test_wrong_settings(problem):
     with pytest.raises(ValueError, match=r"no weighting 'adaptiv'.*'adaptive'.*Known: equal,"):
         named_weightings(["adaptiv"])
@@ -176,6 +196,32 @@ def test_wrong_settings(problem):
     with pytest.raises(ValueError, match=r"test split.*\{'x': 70, 'line': 69"):
         test = split(70, 2)
         make_problem(test=test | {"line": test["line"][:69]})
+
+
+def test_the_losses_are_given_whole_or_in_two_parts():
+    problem = make_problem(**IN_PARTS).with_settings(epochs=2)
+    params, state = problem.init(jax.random.key(0))
+    batch = split(4, 0)
+    found, new_state = problem.losses(params, state, None, batch)
+    expected, _ = losses(params, state, None, batch)
+    jax.tree.map(np.testing.assert_allclose, found, expected)
+    assert new_state["calls"] == 1
+    doubled = dataclasses.replace(
+        problem, heads=lambda *args: jax.tree.map(lambda loss: 2 * loss, heads(*args))
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, 2 * b),
+        doubled.losses(params, state, None, batch)[0],
+        expected,
+    )
+    for changes, given in (
+        ({"losses": None}, "none of them"),
+        ({"losses": None, "encoder": encoder}, "`encoder`"),
+        ({"heads": heads}, "`losses` and `heads`"),
+        ({"encoder": encoder, "heads": heads}, "`losses` and `encoder` and `heads`"),
+    ):
+        with pytest.raises(ValueError, match=f"'toy' must be given either `losses`.*got {given}"):
+            make_problem(**changes)
 
 
 def test_losses_without_labels_leave_gradients_finite(problem):

@@ -4,11 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
-from toy_problem import make_problem
+from toy_problem import IN_PARTS, make_problem
 
 import mtl_jax
 from mtl_jax.compare import Task, compare, compare_and_report, named_weightings
-from mtl_jax.compare.pictures import metrics_figure, thinned, weights_figure
+from mtl_jax.compare.pictures import conflict_figure, metrics_figure, thinned, weights_figure
 from mtl_jax.compare.tables import markdown_report, markdown_table
 from mtl_jax.evaluation import mean_interval
 
@@ -89,10 +89,39 @@ def test_thinned_keeps_the_mean():
     np.testing.assert_array_equal(means, values.reshape(10, 100).mean(axis=1))
     np.testing.assert_array_equal(steps, means)
     assert len(thinned(values[:7])[0]) == 7
+    values[:150] = np.nan
+    np.testing.assert_array_equal(thinned(values, points=10)[1][:2], [np.nan, 174.5])
+
+
+def sometimes(settings):
+    return mtl_jax.every(mtl_jax.mgda(), 4)
+
+
+def test_picture_of_conflicts(comparison):
+    assert conflict_figure(comparison) is None  # nothing was measured
+    weightings = named_weightings(["adaptive", "mgda", "graddrop"]) | {"sometimes": sometimes}
+    measured = compare(make_problem(**IN_PARTS), weightings, seeds=[0, 1], alone=False)
+    figure = conflict_figure(measured)
+    places = ["at the representation"] * 2 + ["over the shared parameters"] * 2
+    assert [axis.get_title() for axis in figure.axes] == places
+    lines = [
+        {line.get_label(): line for line in axis.lines if line.get_label()[0] != "_"}
+        for axis in figure.axes
+    ]
+    assert [list(by_name) for by_name in lines] == [["mgda", "sometimes"]] * 2 + [["graddrop"]] * 2
+    for name, share, cosine in (("mgda", *lines[:2]), ("graddrop", *lines[2:])):
+        for kind, scale, line in (("share", 100, share[name]), ("cosine", 1, cosine[name])):
+            both = np.mean([run.conflict[kind] for run in measured.runs[name]], axis=0)
+            np.testing.assert_allclose(line.get_ydata(), scale * both)
+    # The steps that were not measured are not shown.
+    np.testing.assert_array_equal(lines[0]["sometimes"].get_xdata(), [0, 4, 8, 12, 16])
+
+    figure = weights_figure(measured)  # where an aggregator has nothing to show
+    assert [axis.get_title() for axis in figure.axes] == ["equal", "adaptive", "mgda", "sometimes"]
 
 
 def test_folder_of_results(tmp_path, capsys):
-    weightings = named_weightings(["adaptive"]) | {"bad": nothing_finite}
+    weightings = named_weightings(["adaptive", "graddrop"]) | {"bad": nothing_finite}
     for folder in ("first", "second"):
         compare_and_report([make_problem()], weightings, tmp_path / folder, seeds=[0, 1])
     printed = capsys.readouterr().out
@@ -102,6 +131,7 @@ def test_folder_of_results(tmp_path, capsys):
         "results.json",
         "timing.json",
         "toy.md",
+        "toy_conflict.png",
         "toy_metrics.png",
         "toy_weights.png",
     ]
@@ -114,10 +144,17 @@ def test_folder_of_results(tmp_path, capsys):
     assert results["weightings"]["bad"][0]["weights"]["line"] == [None] * 6
     weights = results["weightings"]["adaptive"][0]["weights"]
     np.testing.assert_allclose(np.add(weights["line"], weights["square"]), 2, rtol=1e-5)
+    assert results["weightings"]["adaptive"][0]["conflict"] == {"measured_at": None}
+    aggregated = results["weightings"]["graddrop"][0]
+    assert aggregated["weights"] == {}
+    assert aggregated["conflict"]["measured_at"] == "parameters"
+    assert aggregated["conflict"]["step"] == list(range(18))
+    assert set(aggregated["conflict"]["share"]) <= {0, 1}
+    assert all(-1 <= cosine <= 1 for cosine in aggregated["conflict"]["cosine"])
     timing = json.loads((tmp_path / "first" / "timing.json").read_text())
     assert timing["problems"]["toy"]["step_time_relative_to_equal"]["equal"] == 1
     assert timing["versions"]["jax"]
-    for picture in ("toy_metrics.png", "toy_weights.png"):
+    for picture in ("toy_conflict.png", "toy_metrics.png", "toy_weights.png"):
         image = np.asarray(PIL.Image.open(tmp_path / "first" / picture).convert("L"))
         assert image.shape[1] > 600
         assert (image < 128).mean() > 0.001

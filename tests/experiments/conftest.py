@@ -1,7 +1,11 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+
+import mtl_jax
+from mtl_jax.jacobian import shared_parameters
 
 
 @pytest.fixture
@@ -17,6 +21,12 @@ def _check_problem(problem, steps=12, learning_rate=None):
     batch = {field: values[: problem.batch_size] for field, values in problem.train.items()}
     losses, _ = jax.jit(problem.losses)(params, model_state, key, batch)
     assert set(losses) == set(problem.tasks)
+    z, _ = jax.jit(problem.encoder)(params, model_state, key, batch)
+    mtl_jax.check_heads(problem.heads, params, z, batch, tasks=list(problem.tasks))
+    shared = jax.tree.leaves(shared_parameters(params, problem.shared))
+    assert len(shared) == len(jax.tree.leaves(params["encoder"]))
+    chosen = jax.grad(lambda p: jnp.sum(problem.encoder(p, model_state, key, batch)[0]))(params)
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(chosen["heads"]))
     optimizer = optax.adam(learning_rate or problem.learning_rate)
 
     def total(params, key):

@@ -18,6 +18,10 @@ ROOT = pathlib.Path(__file__).parents[2]
         (["--problem", "cifar1"], r"no problem 'cifar1'.*Did you mean 'cifar100'.*Known: multim"),
         (["--weightings", "dvwa"], r"no weighting 'dvwa'.*Did you mean 'dwa'.*Known: equal, adap"),
         (["--seeds", "0"], r"--seeds must be at least 1, got 0"),
+        (
+            ["--problem", "multimnist", "--weightings", "krum"],
+            r"'krum' cannot run on 'multimnist': .* at least 3 tasks, but there are 2: left, right",
+        ),
         (["--problem", "utterances", "--epochs", "0"], r"`epochs` must be at least 1, got 0"),
         (["--problem", "utterances", "--batch-size", "99999"], r"batch size, 99999, is larger"),
         (["--problem", "ag_news", "--data-dir", "{tmp}"], r"ag_news_subset.*download_and_prepare"),
@@ -43,6 +47,7 @@ def test_help_explains_every_option(capsys):
         ("--weightings", "equal adaptive dwa uncertainty"),
         ("--seeds", "3"),
         ("--epochs", "None"),
+        ("--conflict", "False"),
         ("--data-dir", "None"),
     ):
         assert option in printed
@@ -51,7 +56,7 @@ def test_help_explains_every_option(capsys):
 
 def test_the_program_as_a_user_runs_it(tmp_path):
     command = [sys.executable, "-m", "experiments.compare", "--problem", "utterances"]
-    command += ["--weightings", "adaptive", "--seeds", "2", "--epochs", "2"]
+    command += ["--weightings", "adaptive", "upgrad", "--seeds", "2", "--epochs", "2"]
     command += ["--name", "mine", "--runs-dir", str(tmp_path)]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"COLUMNS": "120"}
@@ -65,11 +70,15 @@ def test_the_program_as_a_user_runs_it(tmp_path):
         "results.json",
         "timing.json",
         "utterances.md",
+        "utterances_conflict.png",
         "utterances_metrics.png",
         "utterances_weights.png",
     }
     results = json.loads((folder / "results.json").read_text())["utterances"]
-    assert list(results["weightings"]) == ["equal", "adaptive"]
+    assert list(results["weightings"]) == ["equal", "adaptive", "upgrad"]
     assert len(results["weightings"]["adaptive"][1]["test"]["topic"]) == 2
+    conflict = results["weightings"]["upgrad"][0]["conflict"]
+    assert conflict["measured_at"] == "representation"
+    assert all(0 <= share <= 1 for share in conflict["share"])
     report = (folder / "utterances.md").read_text()
-    assert "--problem utterances --weightings adaptive --seeds 2 --epochs 2" in report
+    assert "--problem utterances --weightings adaptive upgrad --seeds 2 --epochs 2" in report

@@ -100,6 +100,13 @@ def rows_aggregator(
     return Aggregator(init_fn, update_fn)
 
 
+def zero_rows(params: PyTree, tasks: Tasks) -> PyTree:
+    """Zeros for every task: the parameters with a leading axis, in at least float32."""
+    return jax.tree.map(
+        lambda leaf: jnp.zeros((tasks.number, *leaf.shape), at_least_float32(leaf.dtype)), params
+    )
+
+
 def for_each_task(values: Array, leaf: Array) -> Array:
     """A vector over the tasks, shaped to be broadcast against rows: ``[K, 1, ..., 1]``."""
     return jnp.reshape(values, (-1,) + (1,) * (leaf.ndim - 1))

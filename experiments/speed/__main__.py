@@ -73,7 +73,10 @@ def check(config: Config) -> Request:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; exits with status 2 after a message if the configuration is wrong."""
+    """Run the command line.
+
+    Exits with a message: status 2 if the configuration is wrong, 1 if a measurement failed.
+    """
     config = tyro.cli(Config, prog="python -m experiments.speed", args=arguments)
     try:
         request = check(config)
@@ -82,8 +85,12 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     given = sys.argv[1:] if arguments is None else arguments
     command = shlex.join(["python", "-m", "experiments.speed", *given])
-    ours = ask("experiments.speed.jax_steps", request)
-    peers = ask("experiments.speed.torch_steps", request) if config.peers else None
+    try:
+        peers = ask("experiments.speed.torch_steps", request) if config.peers else None
+        ours = ask("experiments.speed.jax_steps", request)
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     speed = Speed.of_this_machine(ours, peers, request, command)
     report = markdown_report(speed)
     config.out_dir.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,6 @@
 """The steps in JAX, timed: a process of its own."""
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -228,18 +227,18 @@ def solver_of(weighting: Weighting, compiled: Compiled, scanned: int) -> Timed:
 
 
 class Flops(NamedTuple):
-    """Floating-point operations of the compiled losses, and of them and their gradient."""
+    """Operations of the compiled losses, and of them and their gradient; ``None``: not known."""
 
-    forward: float
-    step: float
+    forward: float | None
+    step: float | None
 
 
 def count_flops(problem: Problem) -> Flops:
     """What XLA says of the losses alone and of the losses with their gradient."""
 
-    def flops(function: Callable[..., Any]) -> float:
+    def flops(function: Callable[..., Any]) -> float | None:
         compiled = jax.jit(function).lower(problem.params, problem.batch).compile()
-        return (compiled.cost_analysis() or {"flops": math.nan})["flops"]
+        return (compiled.cost_analysis() or {}).get("flops")
 
     return Flops(
         flops(lambda *args: problem.total(*args)[1]),

@@ -112,7 +112,7 @@ def describe(result: NetworkResult) -> str:
         f"{network.scanned} steps in one call" if network.scanned > 1 else "one call a step",
         f"plain step {_milliseconds(plain.step_seconds)} ms",
         "" if seconds is None else f"compiled in {seconds:.2f} s",
-        "" if memory is None else f"{memory / 2**20:.2f} MiB of temporary memory",
+        "" if memory is None else f"{memory / 2**20:.3g} MiB of temporary memory",
     ]
     if (floor := _floor(result)) is not None:
         parts.append(f"floor of full rows {floor:.2f}")

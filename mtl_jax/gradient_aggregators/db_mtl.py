@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from mtl_jax.base import Aggregator
-from mtl_jax.rows import for_each_task, rows_aggregator, squared_norms, weighted_sum
-from mtl_jax.tasks import at_least_float32
+from mtl_jax.rows import for_each_task, rows_aggregator, squared_norms, weighted_sum, zero_rows
 
 
 class DBMTLState(NamedTuple):
@@ -68,10 +67,7 @@ def db_mtl(beta: float = 0.9, beta_sigma: float = 0.0, eps: float = 1e-8) -> Agg
             raise ValueError(f"db_mtl: `{name}` must be at least 0 and finite, got {value!r}.")
 
     def init(params, tasks, key):
-        def zeros(leaf):
-            return jnp.zeros((tasks.number, *leaf.shape), at_least_float32(leaf.dtype))
-
-        return DBMTLState(jax.tree.map(zeros, params))
+        return DBMTLState(zero_rows(params, tasks))
 
     def update(rows, state, present, steps, losses):
         step = (steps + 1).astype(losses.dtype)

@@ -9,8 +9,7 @@ from jaxtyping import Array, Float, PyTree
 
 from mtl_jax.base import Aggregator
 from mtl_jax.checks import check_positive
-from mtl_jax.rows import rows_aggregator, weighted_sum
-from mtl_jax.tasks import at_least_float32
+from mtl_jax.rows import rows_aggregator, weighted_sum, zero_rows
 
 
 class ExcessMTLState(NamedTuple):
@@ -82,13 +81,10 @@ def excess_mtl(step_size: float = 0.01, eps: float = 1e-7) -> Aggregator:
         raise ValueError(f"excess_mtl: `eps` must be at least 0 and finite, got {eps!r}.")
 
     def init(params, tasks, key):
-        def zeros(leaf):
-            return jnp.zeros((tasks.number, *leaf.shape), at_least_float32(leaf.dtype))
-
         return ExcessMTLState(
             log_weights=tasks.full(0),
             initial_risk=tasks.full(0),
-            squares=jax.tree.map(zeros, params),
+            squares=zero_rows(params, tasks),
         )
 
     def update(rows, state, present, steps):

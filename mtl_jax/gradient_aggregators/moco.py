@@ -9,8 +9,7 @@ from jaxtyping import Array, Float, PyTree
 
 from mtl_jax.base import Aggregator
 from mtl_jax.checks import check_positive
-from mtl_jax.rows import for_each_task, rows_aggregator, squared_norms, weighted_sum
-from mtl_jax.tasks import at_least_float32
+from mtl_jax.rows import for_each_task, rows_aggregator, squared_norms, weighted_sum, zero_rows
 
 
 class MoCoState(NamedTuple):
@@ -91,10 +90,7 @@ def moco(
             raise ValueError(f"moco: `{name}` must be at least 0 and finite, got {value!r}.")
 
     def init(params, tasks, key):
-        def zeros(leaf):
-            return jnp.zeros((tasks.number, *leaf.shape), at_least_float32(leaf.dtype))
-
-        return MoCoState(tracked=jax.tree.map(zeros, params), logits=tasks.full(0))
+        return MoCoState(tracked=zero_rows(params, tasks), logits=tasks.full(0))
 
     def update(rows, state, present, steps, losses):
         step = (steps + 1).astype(losses.dtype)

@@ -25,7 +25,8 @@ def _check_problem(problem, steps=12, learning_rate=None):
     mtl_jax.check_heads(problem.heads, params, z, batch, tasks=list(problem.tasks))
     shared = jax.tree.leaves(shared_parameters(params, problem.shared))
     assert len(shared) == len(jax.tree.leaves(params["encoder"]))
-    chosen = jax.grad(lambda p: jnp.sum(problem.encoder(p, model_state, key, batch)[0]))(params)
+    total_of_z = jax.grad(lambda p: jnp.sum(problem.encoder(p, model_state, key, batch)[0]))
+    chosen = jax.jit(total_of_z)(params)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(chosen["heads"]))
     optimizer = optax.adam(learning_rate or problem.learning_rate)
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, PyTree
 
 from mtl_jax.base import Weighting
 from mtl_jax.checks import check_weighting
-from mtl_jax.jacobian import MOST_UNROLLED, Rows, combine, gramian_of, stacked, sum_of
+from mtl_jax.jacobian import Rows, combine, gramian_of, sum_of
 from mtl_jax.tasks import Losses, Weights, read_mask, read_tasks, stack_tasks, unstack_tasks
 from mtl_jax.weighing import (
     GradientFn,
@@ -145,9 +145,7 @@ def representation_value_and_grad(
             return through_encoder(sums, weights)
 
         def measure() -> tuple[Array, Rows]:
-            rows: Rows = task_rows(ones)
-            if len(rows) > MOST_UNROLLED:
-                rows = stacked(rows)
+            rows = task_rows(ones)
             return gramian_of(rows), rows
 
         def from_rows(weights: Weights, rows: Rows) -> PyTree:

@@ -113,23 +113,23 @@ def shared_parameters(params: PyTree, shared: Shared) -> PyTree:
 
 
 def linearize(
-    losses_fn: Callable[[PyTree], tuple[Losses, Any]], params: PyTree
-) -> tuple[Losses, Callable[[PyTree], Losses], Callable[[Losses], tuple[PyTree]], Any]:
-    """The losses, their derivative as a linear function, its transpose, and the aux output.
+    function: Callable[[PyTree], tuple[PyTree, Any]], params: PyTree
+) -> tuple[PyTree, Callable[[PyTree], PyTree], Callable[[PyTree], tuple[PyTree]], Any]:
+    """The value, its derivative as a linear function, the transpose of that, and the aux output.
 
     Raises:
-      TypeError: if the losses have no derivative in forward mode.
+      TypeError: if the function has no derivative in forward mode.
     """
-    losses, linear, aux = jax.linearize(losses_fn, params, has_aux=True)
+    value, linear, aux = jax.linearize(function, params, has_aux=True)
     # What stands for the backward pass of a `custom_vjp` in the derivative: it can be transposed,
     # but not evaluated, which JAX finds out only when it compiles.
     if "custom_lin[" in str(jax.make_jaxpr(linear)(params)):
         raise TypeError(
-            "rows='low_memory' needs the forward derivative of the losses, but they contain a "
-            "function that defines its backward pass alone (jax.custom_vjp). Compute the rows "
-            "in another way, such as rows='map'."
+            "rows='low_memory' needs the forward derivative of what it differentiates, in which "
+            "there is a function that defines its backward pass alone (jax.custom_vjp). Compute "
+            "the rows in another way, such as rows='map'."
         )
-    return losses, linear, jax.linear_transpose(linear, params), aux
+    return value, linear, jax.linear_transpose(linear, params), aux
 
 
 def stacked(rows: Rows) -> list[Array]:
@@ -139,37 +139,31 @@ def stacked(rows: Rows) -> list[Array]:
     return rows
 
 
-def unit_cotangents(losses: Losses) -> Losses:
-    """The K unit vectors as cotangents of the losses, stacked along a leading axis."""
-    leaves, structure = jax.tree.flatten(losses)
+def unit_cotangents(losses: Losses) -> list[Array]:
+    """The K unit vectors as cotangents of the leaves of the losses, along a leading axis."""
+    leaves = jax.tree.leaves(losses)
     identity = jnp.eye(len(leaves), dtype=bool)
-    return jax.tree.unflatten(
-        structure, [identity[k].astype(leaf.dtype) for k, leaf in enumerate(leaves)]
-    )
+    return [identity[k].astype(leaf.dtype) for k, leaf in enumerate(leaves)]
 
 
-def task_gradients(
-    gradient: Callable[[Losses], list[Array]], losses: Losses, rows: RowsMode
-) -> Rows:
-    """The gradient of every task's loss.
+def each_row(function: Callable[[list[Array]], list[Array]], rows: Rows, way: RowsMode) -> Rows:
+    """A function of the leaves of one task, applied to each task's.
 
     Args:
-      gradient: from a cotangent of the losses to the leaves of a gradient.
-      losses: the losses, for their structure and dtypes.
-      rows: ``"unrolled"``, ``"map"`` or ``"vmap"``.
+      function: the function.
+      rows: the leaves of every task.
+      way: ``"unrolled"``, ``"map"`` or ``"vmap"``.
 
     Returns:
-      The leaves of each of the K gradients if they are unrolled; else the leaves, stacked.
+      The results: for each task if unrolled, else with the tasks as a leading axis.
     """
-    units = unit_cotangents(losses)
-    if rows == "unrolled":
-        number = len(jax.tree.leaves(losses))
-        return tuple(
-            gradient(jax.tree.map(lambda unit, k=k: unit[k], units)) for k in range(number)
-        )
-    if rows == "map":
-        return jax.lax.map(gradient, units)
-    return jax.vmap(gradient)(units)
+    if way == "unrolled":
+        if not isinstance(rows, tuple):
+            rows = tuple(list(leaves) for leaves in zip(*map(jnp.unstack, rows), strict=True))
+        return tuple(function(leaves) for leaves in rows)
+    if way == "map":
+        return jax.lax.map(function, stacked(rows))
+    return jax.vmap(function)(stacked(rows))
 
 
 def combine(weights: Float[Array, "tasks"], rows: Rows) -> list[Array]:
@@ -195,7 +189,7 @@ def gramian_of(rows: Rows) -> Float[Array, "tasks tasks"]:
     ravelled together would be gathered if they are spread over devices.
     """
     if not isinstance(rows, tuple):
-        return sum_of([_products(leaf, leaf) for leaf in rows])
+        return gramian_between(rows, rows)
     # Gradients that are separate arrays are stacked in a few groups, each pair of groups being
     # multiplied once: on CPU twice as fast for 20 tasks as one stack. The barrier keeps XLA from
     # stacking a group anew in each product.
@@ -205,10 +199,14 @@ def gramian_of(rows: Rows) -> Float[Array, "tasks tasks"]:
         groups = jax.lax.optimization_barrier(groups)
     blocks = [[jnp.zeros(())] * len(groups) for _ in groups]
     for i, j in itertools.combinations_with_replacement(range(len(groups)), 2):
-        products = [_products(a, b) for a, b in zip(groups[i], groups[j], strict=True)]
-        blocks[i][j] = sum_of(products)
+        blocks[i][j] = gramian_between(groups[i], groups[j])
         blocks[j][i] = blocks[i][j].T
     return jnp.block(blocks)
+
+
+def gramian_between(some: list[Array], others: list[Array]) -> Float[Array, "some others"]:
+    """The inner products of stacked gradients with others."""
+    return sum_of([_products(a, b) for a, b in zip(some, others, strict=True)])
 
 
 def sum_of(arrays: list[Array]) -> Array:
@@ -236,9 +234,8 @@ def _products(a: Array, b: Array) -> Float[Array, "rows columns"]:
 
 def low_memory_gramian(
     linear: Callable[[PyTree], Losses],
-    transpose: Callable[[Losses], tuple[PyTree]],
+    gradient: Callable[[list[Array]], PyTree],
     losses: Losses,
-    without_rest: Callable[[PyTree], PyTree],
 ) -> Float[Array, "tasks tasks"]:
     r"""The Gramian with one task gradient held at a time.
 
@@ -247,14 +244,13 @@ def low_memory_gramian(
 
     Args:
       linear: the linearised losses, from a change of the parameters to a change of the losses.
-      transpose: its transpose.
+      gradient: from the leaves of a cotangent of the losses to the gradient, 0 for parameters that
+        do not enter.
       losses: the losses, for their structure and dtypes.
-      without_rest: sets the gradient of parameters to 0 that do not enter.
     """
 
-    def row(cotangent: Losses) -> Float[Array, "tasks"]:
-        (gradient,) = transpose(cotangent)
-        products = jax.tree.leaves(linear(without_rest(gradient)))
+    def row(unit: list[Array]) -> Float[Array, "tasks"]:
+        products = jax.tree.leaves(linear(gradient(unit)))
         dtype = at_least_float32(*(product.dtype for product in products))
         return jnp.stack([product.astype(dtype) for product in products])
 

@@ -5,11 +5,23 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from mtl_jax.base import Weighting
 from mtl_jax.checks import check_weighting
-from mtl_jax.jacobian import Rows, combine, gramian_of, sum_of
+from mtl_jax.jacobian import (
+    Partition,
+    RowsMode,
+    Shared,
+    choose_rows,
+    combine,
+    each_row,
+    gramian_between,
+    gramian_of,
+    linearize,
+    stacked,
+    sum_of,
+)
 from mtl_jax.tasks import Losses, Weights, read_mask, read_tasks, stack_tasks, unstack_tasks
 from mtl_jax.weighing import (
     GradientFn,
@@ -33,6 +45,9 @@ def representation_value_and_grad(
     tasks: Sequence[str],
     has_aux: bool = False,
     head_gradient: Literal["weighted", "unweighted"] = "weighted",
+    gramian: Literal["representation", "encoder"] = "representation",
+    shared: Shared = None,
+    rows: RowsMode = "auto",
     diagnostics: bool = False,
 ) -> GradientFn:
     r"""Differentiate the weighted sum of the task losses, the Gramian taken at a representation.
@@ -46,7 +61,9 @@ def representation_value_and_grad(
     gradients at once, and one through the encoder takes their weighted sum: about the price of
     plain training, for any number of tasks. The gradient is that of :math:`\sum_k w_k L_k` by all
     parameters, exactly; but the weights are those of the Gramian at z, which is not the one over
-    the parameters of the encoder.
+    the parameters of the encoder. That one is taken with ``gramian="encoder"``, from the same K
+    gradients at z, each pulled back through the encoder: K passes through the encoder, but still
+    one through the heads.
 
     Args:
       encoder: ``encoder(params, *args) -> z``, a pytree of arrays; with ``has_aux`` it returns
@@ -61,6 +78,13 @@ def representation_value_and_grad(
       head_gradient: the gradient of what only the heads use: ``"weighted"``, that of the weighted
         sum, or ``"unweighted"``, that of the plain sum, in which each head learns from its own
         task's loss as if it were alone.
+      gramian: where the task gradients are compared: at the ``"representation"``, or over the
+        parameters of the ``"encoder"``.
+      shared: with ``gramian="encoder"``, the parameters that enter, as in
+        :func:`mtl_jax.value_and_grad`; by default all, of which those that the encoder does not
+        use have a gradient of 0. Naming them saves the memory of these zeros.
+      rows: with ``gramian="encoder"``, how the K passes through the encoder are done, as in
+        :func:`mtl_jax.value_and_grad`.
       diagnostics: whether to return the :class:`mtl_jax.Diagnostics` of the gradients at z; then
         the Gramian is measured whatever the weighting reads.
 
@@ -69,8 +93,8 @@ def representation_value_and_grad(
       :func:`mtl_jax.value_and_grad`; ``value.aux`` is ``(encoder_aux, heads_aux)``.
 
     Raises:
-      ValueError: if ``tasks`` is empty or names one twice, the losses are not of these tasks, or
-        ``head_gradient`` is unknown.
+      ValueError: if ``tasks`` is empty or names one twice, the losses are not of these tasks, an
+        option is unknown, or ``shared`` selects nothing.
       TypeError: if ``weighting`` is not a :class:`Weighting`: an aggregator needs the gradients by
         the parameters.
 
@@ -103,6 +127,9 @@ def representation_value_and_grad(
         raise ValueError(
             f"`head_gradient` must be 'weighted' or 'unweighted', got {head_gradient!r}."
         )
+    if gramian not in ("representation", "encoder"):
+        raise ValueError(f"`gramian` must be 'representation' or 'encoder', got {gramian!r}.")
+    choose_rows(rows, number=1)
 
     def fn(
         params: PyTree, state: PyTree, *args: Any, mask: PyTree | None = None
@@ -117,39 +144,62 @@ def representation_value_and_grad(
             return losses, aux
 
         check_params(params)
-        z, encoder_pullback, encoder_aux = jax.vjp(encode, params, has_aux=True)
+        parts = Partition.of(params, shared)
+        linear = None
+        if gramian == "encoder" and rows == "low_memory":
+            z, linear, encoder_pullback, encoder_aux = linearize(encode, params)
+        else:
+            z, encoder_pullback, encoder_aux = jax.vjp(encode, params, has_aux=True)
         losses, heads_pullback, heads_aux = jax.vjp(
             decode, params, dict.fromkeys(tasks, z), has_aux=True
         )
-        names = read_tasks(losses)
+        names, at_z = read_tasks(losses), jax.tree.structure(z)
         ones = unstack_tasks(read_mask(mask, names).astype(names.dtype), names)
 
         def head_parameters(weights: Weights) -> PyTree:
             chosen = weights if head_gradient == "weighted" else ones
             return heads_pullback(cotangent(chosen, losses))[0]
 
-        def task_rows(weights: Weights) -> tuple[list[Array], ...]:
+        def rows_at_z(weights: Weights) -> tuple[list[Array], ...]:
             """The leaves of each task's gradient at z, weighted."""
             _, gradients = heads_pullback(cotangent(weights, losses))
             return tuple(jax.tree.leaves(gradients[task]) for task in losses)
 
-        def through_encoder(at_z: list[Array], weights: Weights) -> PyTree:
-            (gradient,) = encoder_pullback(jax.tree.unflatten(jax.tree.structure(z), at_z))
+        def through_encoder(leaves: list[Array]) -> PyTree:
+            (gradient,) = encoder_pullback(jax.tree.unflatten(at_z, leaves))
+            return gradient
+
+        def with_heads(gradient: PyTree, weights: Weights) -> PyTree:
             return jax.tree.map(jnp.add, gradient, head_parameters(weights))
 
         def pull_back(weights: Weights) -> PyTree:
             sums = [
                 sum_of(list(leaves)).astype(leaves[0].dtype)
-                for leaves in zip(*task_rows(weights), strict=True)
+                for leaves in zip(*rows_at_z(weights), strict=True)
             ]
-            return through_encoder(sums, weights)
+            return with_heads(through_encoder(sums), weights)
 
-        def measure() -> tuple[Array, Rows]:
-            rows = task_rows(ones)
-            return gramian_of(rows), rows
+        def measure() -> tuple[Array, Any]:
+            found = rows_at_z(ones)
+            if gramian == "representation":
+                return gramian_of(found), (found, None)
+            if linear is not None:
+                held = stacked(found)
+                return _low_memory_gramian(linear, through_encoder, parts, held, at_z), (
+                    found,
+                    None,
+                )
+            way = choose_rows(rows, names.number)
+            in_encoder = each_row(lambda row: parts.shared(through_encoder(row)), found, way)
+            return gramian_of(in_encoder), (found, in_encoder)
 
-        def from_rows(weights: Weights, rows: Rows) -> PyTree:
-            return through_encoder(combine(stack_tasks(weights, names), rows), weights)
+        def from_rows(weights: Weights, measured: Any) -> PyTree:
+            found, in_encoder = measured
+            vector = stack_tasks(weights, names)
+            gradient = through_encoder(combine(vector, found))  # dropped where the rows are held
+            if in_encoder is not None:
+                gradient = parts.join(combine(vector, in_encoder), parts.rest(gradient))
+            return with_heads(gradient, weights)
 
         return weigh(
             weighting,
@@ -164,6 +214,24 @@ def representation_value_and_grad(
         )
 
     return fn
+
+
+def _low_memory_gramian(
+    linear: Callable[[PyTree], PyTree],
+    through_encoder: Callable[[list[Array]], PyTree],
+    parts: Partition,
+    rows_at_z: list[Array],
+    structure: Any,
+) -> Float[Array, "tasks tasks"]:
+    """The Gramian over the encoder's parameters, one task gradient held at a time."""
+
+    def row(leaves: list[Array]) -> Float[Array, "tasks"]:
+        gradient = parts.without_rest(through_encoder(leaves))
+        changes = structure.flatten_up_to(linear(gradient))
+        return gramian_between(rows_at_z, [change[None] for change in changes])[:, 0]
+
+    products = jax.lax.map(row, rows_at_z)
+    return (products + products.T) / 2
 
 
 def check_heads(

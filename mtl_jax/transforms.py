@@ -15,11 +15,12 @@ from mtl_jax.jacobian import (
     Shared,
     choose_rows,
     combine,
+    each_row,
     gramian_of,
     linearize,
     low_memory_gramian,
     stacked,
-    task_gradients,
+    unit_cotangents,
 )
 from mtl_jax.state import tree_where
 from mtl_jax.tasks import Losses, Weights, read_mask, read_tasks, stack_tasks, unstack_tasks
@@ -127,15 +128,16 @@ def value_and_grad(
             (gradient,) = transpose(cotangent(weights, losses))
             return gradient
 
-        def shared_gradient(unit: Losses) -> list[Array]:
-            (gradient,) = transpose(unit)
-            return parts.shared(gradient)
+        def gradient_of(unit: list[Array]) -> PyTree:
+            (gradient,) = transpose(jax.tree.unflatten(tasks.structure, unit))
+            return gradient
 
         def with_rest(together: list[Array], weights: Weights) -> PyTree:
             return parts.join(together, parts.rest(pull_back(weights)) if parts.has_rest else [])
 
         def task_rows() -> Rows:
-            return task_gradients(shared_gradient, losses, choose_rows(rows, tasks.number))
+            units, way = unit_cotangents(losses), choose_rows(rows, tasks.number)
+            return each_row(lambda unit: parts.shared(gradient_of(unit)), units, way)
 
         if isinstance(weighting, Aggregator):
             gradients = stacked(task_rows())
@@ -152,7 +154,11 @@ def value_and_grad(
 
         def measure() -> tuple[Array, Any]:
             if linear is not None:
-                return low_memory_gramian(linear, transpose, losses, parts.without_rest), None
+
+                def shared_alone(unit: list[Array]) -> PyTree:
+                    return parts.without_rest(gradient_of(unit))
+
+                return low_memory_gramian(linear, shared_alone, losses), None
             gradients = task_rows()
             return gramian_of(gradients), gradients
 

@@ -97,6 +97,32 @@ def test_gramian_at_z_and_gradient_over_all_parameters(x64, tasks):
     np.testing.assert_allclose(flat(value.losses), flat(losses), rtol=1e-14)
 
 
+@pytest.mark.parametrize("rows", ["auto", "unrolled", "map", "vmap", "low_memory"])
+@pytest.mark.parametrize("shared", [None, lambda path: path == "encoder/one"])
+def test_gramian_over_the_parameters_of_the_encoder(x64, rows, shared):
+    params, batch = make_params(), make_batch()
+    weighting = row_sums()
+    gradient_fn = jax.jit(
+        mtl_jax.representation_value_and_grad(
+            encoder, heads, weighting, tasks=TASKS, gramian="encoder", shared=shared, rows=rows
+        )
+    )
+    losses = losses_fn(params, *batch)
+    value, gradient, _ = gradient_fn(params, weighting.init(losses), *batch)
+
+    def through_encoder(changed, task):
+        z = encoder(changed, *batch)
+        return heads(params, dict.fromkeys(TASKS, z), *batch)[task]
+
+    gradients = [jax.grad(through_encoder)(params, task) for task in TASKS]
+    J = np.stack([flat(g if shared is None else g["encoder"]["one"]) for g in gradients])
+    np.testing.assert_allclose(value.gramian, J @ J.T, rtol=1e-12, atol=1e-14)
+    expected = jax.grad(
+        lambda p: sum(value.weights[task] * loss for task, loss in losses_fn(p, *batch).items())
+    )(params)
+    np.testing.assert_allclose(flat(gradient), flat(expected), rtol=1e-11, atol=1e-13)
+
+
 @pytest.mark.parametrize("make", [mtl_jax.equal, mtl_jax.adaptive])
 def test_a_weighting_of_the_losses_gives_what_value_and_grad_gives(x64, make):
     params, batch = make_params(), make_batch()
@@ -288,6 +314,10 @@ def test_errors():
             make(tasks=tasks)
     with pytest.raises(ValueError, match="`head_gradient` must be 'weighted' or 'unweighted'"):
         make(head_gradient="both")
+    with pytest.raises(ValueError, match="`gramian` must be 'representation' or 'encoder'"):
+        make(gramian="parameters")
+    with pytest.raises(ValueError, match="`rows` must be one of"):
+        make(rows="none")
     with pytest.raises(TypeError, match="got an Aggregator"):
         mtl_jax.representation_value_and_grad(encoder, heads, mtl_jax.graddrop(), tasks=TASKS)
     state = weighting.init(losses_fn(params, *batch))

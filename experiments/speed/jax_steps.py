@@ -135,9 +135,14 @@ def make_step(problem: Problem, variant: Variant) -> tuple[Step, Any]:
         return _plain_step(problem), _fresh((problem.params, OPTIMIZER.init(problem.params)))
     if variant.form == "losses":
         gradient_fn = mtl_jax.value_and_grad(problem.losses_fn, weighting)
-    elif variant.form == "representation":
+    elif variant.form in ("representation", "encoder rows"):
         gradient_fn = mtl_jax.representation_value_and_grad(
-            problem.encoder, problem.heads, cast(Weighting, weighting), tasks=problem.tasks
+            problem.encoder,
+            problem.heads,
+            cast(Weighting, weighting),
+            tasks=problem.tasks,
+            gramian="representation" if variant.form == "representation" else "encoder",
+            shared=_shared,
         )
     else:
         way = cast(RowsMode, variant.form.partition("=")[2] or "auto")
@@ -263,7 +268,7 @@ def measure_network(name: str, request: Request) -> NetworkResult:
         if isinstance(variant.weighting, Weighting)
         and variant.weighting.needs is Signal.GRAMIAN
         and variant.weighting.due is None
-        and variant.form in ("representation", "rows")
+        and variant.form in ("representation", "encoder rows", "rows")
     }
     progress(f"{name}: {len(compiled)} variants compiled; {request.rounds} rounds")
     times = time_in_rounds(

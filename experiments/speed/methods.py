@@ -28,7 +28,9 @@ class Variant(NamedTuple):
 
     Attributes:
       method: its name.
-      form: "plain", "losses", "representation", "rows" or "rows=<way>".
+      form: "plain"; "losses"; "representation"; "encoder rows", the Gramian over the shared
+        parameters with one pass through the heads; "rows" or "rows=<way>", without encoder and
+        heads being told apart.
       weighting: the weighting or the aggregator; ``None`` for the plain step.
     """
 
@@ -67,7 +69,7 @@ def _forms(name: str, weighting: Weighting | Aggregator) -> Iterator[str]:
     elif weighting.needs is Signal.LOSSES:
         yield "losses"
     else:
-        yield from ("representation", "rows")
+        yield from ("representation", "encoder rows", "rows")
         if name == ROWS_METHOD:
             yield from (f"rows={way}" for way in ROWS_WAYS)
 

@@ -163,12 +163,23 @@ def peer_table(result: NetworkResult, peer: NetworkResult) -> str:
             [theirs.method, theirs.note, _milliseconds(theirs.step_seconds)]
             + [
                 "" if one is None else f"{one.step_seconds / theirs.step_seconds:.3f}"
-                for form in ("rows", "representation")
+                for form in ("rows", "encoder rows", "representation")
                 for one in [result.find(theirs.method, form)]
             ]
         )
-    headers = ["method", "TorchJD's way", "TorchJD, ms", "our rows", "our representation"]
+    headers = [
+        "method",
+        "TorchJD's way",
+        "TorchJD, ms",
+        "ours: rows",
+        "encoder rows",
+        "representation",
+    ]
     return _table(rows, headers)
+
+
+_FULL_ROWS = ("encoder rows", "rows")
+"""The forms with the gradient of every task by all shared parameters, as TorchJD's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +251,9 @@ def promises(speed: Speed) -> Iterator[Promise]:
             [
                 (result, one)
                 for result, one in measured
-                if one.form == "rows" and one.method != HELD and result.network.startswith("mlp")
+                if one.form in _FULL_ROWS
+                and one.method != HELD
+                and result.network.startswith("mlp")
             ]
         ),
     )
@@ -267,18 +280,19 @@ def promises(speed: Speed) -> Iterator[Promise]:
         {key: share for key, share in shares.items() if share is not None},
     )
     for kind, limit in (("mlp", 0.7), ("conv", 1.0), ("tiny", 0.1)):
-        yield Promise(
-            f"full rows, {kind}, of TorchJD's time",
-            limit,
-            {
-                name(result, one): one.step_seconds / theirs.step_seconds
-                for result, one in measured
-                if one.form == "rows" and result.network.startswith(kind)
-                for peer in [speed.peer(result.network)]
-                for theirs in [None if peer is None else peer.find(one.method, "rows")]
-                if theirs is not None
-            },
-        )
+        for form in _FULL_ROWS:
+            yield Promise(
+                f"{form}, {kind}, of TorchJD's time",
+                limit,
+                {
+                    name(result, one): one.step_seconds / theirs.step_seconds
+                    for result, one in measured
+                    if one.form == form and result.network.startswith(kind)
+                    for peer in [speed.peer(result.network)]
+                    for theirs in [None if peer is None else peer.find(one.method, "rows")]
+                    if theirs is not None
+                },
+            )
 
 
 def _floor(result: NetworkResult, every: int = 1) -> float | None:
@@ -289,7 +303,7 @@ def _floor(result: NetworkResult, every: int = 1) -> float | None:
 
 
 def _floor_of(result: NetworkResult, one: Measured) -> float | None:
-    if not one.form.startswith("rows"):
+    if not (one.form in _FULL_ROWS or one.form.startswith("rows=")):
         return None
     return _floor(result, EVERY if one.method == HELD else 1)
 

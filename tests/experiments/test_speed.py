@@ -61,8 +61,8 @@ def test_each_method_comes_in_the_forms_that_fit_what_it_reads():
         forms.setdefault(variant.method, []).append(variant.form)
     assert forms["plain"] == ["plain"]
     assert forms["adaptive"] == ["losses"]
-    assert forms["upgrad"] == ["representation", "rows"]
-    assert forms["mgda"][2:] == ["rows=unrolled", "rows=map", "rows=vmap", "rows=low_memory"]
+    assert forms["upgrad"] == ["representation", "encoder rows", "rows"]
+    assert forms["mgda"][3:] == ["rows=unrolled", "rows=map", "rows=vmap", "rows=low_memory"]
     assert forms["moco"] == forms[HELD] == ["rows"]
 
 
@@ -79,7 +79,8 @@ def test_a_measurement_from_end_to_end(monkeypatch):
     request = Request(("tiny-scan",), ("famo", "krum"), rounds=2, seconds=0.001)
     ours = jax_steps.measure(request)
     (result,) = ours.networks
-    assert [one.form for one in result.measured] == ["plain", "losses", "representation", "rows"]
+    forms = [one.form for one in result.measured]
+    assert forms == ["plain", "losses", "representation", "encoder rows", "rows"]
     assert result.plain.ratio == (1, 1, 1)
     assert 0 < result.forward_flops < result.step_flops
     for one in result.measured:
@@ -126,7 +127,7 @@ def test_promises_name_their_worst_measurement():
             "mlp-20: mgda, rows=low_memory": 1.3
         },
         "solver, K = 20, of the step": {"mlp-20: mgda, rows": pytest.approx(0.05)},
-        "full rows, mlp, of TorchJD's time": {"mlp-20: mgda, rows": pytest.approx(0.75)},
+        "rows, mlp, of TorchJD's time": {"mlp-20: mgda, rows": pytest.approx(0.75)},
     }
     report = markdown_report(speed)
     assert "0.750" in report

@@ -3,7 +3,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
-CORE_TESTS := tests/loss_weightings/test_golden.py $(addprefix tests/test_, tasks.py masking.py transforms.py train.py)
+CORE_TESTS := $(addprefix tests/, loss_weightings/test_golden.py gramian_weightings/test_solved.py \
+	gramian_weightings/test_surgery.py test_tasks.py test_transforms.py test_train.py \
+	test_representation.py test_interop.py)
 
 .PHONY: demo test test-lowest setup clean
 

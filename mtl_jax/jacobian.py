@@ -24,9 +24,9 @@ MOST_UNROLLED = 5
 def choose_rows(rows: RowsMode, number: int) -> RowsMode:
     """The way to compute the rows, "auto" decided by the backend and the number of tasks.
 
-    On CPU backward passes one after the other are fastest (measured: ``docs/speed.md``), unrolled
-    for few tasks, for which XLA sees across them, and in a loop for many. Other backends have the
-    parallelism that a batch of them needs.
+    On CPU backward passes one after the other are fastest (``experiments.speed`` measures it):
+    unrolled for few tasks, for which XLA sees across them, and in a loop for many. Other backends
+    have the parallelism that a batch of them needs.
     """
     if rows not in get_args(RowsMode):
         raise ValueError(f"`rows` must be one of {', '.join(get_args(RowsMode))}; got {rows!r}.")

@@ -41,7 +41,7 @@ def every(weighting: Weighting, steps: int) -> Weighting:
       >>> state = weighting.init((1.0, 3.0))
       >>> for losses in [(1.0, 3.0), (3.0, 1.0), (3.0, 1.0)]:
       ...     weights, state = weighting.update(losses, state)
-      ...     print([float(weight) for weight in weights])
+      ...     print([round(float(weight), 3) for weight in weights])
       [0.5, 1.5]
       [0.5, 1.5]
       [1.5, 0.5]
@@ -78,7 +78,7 @@ def after_warmup(weighting: Weighting, steps: int) -> Weighting:
       >>> state = weighting.init((1.0, 3.0))
       >>> for _ in range(2):
       ...     weights, state = weighting.update((1.0, 3.0), state)
-      ...     print([float(weight) for weight in weights])
+      ...     print([round(float(weight), 3) for weight in weights])
       [1.0, 1.0]
       [0.5, 1.5]
     """

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 each_method = pytest.mark.parametrize("name", GRAMIAN_METHODS)
 # Neither random draws nor the first of equal scores are indifferent to the order of the tasks.
 each_symmetric_method = pytest.mark.parametrize(
-    "name", [name for name in GRAMIAN_METHODS if name not in RANDOM]
+    "name", [name for name in GRAMIAN_METHODS if name not in (*RANDOM, "krum")]
 )
 NON_CONFLICTING = ("mgda", "nash_mtl", "fair_grad", "upgrad", "dual_proj", "conflict_free")
 # These leave all weights 0, where no direction serves all tasks.

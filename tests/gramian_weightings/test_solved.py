@@ -101,8 +101,9 @@ def test_mgda_normalised(normalization):
         weights, _ = weights_of(mtl_jax.mgda(normalization), J, L)
         expected, _ = weights_of(mtl_jax.mgda(), rows)
         np.testing.assert_allclose(weights @ rows, expected @ rows, atol=1e-8)
-        if normalization == "l2" and case["K"] <= 5:
-            np.testing.assert_allclose(weights @ rows, case["exact"]["mgda_l2"]["g"], atol=1e-9)
+        exact = case["exact"].get("mgda_l2")  # not defined with a zero gradient
+        if normalization == "l2" and exact is not None and len(case["J"]) <= 5:
+            np.testing.assert_allclose(weights @ rows, exact["g"], atol=1e-9)
 
 
 @pytest.mark.parametrize("normalization", ["loss", "loss+"])

@@ -4,8 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 CORE_TESTS := $(addprefix tests/, loss_weightings/test_golden.py gramian_weightings/test_solved.py \
-	gramian_weightings/test_surgery.py test_tasks.py test_transforms.py test_train.py \
-	test_representation.py test_interop.py)
+	test_tasks.py test_transforms.py test_train.py test_representation.py test_interop.py)
 
 .PHONY: demo test test-lowest setup clean
 

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import trees
+from trees import assert_trees_equal
 
 from mtl_jax.gradient_aggregators.db_mtl import db_mtl
 from mtl_jax.gradient_aggregators.excess_mtl import excess_mtl
@@ -82,16 +84,7 @@ def run(name, steps, *, mask=EVERYBODY, update=None):
 
 
 def assert_trees_close(actual, expected, rtol=1e-5, atol=1e-6):
-    def check(actual, expected):
-        if jnp.issubdtype(jnp.asarray(actual).dtype, jax.dtypes.prng_key):
-            actual, expected = jax.random.key_data(actual), jax.random.key_data(expected)
-        np.testing.assert_allclose(actual, expected, rtol=rtol, atol=atol)
-
-    jax.tree.map(check, actual, expected)
-
-
-def assert_trees_equal(actual, expected):
-    assert_trees_close(actual, expected, rtol=0, atol=0)
+    trees.assert_trees_close(actual, expected, rtol, atol)
 
 
 def is_finite(tree):

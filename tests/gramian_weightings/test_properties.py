@@ -10,6 +10,7 @@ import pytest
 from gramian_methods import DEGREES, GRAMIAN_METHODS, KEY, RANDOM, SIZE, initial, weights_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trees import assert_trees_equal
 
 each_method = pytest.mark.parametrize("name", GRAMIAN_METHODS)
 # Neither random draws nor the first of equal scores are indifferent to the order of the tasks.
@@ -176,14 +177,7 @@ def test_what_is_not_finite_leaves_the_state_as_it_was(name):
         with np.errstate(all="ignore"):
             weights, after = weights_of(name, rows, losses=losses, state=state)
         assert np.all(np.isnan(weights))
-        assert_states_equal(after, state)
-
-
-def assert_states_equal(actual, expected):
-    for new, old in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        if jnp.issubdtype(old.dtype, jax.dtypes.prng_key):
-            new, old = jax.random.key_data(new), jax.random.key_data(old)
-        np.testing.assert_array_equal(new, old)
+        assert_trees_equal(after, state)
 
 
 @each_symmetric_method

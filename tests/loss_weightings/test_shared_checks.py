@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import trees
 from methods import METHODS, RANDOM, SUMS_TO_ONE, SUMS_TO_TASKS, TASKS, loss_sequence, run
+from trees import assert_trees_equal
 
 import mtl_jax
 
@@ -17,16 +19,7 @@ KEY = jax.random.key(7)
 
 
 def assert_trees_close(actual, expected, rtol=1e-6, atol=1e-7):
-    def check(actual, expected):
-        if jnp.issubdtype(jnp.asarray(actual).dtype, jax.dtypes.prng_key):
-            actual, expected = jax.random.key_data(actual), jax.random.key_data(expected)
-        np.testing.assert_allclose(actual, expected, rtol=rtol, atol=atol)
-
-    jax.tree.map(check, actual, expected)
-
-
-def assert_trees_equal(actual, expected):
-    assert_trees_close(actual, expected, rtol=0, atol=0)
+    trees.assert_trees_close(actual, expected, rtol, atol)
 
 
 @each_method

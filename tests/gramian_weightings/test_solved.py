@@ -92,14 +92,15 @@ def test_exact(name, dtype, tolerance):
 def test_mgda_normalised(normalization):
     """The weights of the plain method on the normalised gradients."""
     losses = np.array([0.3, 2.0, 1.1, 5.0, 0.7])
+    plain, normalised = mtl_jax.mgda(), mtl_jax.mgda(normalization)  # each compiled once
     for case in CASES:
         J = np.array(case["J"])[:5]
         lengths = np.linalg.norm(J, axis=1)
         L = losses[: len(J)]
         divisor = {"l2": lengths, "loss": L, "loss+": L * lengths}[normalization]
         rows = J / np.where(lengths > 0, divisor, 1)[:, None]
-        weights, _ = weights_of(mtl_jax.mgda(normalization), J, L)
-        expected, _ = weights_of(mtl_jax.mgda(), rows)
+        weights, _ = weights_of(normalised, J, L)
+        expected, _ = weights_of(plain, rows)
         np.testing.assert_allclose(weights @ rows, expected @ rows, atol=1e-8)
         exact = case["exact"].get("mgda_l2")  # not defined with a zero gradient
         if normalization == "l2" and exact is not None and len(case["J"]) <= 5:
@@ -109,30 +110,33 @@ def test_mgda_normalised(normalization):
 @pytest.mark.parametrize("normalization", ["loss", "loss+"])
 def test_mgda_outside_its_domain(normalization):
     J = np.eye(3, dtype=np.float32)
+    weighting = mtl_jax.mgda(normalization)
     for bad in (0.0, -1.0):
-        weights, _ = weights_of(mtl_jax.mgda(normalization), J, [1.0, bad, 2.0])
+        weights, _ = weights_of(weighting, J, [1.0, bad, 2.0])
         assert np.all(np.isnan(weights))
     weights, _ = weights_of(mtl_jax.mgda("l2"), J, [1.0, -1.0, 2.0])
     np.testing.assert_allclose(weights, 1 / 3, rtol=1e-6)
     # A task that is solved, of loss and gradient 0, is Pareto stationary, not an error.
     J[1] = 0
-    weights, _ = weights_of(mtl_jax.mgda(normalization), J, [1.0, 0.0, 2.0])
+    weights, _ = weights_of(weighting, J, [1.0, 0.0, 2.0])
     np.testing.assert_allclose(weights, [0, 1, 0], atol=1e-6)
 
 
 @pytest.mark.usefixtures("x64")
 def test_preferences():
     preference = np.linspace(2, 0, SIZE)
+    upgrad = mtl_jax.upgrad(tuple(preference))  # each compiled once
+    dual_proj = mtl_jax.dual_proj(tuple(preference))
     for case in CASES:
         J, K = np.array(case["J"]), case["K"]
         # The exact weights of each projection are given for the gradients divided by K.
         each = np.array(case["exact"]["upgrad"]["per_task_weights"]) * K
         expected = preference[:K] @ each @ J
-        weights, _ = weights_of(mtl_jax.upgrad(tuple(preference)), J)
+        weights, _ = weights_of(upgrad, J)
         size = np.linalg.norm(J, axis=1).max()
         np.testing.assert_allclose(weights @ J, expected, atol=1e-9 * size)
         # Scaling a row and its preference inversely leaves the projected direction.
-        weights, _ = weights_of(mtl_jax.dual_proj(tuple(preference)), J)
+        weights, _ = weights_of(dual_proj, J)
         scales = np.where(preference[:K] > 0, preference[:K], 1)
         g = (preference[:K] * K) @ J / K
         residual = weights @ J - g

@@ -114,7 +114,10 @@ def _excess_risk(rows: PyTree, squares: PyTree, eps: float) -> Float[Array, "tas
     def leaf_risk(row, square):
         # A square of 0 is that of a gradient of 0.
         root = jnp.sqrt(jnp.where(square > 0, square + eps, 1))
-        return jnp.sum(row**2 / root, axis=tuple(range(1, row.ndim)))
+        # A contraction with ones: on CPU 5 times faster than a sum.
+        return jnp.tensordot(
+            row**2 / root, jnp.ones_like(row[0]), row.ndim - 1, precision="highest"
+        )
 
     by_leaf = jax.tree.map(leaf_risk, rows, squares)
     return functools.reduce(jnp.add, jax.tree.leaves(by_leaf))

@@ -15,7 +15,7 @@ from experiments.speed.records import (
     NetworkResult,
     Request,
 )
-from experiments.speed.report import Speed, markdown_report, promises
+from experiments.speed.report import Speed, kind_of, markdown_report, promises
 from experiments.speed.timing import Timed, floor_ratio, quartiles_of_ratio, time_in_rounds
 
 
@@ -122,7 +122,7 @@ def test_promises_name_their_worst_measurement():
     speed = Speed.of_this_machine(*frameworks, request, "")
     found = {promise.text: promise.found for promise in promises(speed) if promise.found}
     assert found == {
-        "full rows, MLP, of the floor": {"mlp-20: mgda, rows": pytest.approx(12 / (41 / 3))},
+        "full rows, mlp, of the floor": {"mlp-20: mgda, rows": pytest.approx(12 / (41 / 3))},
         "temporary memory of rows=low_memory, K = 20, of the plain step": {
             "mlp-20: mgda, rows=low_memory": 1.3
         },
@@ -132,6 +132,16 @@ def test_promises_name_their_worst_measurement():
     report = markdown_report(speed)
     assert "0.750" in report
     assert "| 0 of 1" in report
+    assert kind_of("tiny") == "tiny"
+    assert kind_of("tiny-scan") == "tiny-scan"
+
+
+def test_the_peer_of_steps_in_one_call_is_that_of_single_ones():
+    theirs = FrameworkResult("cpu", "CPU time", {}, [NetworkResult("tiny", [])])
+    ours = FrameworkResult("cpu", "CPU time", {}, [])
+    speed = Speed.of_this_machine(ours, theirs, Request((), (), 1, 0.0), "")
+    assert speed.peer("tiny-scan") is speed.peer("tiny") is theirs.networks[0]
+    assert speed.peer("mlp-2") is None
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Checks of parameters that several methods share; each error names the method and the way out."""
 
+import contextlib
 from typing import Any
 
 import jax
@@ -8,15 +9,21 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
+from mtl_jax.arguments import is_key, read_number
 from mtl_jax.base import Aggregator, Weighting
 
 
 def read_key(key: Array | None) -> Array | None:
     """The key as a new-style one; an error for what is no key."""
-    if key is not None and not isinstance(key, jax.Array):
-        raise TypeError(f"`key` must be a jax.random.key, got {key!r}.")
-    if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
+    if key is None:
+        return None
+    given = key
+    if isinstance(key, jax.Array) and key.dtype == jnp.uint32:
+        # The data of a key, as jax.random.PRNGKey returns it; or an array of another shape.
+        with contextlib.suppress(TypeError, ValueError):
+            key = jax.random.wrap_key_data(key)
+    if not is_key(key) or key.shape:
+        raise TypeError(f"`key` must be one jax.random.key, got {given!r}.")
     return key
 
 
@@ -41,14 +48,20 @@ def positive_steps(value: int, name: str, method: str) -> int:
 
 def check_decay(decay: float, method: str) -> None:
     """Raise an error for a decay outside [0, 1)."""
-    if not 0 <= decay < 1:
+    if not 0 <= read_number(decay, f"{method}: `decay`") < 1:
         raise ValueError(f"{method}: `decay` must be in [0, 1), got {decay!r}.")
 
 
 def check_positive(value: float, name: str, method: str) -> None:
     """Raise an error for a parameter that is not a positive, finite number."""
-    if not 0 < value < float("inf"):
+    if not 0 < read_number(value, f"{method}: `{name}`") < float("inf"):
         raise ValueError(f"{method}: `{name}` must be positive and finite, got {value!r}.")
+
+
+def check_at_least_zero(value: float, name: str, method: str) -> None:
+    """Raise an error for a parameter that is negative or not finite."""
+    if not 0 <= read_number(value, f"{method}: `{name}`") < float("inf"):
+        raise ValueError(f"{method}: `{name}` must be at least 0 and finite, got {value!r}.")
 
 
 def check_optimizer(optimizer: Any, method: str) -> None:

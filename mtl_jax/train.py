@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int32, PyTree
 
+from mtl_jax.arguments import check_function, leaf_type
 from mtl_jax.base import Aggregator, Weighting
-from mtl_jax.checks import check_weighting
+from mtl_jax.checks import check_optimizer, check_weighting, read_key
 from mtl_jax.jacobian import Shared, shared_parameters
 from mtl_jax.tasks import Losses, leaf_name
-from mtl_jax.weighing import GradientFn, MultiTaskValue, usable
+from mtl_jax.weighing import GradientFn, MultiTaskValue, check_params, usable
 
 
 class TrainState(NamedTuple):
@@ -65,7 +66,19 @@ class TrainState(NamedTuple):
 
         Returns:
           The state, none of whose buffers is shared.
+
+        Raises:
+          ValueError: if there are no parameters; and as the weighting's ``init``, such as for a
+            loss that is not a scalar, or a missing key.
+          TypeError: if the optimizer, the weighting or a key is none, a parameter is not
+            floating-point, or a leaf of the model state not an array.
         """
+        check_optimizer(optimizer, "TrainState.create")
+        check_params(params)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(model_state):
+            leaf_type(leaf, f"The model state's leaf {leaf_name(path)!r}")
+        if rng is not None:
+            read_key(rng)
         params, model_state, rng = jax.tree.map(jnp.copy, (params, model_state, rng))
         if isinstance(weighting, Aggregator):
             selected = shared_parameters(params, shared)
@@ -127,7 +140,9 @@ def make_train_step(
 
     Raises:
       ValueError: if the weighting observes and ``losses_fn`` is missing; when the step is traced,
-        if the new model state has another structure than the old.
+        as ``gradient_fn``, and if the new model state has another structure than the old.
+      TypeError: if the optimizer, the weighting or a function is none; when the step is traced, as
+        ``gradient_fn``, and if the state is not a :class:`TrainState`.
 
     Example:
       >>> import jax
@@ -147,6 +162,11 @@ def make_train_step(
       >>> print(f"{value.losses['a']:.2f} {value.losses['b']:.2f}, {int(state.skipped)} skipped")
       1.73 1.64, 0 skipped
     """
+    check_function(gradient_fn, "make_train_step: `gradient_fn`")
+    check_optimizer(optimizer, "make_train_step")
+    check_function(new_model_state, "make_train_step: `new_model_state`")
+    if losses_fn is not None:
+        check_function(losses_fn, "make_train_step: `losses_fn`")
     if isinstance(weighting, Aggregator):
         observe = None
     else:
@@ -161,6 +181,8 @@ def make_train_step(
     def train_step(
         state: TrainState, *args: Any, mask: PyTree | None = None
     ) -> tuple[TrainState, MultiTaskValue]:
+        if not isinstance(state, TrainState):
+            raise TypeError(f"Expected a TrainState, got {type(state)}.")
         carries_model_state = state.model_state is not None
         next_rng, step_rng = (None, None) if state.rng is None else jax.random.split(state.rng)
         context = (state.model_state,) if carries_model_state else ()

@@ -20,7 +20,8 @@ def fair_grad(alpha: float = 1.0) -> Weighting:
     multiplies the weights by K besides.)
 
     At Pareto-stationary parameters there is no solution. The weights are then finite and sum to 1,
-    the direction is near 0, and ``state.inner.residual`` is about 1.
+    the direction is near 0, and ``state.inner.residual`` is about 1. The losses are not read: they
+    may be 0 or negative.
 
     Args:
       alpha: positive. The default is that of the authors' code; the paper tunes it.
@@ -30,6 +31,7 @@ def fair_grad(alpha: float = 1.0) -> Weighting:
 
     Raises:
       ValueError: if ``alpha`` is not positive.
+      TypeError: if it is not a number.
 
     References:
       Ban and Ji, `Fair Resource Allocation in Multi-Task Learning

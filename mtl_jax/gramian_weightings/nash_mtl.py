@@ -23,7 +23,8 @@ def nash_mtl(max_norm: float | None = None) -> Weighting:
     paper does.
 
     At Pareto-stationary parameters there is no solution. The weights are then finite and sum to 1,
-    the direction is near 0, and ``state.inner.residual`` is about 1.
+    the direction is near 0, and ``state.inner.residual`` is about 1. The losses are not read: they
+    may be 0 or negative.
 
     Args:
       max_norm: the greatest norm of d. The paper has none; the authors' code scales the weights to
@@ -34,6 +35,7 @@ def nash_mtl(max_norm: float | None = None) -> Weighting:
 
     Raises:
       ValueError: if ``max_norm`` is not positive.
+      TypeError: if it is not a number.
 
     References:
       Navon et al., `Multi-Task Learning as a Bargaining Game <https://arxiv.org/abs/2202.01017>`_,

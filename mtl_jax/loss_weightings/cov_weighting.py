@@ -46,6 +46,7 @@ def cov_weighting(decay: float | None = None) -> Weighting:
 
     Raises:
       ValueError: if ``decay`` is not in [0, 1).
+      TypeError: if it is not a number.
 
     References:
       Groenendijk et al., `Multi-Loss Weighting with Coefficient of Variations

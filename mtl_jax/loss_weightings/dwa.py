@@ -29,6 +29,7 @@ def dwa(window: int, temperature: float = 2.0) -> Weighting:
 
     Raises:
       ValueError: if ``window`` is not a positive integer or ``temperature`` is not positive.
+      TypeError: if ``temperature`` is not a number.
 
     References:
       Liu et al., `End-to-End Multi-Task Learning with Attention

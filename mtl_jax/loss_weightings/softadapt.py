@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtl_jax.arguments import check_option, read_number
 from mtl_jax.base import Weighting
 from mtl_jax.checks import positive_steps
 from mtl_jax.loss_weightings.statistics import WindowMeans
@@ -35,8 +36,9 @@ def softadapt(
     in the published code, it is the slope at the *oldest* of them. The published normalised
     variant divides by the signed sum of the rates, which turns the preference round while the
     losses fall; here it is the sum of their sizes, so that all variants prefer the same task.
-    Where all rates, or for the third variant all losses, are 0 the weights are equal. The third
-    variant takes no negative loss: the weights are then NaN and the state stays as it was.
+    Where all rates, or for the third variant all losses, are 0 the weights are equal. The first
+    two variants take losses of any sign, the third no negative one: the weights are then NaN and
+    the state stays as it was.
 
     Args:
       window: the number of training steps to average over; in the paper, one epoch's or one.
@@ -49,7 +51,9 @@ def softadapt(
       The weighting.
 
     Raises:
-      ValueError: if ``window`` or ``order`` is not a positive integer, or ``variant`` unknown.
+      ValueError: if ``window`` or ``order`` is not a positive integer, ``beta`` not finite, or
+        ``variant`` unknown.
+      TypeError: if ``beta`` is not a number.
 
     References:
       Heydari et al., `SoftAdapt: Techniques for Adaptive Loss Weighting of Neural Networks with
@@ -66,12 +70,8 @@ def softadapt(
     """
     positive_steps(window, "window", "softadapt")
     positive_steps(order, "order", "softadapt")
-    if variant not in ("original", "normalized", "loss_weighted"):
-        raise ValueError(
-            "softadapt: `variant` must be 'original', 'normalized' or 'loss_weighted', got "
-            f"{variant!r}."
-        )
-    if not np.isfinite(beta):
+    check_option(variant, ("original", "normalized", "loss_weighted"), "softadapt: `variant`")
+    if not np.isfinite(read_number(beta, "softadapt: `beta`")):
         raise ValueError(f"softadapt: `beta` must be finite, got {beta!r}.")
     # The weights c of the forward difference: sum_j c_j j^n is 1 for n = 1, else 0, up to `order`.
     nodes = np.arange(order + 1.0)

@@ -48,6 +48,7 @@ def stch(warmup: int, mu: float = 1.0, window: int | None = None) -> Weighting:
     Raises:
       ValueError: if ``warmup`` or ``window`` is not a positive integer, ``window`` is longer than
         ``warmup``, or ``mu`` is not positive.
+      TypeError: if ``mu`` is not a number.
 
     References:
       Lin et al., `Smooth Tchebycheff Scalarization for Multi-Objective Optimization

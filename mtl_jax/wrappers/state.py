@@ -1,7 +1,7 @@
 """What the wrappers with a state share."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,16 @@ def initial(weighting: Weighting, value: float) -> Callable[..., WrapperState]:
     return init
 
 
+def check_wrapper(state: Any) -> WrapperState:
+    """The state, if it is a wrapper's; else an error."""
+    if not isinstance(state, WrapperState):
+        raise TypeError(
+            "Expected the state that the `init` of this weighting, with its wrappers, returned, "
+            f"got {type(state)}."
+        )
+    return state
+
+
 def read(losses: Losses, weights: Weights, mask: PyTree | None) -> tuple[Tasks, Mask, Vector]:
     """The tasks, which of them are present, and the weights as a vector."""
     tasks = read_tasks(losses)
@@ -65,6 +75,11 @@ def finish(
     weights: Vector, kept: Vector, inner: PyTree, state: WrapperState, tasks: Tasks, present: Mask
 ) -> tuple[Weights, WrapperState]:
     """The weights and the next state; or NaN and the old state, if a weight is not finite."""
+    if jnp.shape(state.weights) != present.shape:
+        raise ValueError(
+            f"The state of a wrapper holds weights of shape {jnp.shape(state.weights)}, but there "
+            f"are {tasks.number} tasks. Call `init` with these losses."
+        )
     weights = jnp.where(present, weights, 0)
     valid = jnp.all(jnp.isfinite(weights))
     weights = jnp.where(present & ~valid, jnp.nan, weights)

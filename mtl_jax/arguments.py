@@ -9,27 +9,38 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 
-def read_number(value: Any, what: str) -> float:
+def read_number(
+    value: Any, what: str, valid: Callable[[float], bool] = lambda number: True, wording: str = ""
+) -> float:
     """A parameter that is one real number, known when a method is made.
 
+    Args:
+      value: the parameter.
+      what: its name in the error messages.
+      valid: whether a number will do.
+      wording: what the number must be.
+
     Raises:
-      TypeError: if it is something else, ``what`` being its name in the message.
+      TypeError: if it is something else.
+      ValueError: if it is not valid.
     """
     try:
         array = np.asarray(value)
-        kinds = (jnp.floating, jnp.integer)
-        if not array.ndim and any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
-            return float(array)
+        real = any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer))
+        number = float(array) if real and not array.ndim else None
     except (TypeError, ValueError):  # no array at all, ragged lists, or traced by JAX
-        pass
-    raise TypeError(f"{what} must be a number, got {value!r}.")
+        number = None
+    if number is None:
+        raise TypeError(f"{what} must be a number, got {value!r}.")
+    if not valid(number):
+        raise ValueError(f"{what} must be {wording}, got {value!r}.")
+    return number
 
 
 def check_numbers(values: PyTree, what: str, valid: Callable[[float], bool], wording: str) -> None:
-    """Raise an error for a leaf that is no number, or not a ``valid`` one, as ``wording`` says."""
+    """Raise an error for a leaf that is no number, or not a valid one (:func:`read_number`)."""
     for leaf in jax.tree.leaves(values):
-        if not valid(read_number(leaf, what)):
-            raise ValueError(f"{what} must be {wording}, got {leaf!r}.")
+        read_number(leaf, what, valid, wording)
 
 
 def check_option(value: Any, options: Sequence[str | None], what: str) -> None:
@@ -38,6 +49,12 @@ def check_option(value: Any, options: Sequence[str | None], what: str) -> None:
         return
     *some, last = map(repr, options)
     raise ValueError(f"{what} must be {', '.join(some)} or {last}, got {value!r}.")
+
+
+def check_flag(value: Any, what: str) -> None:
+    """Raise a ``TypeError`` for what is neither ``True`` nor ``False``."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{what} must be True or False, got {value!r}.")
 
 
 def check_function(value: Any, what: str) -> None:
@@ -70,11 +87,13 @@ def leaf_type(leaf: Any, what: str, *, abstract: bool = False) -> tuple[tuple[in
       TypeError: if it is neither an array nor a number.
     """
     try:
-        if isinstance(leaf, jax.ShapeDtypeStruct) and not abstract:
-            raise TypeError
-        return jnp.shape(leaf), jnp.result_type(leaf)
+        shapes_alone = isinstance(leaf, jax.ShapeDtypeStruct)
+        if jax.tree_util.all_leaves([leaf]) and (abstract or not shapes_alone):
+            dtype = jnp.result_type(leaf)  # which complains where `shape` may not
+            return jnp.shape(leaf), dtype
     except (TypeError, ValueError, OverflowError):
-        raise TypeError(f"{what} is {leaf!r}, which is neither an array nor a number.") from None
+        pass
+    raise TypeError(f"{what} is {leaf!r}, which is neither an array nor a number.")
 
 
 def is_key(value: Any) -> bool:

@@ -81,7 +81,8 @@ def as_aggregator(weighting: Weighting, num_tasks: int, *, key: Array | None = N
                 f"{leading_axis(updates)}."
             )
         _real_dtypes(updates, "The gradient")
-        gramian = gramian_of([jnp.asarray(leaf) for leaf in jax.tree.leaves(updates)])
+        updates = jax.tree.map(jnp.asarray, updates)
+        gramian = gramian_of(jax.tree.leaves(updates))
         if losses is None:
             names = (True,) * num_tasks if mask is None else mask
             losses = jax.tree.map(lambda _: jnp.ones((), gramian.dtype), names)

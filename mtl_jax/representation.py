@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from mtl_jax.arguments import check_function, check_option, leaf_type
+from mtl_jax.arguments import check_flag, check_function, check_option, leaf_type
 from mtl_jax.base import Weighting
 from mtl_jax.checks import check_weighting
 from mtl_jax.jacobian import (
@@ -134,6 +134,8 @@ def representation_value_and_grad(
     """
     check_function(encoder, "representation_value_and_grad: `encoder`")
     check_function(heads, "representation_value_and_grad: `heads`")
+    check_flag(has_aux, "representation_value_and_grad: `has_aux`")
+    check_flag(diagnostics, "representation_value_and_grad: `diagnostics`")
     check_weighting(weighting)
     tasks = _read_names(tasks)
     check_option(head_gradient, ("weighted", "unweighted"), "`head_gradient`")
@@ -277,6 +279,7 @@ def check_heads(
       ValueError: The loss of 'b' depends on the representation of 'a'; each task must use its own.
     """
     check_function(heads, "check_heads: `heads`")
+    check_flag(has_aux, "check_heads: `has_aux`")
     tasks = _read_names(tasks)
     _check_representation(z)
 
@@ -299,7 +302,8 @@ def check_heads(
 
 def _read_names(tasks: Sequence[str]) -> tuple[str, ...]:
     """The tasks' names, checked."""
-    if isinstance(tasks, str) or not isinstance(tasks, Iterable):
+    array = hasattr(tasks, "dtype")  # whose iterator may refuse to iterate
+    if isinstance(tasks, str) or not isinstance(tasks, Iterable) or array:
         raise TypeError(f"`tasks` must be a sequence of names, got {tasks!r}.")
     tasks = tuple(tasks)
     for name in tasks:

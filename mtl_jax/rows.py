@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from mtl_jax.arguments import check_function, leaf_type
+from mtl_jax.arguments import check_flag, check_function, leaf_type
 from mtl_jax.base import Aggregator
 from mtl_jax.checks import read_key
 from mtl_jax.state import (
@@ -70,6 +70,7 @@ def rows_aggregator(
     """
     for name, function in (("update", update), ("init", init)):
         check_function(function, f"rows_aggregator: `{name}`")
+    check_flag(reads_losses, "rows_aggregator: `reads_losses`")
 
     @functools.cache
     def expected(structure: Any, types: tuple[Any, ...], tasks: Tasks, keyed: bool) -> Any:
@@ -106,6 +107,7 @@ def rows_aggregator(
         one = tuple((shape[1:], dtype) for shape, dtype in types)
         structure = jax.tree.structure(task_gradients)
         check_state(state, tasks, functools.partial(expected, structure, one, tasks))
+        task_gradients, state = jax.tree.map(jnp.asarray, (task_gradients, state))
         present = read_mask(mask, tasks)
         rows = jax.tree.map(lambda leaf: _read_row(leaf, present), task_gradients)
         vector = jax.lax.stop_gradient(stack_tasks(losses, tasks))

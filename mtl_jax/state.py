@@ -125,7 +125,9 @@ def keep_absent(new: PyTree, old: PyTree, present: Bool[Array, "tasks"]) -> PyTr
 def tree_where(condition: Bool[Array, "..."], chosen: PyTree, otherwise: PyTree) -> PyTree:
     """``chosen`` where the condition holds, else ``otherwise``, in the dtypes of ``otherwise``."""
     return jax.tree.map(
-        lambda new, old: jnp.where(condition, _cast(new, old.dtype), old), chosen, otherwise
+        lambda new, old: jnp.where(condition, _cast(new, old.dtype), old),
+        chosen,
+        jax.tree.map(jnp.asarray, otherwise),
     )
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int32, PyTree
 
 from mtl_jax.arguments import check_function, leaf_type
 from mtl_jax.base import Aggregator, Weighting
-from mtl_jax.checks import check_optimizer, check_weighting, read_key
+from mtl_jax.checks import check_aggregator, check_optimizer, check_weighting, read_key
 from mtl_jax.jacobian import Shared, shared_parameters
 from mtl_jax.tasks import Losses, leaf_name
 from mtl_jax.weighing import GradientFn, MultiTaskValue, check_params, usable
@@ -81,6 +81,7 @@ class TrainState(NamedTuple):
             read_key(rng)
         params, model_state, rng = jax.tree.map(jnp.copy, (params, model_state, rng))
         if isinstance(weighting, Aggregator):
+            check_aggregator(weighting)
             selected = shared_parameters(params, shared)
             weighting_state = weighting.init(selected, losses, key=weighting_key)
         else:
@@ -168,6 +169,7 @@ def make_train_step(
     if losses_fn is not None:
         check_function(losses_fn, "make_train_step: `losses_fn`")
     if isinstance(weighting, Aggregator):
+        check_aggregator(weighting)
         observe = None
     else:
         check_weighting(weighting)
@@ -188,9 +190,8 @@ def make_train_step(
         context = (state.model_state,) if carries_model_state else ()
         context += (step_rng,) if step_rng is not None else ()
 
-        value, gradient, weighting_state = gradient_fn(
-            state.params, state.weighting_state, *context, *args, mask=mask
-        )
+        output = gradient_fn(state.params, state.weighting_state, *context, *args, mask=mask)
+        value, gradient, weighting_state = _read_output(output)
         model_state = new_model_state(value.aux) if carries_model_state else None
         _check_model_state(model_state, state.model_state)
 
@@ -224,6 +225,19 @@ def make_train_step(
         return state._replace(step=optax.safe_increment(state.step), rng=next_rng), value
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def _read_output(output: Any) -> tuple[MultiTaskValue, PyTree, PyTree]:
+    if (
+        not isinstance(output, tuple)
+        or len(output) != 3
+        or not isinstance(output[0], MultiTaskValue)
+    ):
+        raise TypeError(
+            "make_train_step: `gradient_fn` must return a MultiTaskValue, the gradient and the "
+            f"weighting's state, as mtl_jax.value_and_grad's does; got {type(output)}."
+        )
+    return output
 
 
 def _check_model_state(new: PyTree, old: PyTree) -> None:

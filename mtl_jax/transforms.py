@@ -6,9 +6,9 @@ from typing import Any
 import jax
 from jaxtyping import Array, PyTree
 
-from mtl_jax.arguments import check_function
+from mtl_jax.arguments import check_flag, check_function
 from mtl_jax.base import Aggregator, Weighting
-from mtl_jax.checks import check_weighting
+from mtl_jax.checks import check_aggregator, check_weighting
 from mtl_jax.jacobian import (
     Partition,
     Rows,
@@ -107,11 +107,15 @@ def value_and_grad(
       4.0
     """
     check_function(losses_fn, "value_and_grad: `losses_fn`")
+    check_flag(has_aux, "value_and_grad: `has_aux`")
+    check_flag(diagnostics, "value_and_grad: `diagnostics`")
+    choose_rows(rows, number=1)
     if not isinstance(weighting, Aggregator):
         check_weighting(weighting)
-    elif rows == "low_memory":
-        raise ValueError("An aggregator reads all task gradients: rows='low_memory' holds one.")
-    choose_rows(rows, number=1)
+    else:
+        check_aggregator(weighting)
+        if rows == "low_memory":
+            raise ValueError("An aggregator reads all task gradients: rows='low_memory' holds one.")
 
     def fn(
         params: PyTree, state: PyTree, *args: Any, mask: PyTree | None = None

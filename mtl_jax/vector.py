@@ -114,6 +114,7 @@ def vector_weighting(
         gramian: Float[Array, "tasks tasks"] | None = None,
     ) -> tuple[Weights, WeightingState]:
         tasks, vector, present = read(losses, state, mask)
+        state = jax.tree.map(jnp.asarray, state)
         signals, readable = (), jnp.all(jnp.isfinite(vector))
         if needs is Signal.GRAMIAN:
             products = _read_gramian(gramian, tasks, present)
@@ -134,6 +135,7 @@ def vector_weighting(
     ) -> WeightingState:
         assert observe is not None
         _, vector, present = read(losses, state, mask)
+        state = jax.tree.map(jnp.asarray, state)
         inner = observe(vector, state.inner, present)
         hint = "It must be as `init` made it."
         check_like(inner, state.inner, "The state that `observe` returned", hint)

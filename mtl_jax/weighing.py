@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
-from mtl_jax.arguments import leaf_type
+from mtl_jax.arguments import leaf_type, read_array
 from mtl_jax.base import Signal, Weighting
 from mtl_jax.diagnostics import Diagnostics, diagnostics
 from mtl_jax.state import all_finite, tree_where
@@ -146,8 +146,10 @@ def check_params(params: PyTree) -> None:
 def read_output(output: Any, has_aux: bool, name: str) -> tuple[Losses, Any]:
     """The losses, checked, as arrays, and the auxiliary output of the function of that name."""
     losses, aux = split_aux(output, name, "losses") if has_aux else (output, None)
-    read_tasks(losses)  # before the backward pass, for its error messages
-    return jax.tree.map(jnp.asarray, losses), aux
+    tasks = read_tasks(losses)  # before the backward pass, for its error messages
+    named = zip(tasks.names, jax.tree.leaves(losses), strict=True)
+    leaves = [read_array(leaf, f"The loss {name!r}") for name, leaf in named]
+    return jax.tree.unflatten(tasks.structure, leaves), aux
 
 
 def split_aux(output: Any, name: str, what: str) -> tuple[Any, Any]:

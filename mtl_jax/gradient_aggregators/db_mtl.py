@@ -8,7 +8,7 @@ from jaxtyping import PyTree
 
 from mtl_jax.arguments import read_number
 from mtl_jax.base import Aggregator
-from mtl_jax.checks import check_at_least_zero
+from mtl_jax.checks import read_at_least_zero
 from mtl_jax.rows import for_each_task, rows_aggregator, squared_norms, weighted_sum, zero_rows
 
 
@@ -63,10 +63,9 @@ def db_mtl(beta: float = 0.9, beta_sigma: float = 0.0, eps: float = 1e-8) -> Agg
       >>> [round(float(entry), 3) for entry in gradient]
       [5.0, 5.0]
     """
-    if not 0 <= read_number(beta, "db_mtl: `beta`") < 1:
-        raise ValueError(f"db_mtl: `beta` must be in [0, 1), got {beta!r}.")
-    for name, value in (("beta_sigma", beta_sigma), ("eps", eps)):
-        check_at_least_zero(value, name, "db_mtl")
+    beta = read_number(beta, "db_mtl: `beta`", lambda beta: 0 <= beta < 1, "in [0, 1)")
+    beta_sigma = read_at_least_zero(beta_sigma, "beta_sigma", "db_mtl")
+    eps = read_at_least_zero(eps, "eps", "db_mtl")
 
     def init(params, tasks, key):
         return DBMTLState(zero_rows(params, tasks))

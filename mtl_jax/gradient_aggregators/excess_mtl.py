@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from mtl_jax.base import Aggregator
-from mtl_jax.checks import check_at_least_zero, check_positive
+from mtl_jax.checks import read_at_least_zero, read_positive
 from mtl_jax.rows import rows_aggregator, weighted_sum, zero_rows
 
 
@@ -77,8 +77,8 @@ def excess_mtl(step_size: float = 0.01, eps: float = 1e-7) -> Aggregator:
       >>> [round(float(entry), 3) for entry in gradient]
       [0.083, 1.173]
     """
-    check_positive(step_size, "step_size", "excess_mtl")
-    check_at_least_zero(eps, "eps", "excess_mtl")
+    step_size = read_positive(step_size, "step_size", "excess_mtl")
+    eps = read_at_least_zero(eps, "eps", "excess_mtl")
 
     def init(params, tasks, key):
         return ExcessMTLState(

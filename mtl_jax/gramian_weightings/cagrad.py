@@ -46,8 +46,7 @@ def cagrad(c: float = 0.5, rescale: Literal["1+c", "1+c^2"] | None = None) -> We
       >>> [round(float(weight), 3) for weight in weights]
       [1.059, 0.5]
     """
-    if not 0 <= read_number(c, "cagrad: `c`") < 1:
-        raise ValueError(f"cagrad: `c` must be in [0, 1), got {c!r}.")
+    c = read_number(c, "cagrad: `c`", lambda c: 0 <= c < 1, "in [0, 1)")
     factors = {None: 1.0, "1+c": 1 / (1 + c), "1+c^2": 1 / (1 + c**2)}
     check_option(rescale, tuple(factors), "cagrad: `rescale`")
 

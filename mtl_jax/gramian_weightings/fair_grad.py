@@ -1,7 +1,7 @@
 """FairGrad."""
 
 from mtl_jax.base import Weighting
-from mtl_jax.checks import check_positive
+from mtl_jax.checks import read_positive
 from mtl_jax.gramian_weightings.solved import solved
 from mtl_jax.solvers import fair_point
 
@@ -47,5 +47,5 @@ def fair_grad(alpha: float = 1.0) -> Weighting:
       >>> [round(float(weight), 3) for weight in weights]
       [1.0, 0.25]
     """
-    check_positive(alpha, "alpha", "fair_grad")
+    alpha = read_positive(alpha, "alpha", "fair_grad")
     return solved(lambda gramian, losses, present: fair_point(gramian, alpha, present))

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from mtl_jax.base import Signal, Weighting
-from mtl_jax.checks import check_at_least_zero, check_optimizer
+from mtl_jax.checks import check_optimizer, read_at_least_zero
 from mtl_jax.gramian_weightings.spectral import gradient_norms
 from mtl_jax.learned import per_task
 from mtl_jax.vector import vector_weighting
@@ -83,7 +83,7 @@ def gradnorm(optimizer: optax.GradientTransformation, alpha: float = 1.5) -> Wei
       [1.5, 0.5]
     """
     check_optimizer(optimizer, "gradnorm")
-    check_at_least_zero(alpha, "alpha", "gradnorm")
+    alpha = read_at_least_zero(alpha, "alpha", "gradnorm")
     optimizer = per_task(optimizer)
 
     def init(tasks, key):

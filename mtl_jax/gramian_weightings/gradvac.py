@@ -75,8 +75,7 @@ def gradvac(beta: float = 0.5, order: Order | None = None) -> Weighting:
       >>> [round(float(weight), 3) for weight in weights]  # turned to a cosine of 0.4
       [1.436, 1.436]
     """
-    if not 0 <= read_number(beta, "gradvac: `beta`") <= 1:
-        raise ValueError(f"gradvac: `beta` must be in [0, 1], got {beta!r}.")
+    beta = read_number(beta, "gradvac: `beta`", lambda beta: 0 <= beta <= 1, "in [0, 1]")
     check_order(order, "gradvac")
 
     def init(tasks, key):

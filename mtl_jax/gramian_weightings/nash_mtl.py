@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from mtl_jax.base import Weighting
-from mtl_jax.checks import check_positive
+from mtl_jax.checks import read_positive
 from mtl_jax.gramian_weightings.solved import solved
 from mtl_jax.gramian_weightings.spectral import cosines, gradient_norms
 from mtl_jax.solvers import fair_point
@@ -52,7 +52,7 @@ def nash_mtl(max_norm: float | None = None) -> Weighting:
       [1.0, 0.5]
     """
     if max_norm is not None:
-        check_positive(max_norm, "max_norm", "nash_mtl")
+        max_norm = read_positive(max_norm, "max_norm", "nash_mtl")
 
     def solve(gramian, losses, present):
         solution = fair_point(gramian, 1.0, present)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from mtl_jax.arguments import check_option
 from mtl_jax.base import Weighting
-from mtl_jax.checks import check_at_least_zero, check_decay
+from mtl_jax.checks import read_at_least_zero, read_decay
 from mtl_jax.loss_weightings.statistics import ema_rate
 from mtl_jax.vector import vector_weighting
 
@@ -83,10 +83,10 @@ def adaptive(
       >>> round(float(weights["easy"]), 3), round(float(weights["hard"]), 3)
       (0.5, 1.5)
     """
-    check_at_least_zero(emphasis, "emphasis", "adaptive")
+    emphasis = read_at_least_zero(emphasis, "emphasis", "adaptive")
     check_option(rule, ("proportional", "softmax"), "adaptive: `rule`")
     check_option(relative_to, (None, "initial"), "adaptive: `relative_to`")
-    check_decay(decay, "adaptive")
+    decay = read_decay(decay, "adaptive")
 
     def init(tasks, key):
         return AdaptiveState(average=tasks.full(0), initial=tasks.full(1))

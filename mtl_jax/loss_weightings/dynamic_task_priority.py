@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, PyTree
 
 from mtl_jax.arguments import check_function, check_numbers, read_array
 from mtl_jax.base import Weighting
-from mtl_jax.checks import check_decay
+from mtl_jax.checks import read_decay
 from mtl_jax.vector import vector_weighting
 
 
@@ -78,7 +78,7 @@ def dynamic_task_priority(
     name = "dynamic_task_priority: `gamma`"
     check_numbers(gamma, name, lambda g: 0 <= g < float("inf"), "at least 0 and finite")
     check_function(performance, "dynamic_task_priority: `performance`")
-    check_decay(decay, "dynamic_task_priority")
+    decay = read_decay(decay, "dynamic_task_priority")
 
     def init(tasks, key):
         return DynamicTaskPriorityState(

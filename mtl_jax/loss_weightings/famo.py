@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PyTree
 
 from mtl_jax.arguments import check_numbers
 from mtl_jax.base import Weighting
-from mtl_jax.checks import check_at_least_zero, check_positive
+from mtl_jax.checks import read_at_least_zero, read_positive
 from mtl_jax.learned import per_task
 from mtl_jax.vector import vector_weighting
 
@@ -81,8 +81,8 @@ def famo(
       >>> [round(float(weight), 4) for weight in weights]
       [0.5125, 0.4875]
     """
-    check_positive(learning_rate, "learning_rate", "famo")
-    check_at_least_zero(weight_decay, "weight_decay", "famo")
+    learning_rate = read_positive(learning_rate, "learning_rate", "famo")
+    weight_decay = read_at_least_zero(weight_decay, "weight_decay", "famo")
     check_numbers(min_losses, "famo: `min_losses`", math.isfinite, "finite")
     optimizer = per_task(
         optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Key
 
 from mtl_jax.arguments import read_number
 from mtl_jax.base import Weighting
-from mtl_jax.checks import check_positive, require_key
+from mtl_jax.checks import read_positive, require_key
 from mtl_jax.vector import vector_weighting
 
 
@@ -70,10 +70,11 @@ def relobralo(alpha: float = 0.999, temperature: float = 1.0, rho: float = 1.0) 
       >>> [round(float(weight), 3) for weight in weights]
       [1.197, 0.803]
     """
-    check_positive(temperature, "temperature", "relobralo")
-    for name, value in (("alpha", alpha), ("rho", rho)):
-        if not 0 <= read_number(value, f"relobralo: `{name}`") <= 1:
-            raise ValueError(f"relobralo: `{name}` must be in [0, 1], got {value!r}.")
+    temperature = read_positive(temperature, "temperature", "relobralo")
+    alpha, rho = (
+        read_number(value, f"relobralo: `{name}`", lambda x: 0 <= x <= 1, "in [0, 1]")
+        for name, value in (("alpha", alpha), ("rho", rho))
+    )
 
     def init(tasks, key):
         return RelobraloState(

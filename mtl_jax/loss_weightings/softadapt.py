@@ -1,5 +1,6 @@
 """SoftAdapt."""
 
+import math
 from typing import Literal
 
 import jax
@@ -44,15 +45,15 @@ def softadapt(
       window: the number of training steps to average over; in the paper, one epoch's or one.
       beta: how strongly to prefer; positive for the task that does worst, negative for the one
         that does best. The default is the published code's.
-      order: the accuracy order of the finite difference, at least 1.
+      order: the accuracy order of the finite difference, from 1 to 20.
       variant: ``"original"``, ``"normalized"`` or ``"loss_weighted"``.
 
     Returns:
       The weighting.
 
     Raises:
-      ValueError: if ``window`` or ``order`` is not a positive integer, ``beta`` not finite, or
-        ``variant`` unknown.
+      ValueError: if ``window`` is not a positive integer, ``order`` not one from 1 to 20, ``beta``
+        not finite, or ``variant`` unknown.
       TypeError: if ``beta`` is not a number.
 
     References:
@@ -69,10 +70,10 @@ def softadapt(
       [0.29, 0.71]
     """
     positive_steps(window, "window", "softadapt")
-    positive_steps(order, "order", "softadapt")
+    if not isinstance(order, int | np.integer) or isinstance(order, bool) or not 1 <= order <= 20:
+        raise ValueError(f"softadapt: `order` must be an integer from 1 to 20, got {order!r}.")
     check_option(variant, ("original", "normalized", "loss_weighted"), "softadapt: `variant`")
-    if not np.isfinite(read_number(beta, "softadapt: `beta`")):
-        raise ValueError(f"softadapt: `beta` must be finite, got {beta!r}.")
+    beta = read_number(beta, "softadapt: `beta`", math.isfinite, "finite")
     # The weights c of the forward difference: sum_j c_j j^n is 1 for n = 1, else 0, up to `order`.
     nodes = np.arange(order + 1.0)
     difference = np.linalg.solve(np.vander(nodes, increasing=True).T, nodes == 1)

@@ -75,10 +75,12 @@ def uncertainty(
     """
     check_option(form, ("kendall", "half", "revised"), "uncertainty: `form`")
     check_optimizer(optimizer, "uncertainty")
-    if not abs(read_number(initial_log_variance, "uncertainty: `initial_log_variance`")) <= 79:
-        raise ValueError(
-            f"uncertainty: `initial_log_variance` must be within ±79, got {initial_log_variance!r}."
-        )
+    initial_log_variance = read_number(
+        initial_log_variance,
+        "uncertainty: `initial_log_variance`",
+        lambda s: abs(s) <= 79,
+        "within ±79",
+    )
     factor = 1.0 if form == "kendall" else 0.5
 
     def init(tasks, key):

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, PyTree
 
 from mtl_jax.arguments import check_numbers, read_number
 from mtl_jax.base import Weighting
-from mtl_jax.checks import check_decay, check_positive, check_weighting
+from mtl_jax.checks import check_weighting, read_decay, read_positive
 from mtl_jax.loss_weightings.statistics import ema_rate
 from mtl_jax.state import tree_where
 from mtl_jax.tasks import Tasks, unstack_tasks
@@ -16,10 +16,10 @@ from mtl_jax.wrappers.state import (
     Mask,
     Vector,
     WrapperState,
-    check_wrapper,
     finish,
     initial,
     read,
+    read_state,
 )
 
 
@@ -56,10 +56,10 @@ def ema(weighting: Weighting, decay: float) -> Weighting:
       [1.167, 0.833]
     """
     check_weighting(weighting)
-    check_decay(decay, "ema")
+    decay = read_decay(decay, "ema")
 
     def update(losses, state, *, mask=None, gramian=None):
-        check_wrapper(state)
+        state = read_state(state, losses)
         weights, inner = weighting.update(losses, state.inner, mask=mask, gramian=gramian)
         tasks, present, vector = read(losses, weights, mask)
         rate = ema_rate(decay, state.steps, tasks.dtype)
@@ -126,7 +126,7 @@ def normalized(weighting: Weighting, total: float | None = None) -> Weighting:
     """
     check_weighting(weighting)
     if total is not None:
-        check_positive(total, "total", "normalized")
+        total = read_positive(total, "total", "normalized")
 
     def scale(vector, tasks, present):
         wanted = jnp.sum(present, dtype=tasks.dtype) if total is None else total
@@ -191,10 +191,10 @@ def _observe(weighting: Weighting) -> Callable[..., WrapperState] | None:
     if observe is None:
         return None
     return lambda losses, state, *, mask=None: state._replace(
-        inner=observe(losses, check_wrapper(state).inner, mask=mask)
+        inner=observe(losses, read_state(state).inner, mask=mask)
     )
 
 
 def _due(weighting: Weighting) -> Callable[[WrapperState], Bool[Array, ""]] | None:
     due = weighting.due
-    return None if due is None else lambda state: due(check_wrapper(state).inner)
+    return None if due is None else lambda state: due(read_state(state).inner)

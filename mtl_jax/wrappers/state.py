@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int32, PyTree
 
 from mtl_jax.base import Weighting
-from mtl_jax.state import tree_where
+from mtl_jax.state import check_like, tree_where
 from mtl_jax.tasks import (
     Losses,
     Tasks,
@@ -55,14 +55,21 @@ def initial(weighting: Weighting, value: float) -> Callable[..., WrapperState]:
     return init
 
 
-def check_wrapper(state: Any) -> WrapperState:
-    """The state, if it is a wrapper's; else an error."""
+def read_state(state: Any, losses: Losses | None = None) -> WrapperState:
+    """The state, checked to be a wrapper's; with losses, to be one for their tasks."""
     if not isinstance(state, WrapperState):
         raise TypeError(
             "Expected the state that the `init` of this weighting, with its wrappers, returned, "
             f"got {type(state)}."
         )
-    return state
+    expected = {"total": jax.ShapeDtypeStruct((), jnp.int32)}
+    if losses is not None:
+        tasks = read_tasks(losses)
+        expected["steps"] = jax.ShapeDtypeStruct((tasks.number,), jnp.int32)
+        expected["weights"] = jax.ShapeDtypeStruct((tasks.number,), tasks.dtype)
+    own = {name: getattr(state, name) for name in expected}
+    check_like(own, expected, "The wrapper's state", "Call `init` with these losses.")
+    return state._replace(**jax.tree.map(jnp.asarray, own))
 
 
 def read(losses: Losses, weights: Weights, mask: PyTree | None) -> tuple[Tasks, Mask, Vector]:
@@ -75,11 +82,6 @@ def finish(
     weights: Vector, kept: Vector, inner: PyTree, state: WrapperState, tasks: Tasks, present: Mask
 ) -> tuple[Weights, WrapperState]:
     """The weights and the next state; or NaN and the old state, if a weight is not finite."""
-    if jnp.shape(state.weights) != present.shape:
-        raise ValueError(
-            f"The state of a wrapper holds weights of shape {jnp.shape(state.weights)}, but there "
-            f"are {tasks.number} tasks. Call `init` with these losses."
-        )
     weights = jnp.where(present, weights, 0)
     valid = jnp.all(jnp.isfinite(weights))
     weights = jnp.where(present & ~valid, jnp.nan, weights)

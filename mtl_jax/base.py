@@ -84,6 +84,13 @@ class Weighting(NamedTuple):
         it must be measured at this step. Where it need not, ``update`` may be called without.
         ``None``: always.
 
+    Raises:
+      ValueError: by its functions, when they are traced: if there are no losses or one is not a
+        scalar, the state is of other tasks or another weighting, the mask has another structure
+        than the losses, the Gramian is missing or not ``float[K, K]``, or the key is missing.
+      TypeError: by its functions: if a loss is not a real floating-point number, a leaf of the mask
+        not one boolean, the state none that ``init`` returned, or the key no ``jax.random.key``.
+
     Example:
       >>> import mtl_jax
       >>> losses = {"depth": 0.5, "normals": 1.5}
@@ -139,6 +146,13 @@ class Aggregator(NamedTuple):
         method reads them. ``mask`` is a pytree of booleans with the structure of the losses: an
         absent task's gradient is not looked at. If something is not finite, the state is returned
         as it was and the gradient is NaN.
+
+    Raises:
+      ValueError: by its functions, when they are traced: as by those of a :class:`Weighting`, and
+        if the losses are missing where the method reads them, or the leaves of the task gradients
+        have not as many tasks as there are losses, or other shapes than the parameters.
+      TypeError: by its functions: as by those of a :class:`Weighting`, and if a parameter or a
+        gradient is not of real floating-point numbers.
 
     Example:
       >>> import jax.numpy as jnp

@@ -1,5 +1,6 @@
 """Checks of parameters that several methods share; each error names the method and the way out."""
 
+import contextlib
 from typing import Any
 
 import jax
@@ -8,15 +9,21 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
+from mtl_jax.arguments import check_function, is_key, read_number
 from mtl_jax.base import Aggregator, Weighting
 
 
 def read_key(key: Array | None) -> Array | None:
     """The key as a new-style one; an error for what is no key."""
-    if key is not None and not isinstance(key, jax.Array):
-        raise TypeError(f"`key` must be a jax.random.key, got {key!r}.")
-    if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
+    if key is None:
+        return None
+    given = key
+    if isinstance(key, jax.Array) and key.dtype == jnp.uint32:
+        # The data of a key, as jax.random.PRNGKey returns it; or an array of another shape.
+        with contextlib.suppress(TypeError, ValueError):
+            key = jax.random.wrap_key_data(key)
+    if not is_key(key) or key.shape:
+        raise TypeError(f"`key` must be one jax.random.key, got {given!r}.")
     return key
 
 
@@ -31,29 +38,37 @@ def require_key(key: Array | None, method: str) -> Array:
 
 def positive_steps(value: int, name: str, method: str) -> int:
     """The number of steps, checked to be a positive integer."""
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+    integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not integer or not 1 <= value < 2**31:
         raise ValueError(
-            f"{method}: `{name}` is a number of training steps, an integer of at least 1, "
-            f"got {value!r}."
+            f"{method}: `{name}` is a number of training steps, an integer of at least 1 and below "
+            f"2**31, got {value!r}."
         )
     return int(value)
 
 
-def check_decay(decay: float, method: str) -> None:
-    """Raise an error for a decay outside [0, 1)."""
-    if not 0 <= decay < 1:
-        raise ValueError(f"{method}: `decay` must be in [0, 1), got {decay!r}.")
+def read_decay(decay: float, method: str) -> float:
+    """The decay, checked to be in [0, 1)."""
+    return read_number(decay, f"{method}: `decay`", lambda d: 0 <= d < 1, "in [0, 1)")
 
 
-def check_positive(value: float, name: str, method: str) -> None:
-    """Raise an error for a parameter that is not a positive, finite number."""
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{method}: `{name}` must be positive and finite, got {value!r}.")
+def read_positive(value: float, name: str, method: str) -> float:
+    """The parameter, checked to be positive and finite."""
+    return read_number(
+        value, f"{method}: `{name}`", lambda x: 0 < x < float("inf"), "positive and finite"
+    )
+
+
+def read_at_least_zero(value: float, name: str, method: str) -> float:
+    """The parameter, checked to be at least 0 and finite."""
+    return read_number(
+        value, f"{method}: `{name}`", lambda x: 0 <= x < float("inf"), "at least 0 and finite"
+    )
 
 
 def check_optimizer(optimizer: Any, method: str) -> None:
     """Raise an error for what is not an optax optimizer."""
-    if not isinstance(optimizer, optax.GradientTransformation):
+    if not isinstance(optimizer, optax.GradientTransformation) or not all(map(callable, optimizer)):
         hint = " Did you mean to call it?" if callable(optimizer) else ""
         raise TypeError(
             f"{method}: `optimizer` must be an optax optimizer, such as optax.adam(1e-3), got "
@@ -61,9 +76,19 @@ def check_optimizer(optimizer: Any, method: str) -> None:
         )
 
 
+def check_aggregator(aggregator: Aggregator) -> None:
+    """Raise a ``TypeError`` for an aggregator whose parts are no functions."""
+    for name in Aggregator._fields:
+        check_function(getattr(aggregator, name), f"The aggregator's `{name}`")
+
+
 def check_weighting(weighting: Any) -> None:
     """Raise a ``TypeError`` for what is not a weighting."""
     if isinstance(weighting, Weighting):
+        for name in ("init", "update", "observe", "due"):
+            function = getattr(weighting, name)
+            if function is not None or name in ("init", "update"):
+                check_function(function, f"The weighting's `{name}`")
         return
     if isinstance(weighting, Aggregator):
         raise TypeError(

@@ -5,6 +5,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from mtl_jax.arguments import read_array
+from mtl_jax.tasks import at_least_float32
+
 
 class Diagnostics(NamedTuple):
     """What a Gramian tells of the task gradients, in the order of the leaves of the losses.
@@ -42,7 +45,9 @@ def diagnostics(
       The :class:`Diagnostics`. A Gramian that was not measured is NaN, and so are they then.
 
     Raises:
-      ValueError: if the Gramian is not a square matrix.
+      ValueError: if the Gramian is not a square matrix, or ``present`` has another shape than its
+        rows.
+      TypeError: if the Gramian is not of real floating-point numbers, or ``present`` not boolean.
 
     References:
       Yu et al., `Gradient Surgery for Multi-Task Learning <https://arxiv.org/abs/2001.06782>`_,
@@ -57,12 +62,18 @@ def diagnostics(
       >>> float(found.conflicting)
       1.0
     """
-    gramian = jnp.asarray(gramian)
+    gramian = read_array(gramian, "The Gramian")
     if gramian.ndim != 2 or gramian.shape[0] != gramian.shape[1]:
         raise ValueError(f"A Gramian is a square matrix, got shape {gramian.shape}.")
-    number = gramian.shape[0]
-    if present is None:
-        present = jnp.ones((number,), bool)
+    if not jnp.issubdtype(gramian.dtype, jnp.floating):
+        raise TypeError(f"The Gramian must hold real floating-point numbers, got {gramian.dtype}.")
+    gramian = gramian.astype(at_least_float32(gramian.dtype))
+    shape = gramian.shape[:1]
+    present = jnp.ones(shape, bool) if present is None else read_array(present, "`present`")
+    if present.dtype != jnp.bool_:
+        raise TypeError(f"`present` must be boolean, got {present.dtype}.")
+    if present.shape != shape:
+        raise ValueError(f"`present` must have shape {shape} as the tasks, got {present.shape}.")
     norms = jnp.sqrt(jnp.where(present, jnp.maximum(jnp.diagonal(gramian), 0), 0))
     there = (norms != 0) & present
     both = there[:, None] & there[None, :]

@@ -1,14 +1,18 @@
 """Gramian weightings for those who already hold task gradients."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
+from mtl_jax.arguments import leaf_type
 from mtl_jax.base import Weighting
-from mtl_jax.checks import check_weighting
+from mtl_jax.checks import check_weighting, read_key
 from mtl_jax.jacobian import gramian_of
 from mtl_jax.rows import leading_axis, weighted_sum
-from mtl_jax.tasks import Losses, at_least_float32, read_tasks, stack_tasks
+from mtl_jax.tasks import Losses, at_least_float32, leaf_name, read_tasks, stack_tasks
 
 
 def as_aggregator(weighting: Weighting, num_tasks: int, *, key: Array | None = None):
@@ -31,9 +35,10 @@ def as_aggregator(weighting: Weighting, num_tasks: int, *, key: Array | None = N
       returned as it was and the update is NaN.
 
     Raises:
-      ValueError: if ``num_tasks`` is not positive; in ``update``, if there are gradients of another
-        number of tasks.
-      TypeError: if ``weighting`` is not a :class:`mtl_jax.Weighting`.
+      ValueError: if ``num_tasks`` is not a positive integer; in ``update``, if there are gradients
+        of another number of tasks.
+      TypeError: if ``weighting`` is not a :class:`mtl_jax.Weighting`, or ``key`` not a key; in
+        ``init`` and ``update``, if a parameter or its gradients are not floating-point.
       ImportError: with an optax older than 0.2.7.
 
     Example:
@@ -50,11 +55,14 @@ def as_aggregator(weighting: Weighting, num_tasks: int, *, key: Array | None = N
     from optax.experimental import aggregating
 
     check_weighting(weighting)
-    if num_tasks < 1:
-        raise ValueError(f"as_aggregator: `num_tasks` must be at least 1, got {num_tasks!r}.")
+    if not isinstance(num_tasks, int | np.integer) or isinstance(num_tasks, bool) or num_tasks < 1:
+        raise ValueError(
+            f"as_aggregator: `num_tasks` must be at least 1, an integer, got {num_tasks!r}."
+        )
+    key = read_key(key)
 
     def init(params: PyTree) -> PyTree:
-        widest = at_least_float32(*(leaf.dtype for leaf in jax.tree.leaves(params)))
+        widest = at_least_float32(*_real_dtypes(params, "The parameter", abstract=True))
         return weighting.init((jax.ShapeDtypeStruct((), widest),) * num_tasks, key=key)
 
     def update(
@@ -72,6 +80,8 @@ def as_aggregator(weighting: Weighting, num_tasks: int, *, key: Array | None = N
                 f"as_aggregator was made for {num_tasks} tasks, but there are gradients of "
                 f"{leading_axis(updates)}."
             )
+        _real_dtypes(updates, "The gradient")
+        updates = jax.tree.map(jnp.asarray, updates)
         gramian = gramian_of(jax.tree.leaves(updates))
         if losses is None:
             names = (True,) * num_tasks if mask is None else mask
@@ -80,3 +90,15 @@ def as_aggregator(weighting: Weighting, num_tasks: int, *, key: Array | None = N
         return weighted_sum(stack_tasks(weights, read_tasks(losses)), updates), state
 
     return aggregating.Aggregator(init, update)
+
+
+def _real_dtypes(tree: PyTree, what: str, *, abstract: bool = False) -> list[Any]:
+    """The dtypes of the leaves, for complex ones those of their parts; an error for others."""
+    dtypes = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = f"{what} {leaf_name(path)!r}"
+        _, dtype = leaf_type(leaf, name, abstract=abstract)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise TypeError(f"{name} has dtype {dtype}; it must be floating-point.")
+        dtypes.append(jnp.finfo(dtype).dtype)
+    return dtypes

@@ -28,7 +28,7 @@ def choose_rows(rows: RowsMode, number: int) -> RowsMode:
     unrolled for few tasks, for which XLA sees across them, and in a loop for many. Other backends
     have the parallelism that a batch of them needs.
     """
-    if rows not in get_args(RowsMode):
+    if not isinstance(rows, str) or rows not in get_args(RowsMode):
         raise ValueError(f"`rows` must be one of {', '.join(get_args(RowsMode))}; got {rows!r}.")
     if rows != "auto":
         return rows

@@ -30,7 +30,12 @@ class LearnedState(NamedTuple):
 def learned_step(
     state: LearnedState, gradient: Float[Array, "tasks"], optimizer: optax.GradientTransformation
 ) -> LearnedState:
-    """One step of the optimizer, the parameter kept where its exponential is finite."""
+    """One step of the optimizer, the parameter kept where its exponential is finite.
+
+    The gradient is cut off where its square, which many optimizers take, would overflow.
+    """
+    largest = 1e-4 * jnp.finfo(gradient.dtype).max ** 0.5
+    gradient = jnp.clip(gradient, -largest, largest)
     updates, opt_state = per_task(optimizer).update(gradient, state.opt_state, state.parameter)
     parameter = jnp.asarray(optax.apply_updates(state.parameter, updates))
     limit = 0.9 * jnp.log(jnp.finfo(state.parameter.dtype).max)

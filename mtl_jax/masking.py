@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from mtl_jax.arguments import read_array
 from mtl_jax.tasks import at_least_float32
 
 
@@ -25,7 +26,7 @@ def masked_mean(values: Float[Array, "..."], present: Bool[Array, "..."]) -> Flo
 
     Raises:
       ValueError: if the shape of ``present`` is not that of the leading axes of ``values``.
-      TypeError: if ``present`` is not boolean.
+      TypeError: if ``present`` is not boolean, or ``values`` not of real numbers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -36,7 +37,10 @@ def masked_mean(values: Float[Array, "..."], present: Bool[Array, "..."]) -> Flo
       >>> float(mtl_jax.masked_mean(values, jnp.array([False, False, False])))
       0.0
     """
-    values, present = jnp.asarray(values), jnp.asarray(present)
+    values, present = read_array(values, "`values`"), read_array(present, "`present`")
+    kinds = (jnp.floating, jnp.integer, jnp.bool_)
+    if not any(jnp.issubdtype(values.dtype, kind) for kind in kinds):
+        raise TypeError(f"`values` must be real numbers, got {values.dtype}.")
     if present.dtype != jnp.bool_:
         raise TypeError(f"`present` must be boolean, got {present.dtype}.")
     if present.shape != values.shape[: present.ndim]:

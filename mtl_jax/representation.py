@@ -1,12 +1,13 @@
 """The Gramian at a representation, for about the price of plain training."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from mtl_jax.arguments import check_flag, check_function, check_option, leaf_type
 from mtl_jax.base import Weighting
 from mtl_jax.checks import check_weighting
 from mtl_jax.jacobian import (
@@ -22,7 +23,15 @@ from mtl_jax.jacobian import (
     stacked,
     sum_of,
 )
-from mtl_jax.tasks import Losses, Weights, read_mask, read_tasks, stack_tasks, unstack_tasks
+from mtl_jax.tasks import (
+    Losses,
+    Weights,
+    leaf_name,
+    read_mask,
+    read_tasks,
+    stack_tasks,
+    unstack_tasks,
+)
 from mtl_jax.weighing import (
     GradientFn,
     MultiTaskValue,
@@ -93,10 +102,14 @@ def representation_value_and_grad(
       :func:`mtl_jax.value_and_grad`; ``value.aux`` is ``(encoder_aux, heads_aux)``.
 
     Raises:
-      ValueError: if ``tasks`` is empty or names one twice, the losses are not of these tasks, an
-        option is unknown, or ``shared`` selects nothing.
-      TypeError: if ``weighting`` is not a :class:`Weighting`: an aggregator needs the gradients by
-        the parameters.
+      ValueError: if ``tasks`` is empty or names one twice, the losses are not of these tasks, a
+        loss is not a scalar, z or the parameters are empty, the tasks are not those of the state,
+        ``mask`` has another structure than the losses, an option is unknown, or ``shared`` selects
+        nothing.
+      TypeError: if ``encoder`` or ``heads`` is not a function, ``tasks`` not a sequence of strings,
+        ``state`` not the weighting's state, a loss, a parameter or a part of z not floating-point,
+        a leaf of ``mask`` not one boolean, or ``weighting`` not a :class:`Weighting`: an aggregator
+        needs the gradients by the parameters.
 
     References:
       Sener and Koltun, `Multi-Task Learning as Multi-Objective Optimization
@@ -119,16 +132,14 @@ def representation_value_and_grad(
       >>> gradient["encoder"].shape
       (3, 2)
     """
+    check_function(encoder, "representation_value_and_grad: `encoder`")
+    check_function(heads, "representation_value_and_grad: `heads`")
+    check_flag(has_aux, "representation_value_and_grad: `has_aux`")
+    check_flag(diagnostics, "representation_value_and_grad: `diagnostics`")
     check_weighting(weighting)
-    tasks = tuple(tasks)
-    if not tasks or len(set(tasks)) != len(tasks):
-        raise ValueError(f"`tasks` must name at least one task, and none twice; got {tasks}.")
-    if head_gradient not in ("weighted", "unweighted"):
-        raise ValueError(
-            f"`head_gradient` must be 'weighted' or 'unweighted', got {head_gradient!r}."
-        )
-    if gramian not in ("representation", "encoder"):
-        raise ValueError(f"`gramian` must be 'representation' or 'encoder', got {gramian!r}.")
+    tasks = _read_names(tasks)
+    check_option(head_gradient, ("weighted", "unweighted"), "`head_gradient`")
+    check_option(gramian, ("representation", "encoder"), "`gramian`")
     choose_rows(rows, number=1)
 
     def fn(
@@ -136,7 +147,9 @@ def representation_value_and_grad(
     ) -> tuple[MultiTaskValue, PyTree, PyTree]:
         def encode(params: PyTree) -> tuple[PyTree, Any]:
             output = encoder(params, *args)
-            return split_aux(output, "`encoder`", "z") if has_aux else (output, None)
+            z, aux = split_aux(output, "`encoder`", "z") if has_aux else (output, None)
+            _check_representation(z)
+            return z, aux
 
         def decode(params: PyTree, zs: dict[str, PyTree]) -> tuple[Losses, Any]:
             losses, aux = read_output(heads(params, zs, *args), has_aux, "`heads`")
@@ -251,6 +264,9 @@ def check_heads(
 
     Raises:
       ValueError: if the loss of a task changes with another one's copy; the message names both.
+        And as :func:`mtl_jax.representation_value_and_grad`, for ``heads``, ``z``, ``tasks`` and
+        losses that it cannot take.
+      TypeError: as :func:`mtl_jax.representation_value_and_grad`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -262,12 +278,16 @@ def check_heads(
       ...
       ValueError: The loss of 'b' depends on the representation of 'a'; each task must use its own.
     """
+    check_function(heads, "check_heads: `heads`")
+    check_flag(has_aux, "check_heads: `has_aux`")
+    tasks = _read_names(tasks)
+    _check_representation(z)
 
     def losses_fn(zs: dict[str, PyTree]) -> Losses:
         return read_output(heads(params, zs, *args), has_aux, "`heads`")[0]
 
     losses, pullback = jax.vjp(losses_fn, dict.fromkeys(tasks, z))
-    _check_tasks(losses, tuple(tasks))
+    _check_tasks(losses, tasks)
     for task in tasks:
         unit = {name: jnp.full_like(loss, name == task) for name, loss in losses.items()}
         (gradients,) = pullback(unit)
@@ -280,9 +300,37 @@ def check_heads(
                 )
 
 
+def _read_names(tasks: Sequence[str]) -> tuple[str, ...]:
+    """The tasks' names, checked."""
+    array = hasattr(tasks, "dtype")  # whose iterator may refuse to iterate
+    if isinstance(tasks, str) or not isinstance(tasks, Iterable) or array:
+        raise TypeError(f"`tasks` must be a sequence of names, got {tasks!r}.")
+    tasks = tuple(tasks)
+    for name in tasks:
+        if not isinstance(name, str):
+            raise TypeError(f"`tasks` must hold names, strings; got {name!r}.")
+    if not tasks or len(set(tasks)) != len(tasks):
+        raise ValueError(f"`tasks` must name at least one task, and none twice; got {tasks}.")
+    return tasks
+
+
+def _check_representation(z: PyTree) -> None:
+    leaves = jax.tree_util.tree_leaves_with_path(z)
+    if not leaves:
+        raise ValueError("The representation is empty: expected a pytree with at least one array.")
+    for path, leaf in leaves:
+        name = f"The representation's leaf {leaf_name(path)!r}"
+        _, dtype = leaf_type(leaf, name)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            raise TypeError(
+                f"{name} has dtype {dtype}, by which nothing can be differentiated. Let the heads "
+                "compute it from their own arguments."
+            )
+
+
 def _check_tasks(losses: Losses, tasks: tuple[str, ...]) -> None:
     if not isinstance(losses, dict) or set(losses) != set(tasks):
-        got = sorted(losses) if isinstance(losses, dict) else type(losses).__name__
+        got = sorted(losses, key=str) if isinstance(losses, dict) else type(losses).__name__
         raise ValueError(
             f"`heads` must return a dictionary with the losses of the tasks {sorted(tasks)}, got "
             f"{got}."

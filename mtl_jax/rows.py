@@ -2,20 +2,25 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
+from mtl_jax.arguments import check_flag, check_function, leaf_type
 from mtl_jax.base import Aggregator
 from mtl_jax.checks import read_key
 from mtl_jax.state import (
     WeightingState,
     all_finite,
+    check_like,
     check_state,
     initial_state,
     keep_absent,
     next_state,
+    read_result,
+    shapes_of_state,
     tree_where,
 )
 from mtl_jax.tasks import (
@@ -56,10 +61,27 @@ def rows_aggregator(
 
     Returns:
       The aggregator.
+
+    Raises:
+      ValueError: in ``update``, if the function of that name returns something unlike the
+        parameters, or a state unlike that of ``init``.
+      TypeError: if a function is none; in ``init``, if an array of the state has not the tasks as
+        its leading axis; in ``update``, if the function of that name does not return a pair.
     """
+    for name, function in (("update", update), ("init", init)):
+        check_function(function, f"rows_aggregator: `{name}`")
+    check_flag(reads_losses, "rows_aggregator: `reads_losses`")
+
+    @functools.cache
+    def expected(structure: Any, types: tuple[Any, ...], tasks: Tasks, keyed: bool) -> Any:
+        params = [jax.ShapeDtypeStruct(*each) for each in types]
+        params = jax.tree.unflatten(structure, params)
+        return shapes_of_state(functools.partial(init, params, tasks), tasks, keyed)
 
     def init_fn(params: PyTree, losses: Losses, *, key: Array | None = None) -> WeightingState:
         tasks = read_tasks(losses)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            _check_real(leaf, f"The parameter {leaf_name(path)!r}", abstract=True)
         return initial_state(init(params, tasks, read_key(key)), tasks)
 
     def update_fn(
@@ -75,18 +97,27 @@ def rows_aggregator(
             number = leading_axis(task_gradients)
             losses = (0.0,) * number if mask is None else jax.tree.map(lambda _: 0.0, mask)
         tasks = read_tasks(losses)
-        check_state(state, tasks)
         if leading_axis(task_gradients) != tasks.number:
             raise ValueError(
                 f"There are gradients of {leading_axis(task_gradients)} tasks, but {tasks.number} "
                 f"losses: {', '.join(tasks.names)}."
             )
+        leaves = jax.tree_util.tree_leaves_with_path(task_gradients)
+        types = [_check_real(leaf, f"The gradient {leaf_name(path)!r}") for path, leaf in leaves]
+        one = tuple((shape[1:], dtype) for shape, dtype in types)
+        structure = jax.tree.structure(task_gradients)
+        check_state(state, tasks, functools.partial(expected, structure, one, tasks))
+        task_gradients, state = jax.tree.map(jnp.asarray, (task_gradients, state))
         present = read_mask(mask, tasks)
         rows = jax.tree.map(lambda leaf: _read_row(leaf, present), task_gradients)
         vector = jax.lax.stop_gradient(stack_tasks(losses, tasks))
         vector = jnp.where(present, vector, 1)
         extra = (vector,) if reads_losses else ()
-        gradient, inner = update(rows, state.inner, present, state.steps, *extra)
+        output = update(rows, state.inner, present, state.steps, *extra)
+        gradient, inner = read_result(output, state.inner, "gradient")
+        like = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*each) for each in one])
+        hint = "It must be like the parameters."
+        check_like(gradient, like, "The gradient that `update` returned", hint)
         gradient, inner = jax.lax.stop_gradient((gradient, inner))
         inner = keep_absent(inner, state.inner, present)
         valid = all_finite((rows, vector, gradient, inner))
@@ -103,7 +134,10 @@ def rows_aggregator(
 def zero_rows(params: PyTree, tasks: Tasks) -> PyTree:
     """Zeros for every task: the parameters with a leading axis, in at least float32."""
     return jax.tree.map(
-        lambda leaf: jnp.zeros((tasks.number, *leaf.shape), at_least_float32(leaf.dtype)), params
+        lambda leaf: jnp.zeros(
+            (tasks.number, *jnp.shape(leaf)), at_least_float32(jnp.result_type(leaf))
+        ),
+        params,
     )
 
 
@@ -140,7 +174,7 @@ def squared_norms(rows: PyTree) -> Float[Array, "tasks"]:
 def leading_axis(task_gradients: PyTree) -> int:
     """The number of tasks, from the leading axes; an error if they differ."""
     shapes = {
-        leaf_name(path): jnp.shape(leaf)
+        leaf_name(path): leaf_type(leaf, f"The gradient {leaf_name(path)!r}")[0]
         for path, leaf in jax.tree_util.tree_leaves_with_path(task_gradients)
     }
     sizes = {shape[:1] for shape in shapes.values()}
@@ -150,6 +184,16 @@ def leading_axis(task_gradients: PyTree) -> int:
             f"each, got the shapes {shapes}."
         )
     return sizes.pop()[0]
+
+
+def _check_real(leaf: Any, what: str, *, abstract: bool = False) -> tuple[tuple[int, ...], Any]:
+    """The shape and dtype of a parameter or its gradients; an error for what is not real."""
+    shape, dtype = leaf_type(leaf, what, abstract=abstract)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"{what} has dtype {dtype}; an aggregator combines real floating-point numbers."
+        )
+    return shape, dtype
 
 
 def _read_row(leaf: Array, present: Bool[Array, "tasks"]) -> Array:

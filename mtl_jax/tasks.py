@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
+from mtl_jax.arguments import leaf_type, read_array
+
 Losses = PyTree
 """A pytree of scalars, one for each task: ``{"depth": ..., "normals": ...}``."""
 
@@ -82,12 +84,7 @@ def read_tasks(losses: Losses) -> Tasks:
     if not leaves:
         raise ValueError("There are no losses: expected a pytree with one scalar for each task.")
     for path, leaf in leaves:
-        try:
-            shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
-        except TypeError:
-            raise TypeError(
-                f"The loss {leaf_name(path)!r} is {leaf!r}; a task's loss is a real number."
-            ) from None
+        shape, dtype = leaf_type(leaf, f"The loss {leaf_name(path)!r}", abstract=True)
         if shape:
             raise ValueError(
                 f"The loss {leaf_name(path)!r} has shape {shape}; a task's loss is a scalar. "
@@ -116,18 +113,21 @@ def read_mask(mask: PyTree | None, tasks: Tasks) -> Bool[Array, "tasks"]:
             f"{describe(structure)}."
         )
     for path, leaf in jax.tree_util.tree_leaves_with_path(mask):
-        if jnp.shape(leaf) or jnp.result_type(leaf) != jnp.bool_:
+        shape, dtype = leaf_type(leaf, f"The mask's leaf {leaf_name(path)!r}")
+        if shape or dtype != jnp.bool_:
             raise TypeError(
-                f"The mask's leaf {leaf_name(path)!r} has shape {jnp.shape(leaf)} and dtype "
-                f"{jnp.result_type(leaf)}; it must be one boolean, whether the task has labels in "
-                "this batch."
+                f"The mask's leaf {leaf_name(path)!r} has shape {shape} and dtype {dtype}; it must "
+                "be one boolean, whether the task has labels in this batch."
             )
     return jnp.stack([jnp.asarray(leaf) for leaf in jax.tree.leaves(mask)])
 
 
 def stack_tasks(values: PyTree, tasks: Tasks) -> Float[Array, "tasks"]:
     """The losses or weights as a vector, in the dtype of the method's arithmetic."""
-    return jnp.stack([jnp.asarray(leaf).astype(tasks.dtype) for leaf in jax.tree.leaves(values)])
+    named = zip(tasks.names, jax.tree.leaves(values), strict=True)
+    return jnp.stack(
+        [read_array(leaf, f"The loss {name!r}").astype(tasks.dtype) for name, leaf in named]
+    )
 
 
 def unstack_tasks(vector: Float[Array, "tasks"], tasks: Tasks) -> PyTree:

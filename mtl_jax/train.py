@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int32, PyTree
 
+from mtl_jax.arguments import check_function, leaf_type
 from mtl_jax.base import Aggregator, Weighting
-from mtl_jax.checks import check_weighting
+from mtl_jax.checks import check_aggregator, check_optimizer, check_weighting, read_key
 from mtl_jax.jacobian import Shared, shared_parameters
 from mtl_jax.tasks import Losses, leaf_name
-from mtl_jax.weighing import GradientFn, MultiTaskValue, usable
+from mtl_jax.weighing import GradientFn, MultiTaskValue, check_params, usable
 
 
 class TrainState(NamedTuple):
@@ -65,9 +66,22 @@ class TrainState(NamedTuple):
 
         Returns:
           The state, none of whose buffers is shared.
+
+        Raises:
+          ValueError: if there are no parameters; and as the weighting's ``init``, such as for a
+            loss that is not a scalar, or a missing key.
+          TypeError: if the optimizer, the weighting or a key is none, a parameter is not
+            floating-point, or a leaf of the model state not an array.
         """
+        check_optimizer(optimizer, "TrainState.create")
+        check_params(params)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(model_state):
+            leaf_type(leaf, f"The model state's leaf {leaf_name(path)!r}")
+        if rng is not None:
+            read_key(rng)
         params, model_state, rng = jax.tree.map(jnp.copy, (params, model_state, rng))
         if isinstance(weighting, Aggregator):
+            check_aggregator(weighting)
             selected = shared_parameters(params, shared)
             weighting_state = weighting.init(selected, losses, key=weighting_key)
         else:
@@ -127,7 +141,9 @@ def make_train_step(
 
     Raises:
       ValueError: if the weighting observes and ``losses_fn`` is missing; when the step is traced,
-        if the new model state has another structure than the old.
+        as ``gradient_fn``, and if the new model state has another structure than the old.
+      TypeError: if the optimizer, the weighting or a function is none; when the step is traced, as
+        ``gradient_fn``, and if the state is not a :class:`TrainState`.
 
     Example:
       >>> import jax
@@ -147,7 +163,13 @@ def make_train_step(
       >>> print(f"{value.losses['a']:.2f} {value.losses['b']:.2f}, {int(state.skipped)} skipped")
       1.73 1.64, 0 skipped
     """
+    check_function(gradient_fn, "make_train_step: `gradient_fn`")
+    check_optimizer(optimizer, "make_train_step")
+    check_function(new_model_state, "make_train_step: `new_model_state`")
+    if losses_fn is not None:
+        check_function(losses_fn, "make_train_step: `losses_fn`")
     if isinstance(weighting, Aggregator):
+        check_aggregator(weighting)
         observe = None
     else:
         check_weighting(weighting)
@@ -161,14 +183,15 @@ def make_train_step(
     def train_step(
         state: TrainState, *args: Any, mask: PyTree | None = None
     ) -> tuple[TrainState, MultiTaskValue]:
+        if not isinstance(state, TrainState):
+            raise TypeError(f"Expected a TrainState, got {type(state)}.")
         carries_model_state = state.model_state is not None
         next_rng, step_rng = (None, None) if state.rng is None else jax.random.split(state.rng)
         context = (state.model_state,) if carries_model_state else ()
         context += (step_rng,) if step_rng is not None else ()
 
-        value, gradient, weighting_state = gradient_fn(
-            state.params, state.weighting_state, *context, *args, mask=mask
-        )
+        output = gradient_fn(state.params, state.weighting_state, *context, *args, mask=mask)
+        value, gradient, weighting_state = _read_output(output)
         model_state = new_model_state(value.aux) if carries_model_state else None
         _check_model_state(model_state, state.model_state)
 
@@ -202,6 +225,19 @@ def make_train_step(
         return state._replace(step=optax.safe_increment(state.step), rng=next_rng), value
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def _read_output(output: Any) -> tuple[MultiTaskValue, PyTree, PyTree]:
+    if (
+        not isinstance(output, tuple)
+        or len(output) != 3
+        or not isinstance(output[0], MultiTaskValue)
+    ):
+        raise TypeError(
+            "make_train_step: `gradient_fn` must return a MultiTaskValue, the gradient and the "
+            f"weighting's state, as mtl_jax.value_and_grad's does; got {type(output)}."
+        )
+    return output
 
 
 def _check_model_state(new: PyTree, old: PyTree) -> None:

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 from jaxtyping import Array, PyTree
 
+from mtl_jax.arguments import check_flag, check_function
 from mtl_jax.base import Aggregator, Weighting
-from mtl_jax.checks import check_weighting
+from mtl_jax.checks import check_aggregator, check_weighting
 from mtl_jax.jacobian import (
     Partition,
     Rows,
@@ -84,10 +85,12 @@ def value_and_grad(
       loss or the squared norm of the gradient is not finite, the state is returned as it was.
 
     Raises:
-      ValueError: if a loss is not a scalar, the tasks are not those of the state, ``shared``
-        selects nothing, ``rows`` is unknown, or is ``"low_memory"`` with an aggregator.
-      TypeError: if ``weighting`` is neither a :class:`Weighting` nor an aggregator, a loss or a
-        parameter is not floating-point, or ``losses_fn`` has no forward derivative and ``rows`` is
+      ValueError: if there are no losses or no parameters, a loss is not a scalar, the tasks are not
+        those of the state, ``mask`` has another structure than the losses, ``shared`` selects
+        nothing, ``rows`` is unknown, or is ``"low_memory"`` with an aggregator.
+      TypeError: if ``losses_fn`` is not a function, ``weighting`` neither a :class:`Weighting` nor
+        an aggregator, ``state`` not its state, a loss or a parameter not floating-point, a leaf of
+        ``mask`` not one boolean, or ``losses_fn`` has no forward derivative and ``rows`` is
         ``"low_memory"``.
 
     Example:
@@ -103,11 +106,16 @@ def value_and_grad(
       >>> float(gradient)
       4.0
     """
+    check_function(losses_fn, "value_and_grad: `losses_fn`")
+    check_flag(has_aux, "value_and_grad: `has_aux`")
+    check_flag(diagnostics, "value_and_grad: `diagnostics`")
+    choose_rows(rows, number=1)
     if not isinstance(weighting, Aggregator):
         check_weighting(weighting)
-    elif rows == "low_memory":
-        raise ValueError("An aggregator reads all task gradients: rows='low_memory' holds one.")
-    choose_rows(rows, number=1)
+    else:
+        check_aggregator(weighting)
+        if rows == "low_memory":
+            raise ValueError("An aggregator reads all task gradients: rows='low_memory' holds one.")
 
     def fn(
         params: PyTree, state: PyTree, *args: Any, mask: PyTree | None = None

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
+from mtl_jax.arguments import leaf_type, read_array
 from mtl_jax.base import Signal, Weighting
 from mtl_jax.diagnostics import Diagnostics, diagnostics
 from mtl_jax.state import all_finite, tree_where
@@ -129,20 +130,26 @@ def usable(gradient: PyTree, weights: Weights) -> Bool[Array, ""]:
 
 
 def check_params(params: PyTree) -> None:
-    """Raise an error for a parameter that is not floating-point."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+    """Raise an error for no parameters, or for one that is not floating-point."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise ValueError("There are no parameters: expected a pytree with at least one array.")
+    for path, leaf in leaves:
+        _, dtype = leaf_type(leaf, f"The parameter {leaf_name(path)!r}")
+        if not jnp.issubdtype(dtype, jnp.inexact):
             raise TypeError(
-                f"The parameter {leaf_name(path)!r} has dtype {jnp.result_type(leaf)}, by which "
-                "nothing can be differentiated. Pass it to `losses_fn` as another argument."
+                f"The parameter {leaf_name(path)!r} has dtype {dtype}, by which nothing can be "
+                "differentiated. Pass it to `losses_fn` as another argument."
             )
 
 
 def read_output(output: Any, has_aux: bool, name: str) -> tuple[Losses, Any]:
     """The losses, checked, as arrays, and the auxiliary output of the function of that name."""
     losses, aux = split_aux(output, name, "losses") if has_aux else (output, None)
-    read_tasks(losses)  # before the backward pass, for its error messages
-    return jax.tree.map(jnp.asarray, losses), aux
+    tasks = read_tasks(losses)  # before the backward pass, for its error messages
+    named = zip(tasks.names, jax.tree.leaves(losses), strict=True)
+    leaves = [read_array(leaf, f"The loss {name!r}") for name, leaf in named]
+    return jax.tree.unflatten(tasks.structure, leaves), aux
 
 
 def split_aux(output: Any, name: str, what: str) -> tuple[Any, Any]:

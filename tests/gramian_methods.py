@@ -61,16 +61,16 @@ def initial(name, dtype, size=SIZE):
     return weighting(name).init((jax.ShapeDtypeStruct((), dtype),) * size, key=KEY)
 
 
-def weights_of(name, J, *, losses=None, present=None, state=None, garbage=7.0):
+def weights_of(name, J, *, losses=None, present=None, state=None, garbage=7.0, size=SIZE):
     """The weights for the rows of J, in its dtype, and the state."""
     J = np.asarray(J)
     number = len(J)
-    gramian = np.full((SIZE, SIZE), garbage, J.dtype)
+    gramian = np.full((size, size), garbage, J.dtype)
     gramian[:number, :number] = J @ J.T
     present = np.ones(number, bool) if present is None else np.asarray(present)
-    vector = np.full(SIZE, garbage, J.dtype)
+    vector = np.full(size, garbage, J.dtype)
     vector[:number] = 1 if losses is None else losses
-    state = initial(name, J.dtype) if state is None else state
-    weights, state = update(name)(vector, gramian, np.pad(present, (0, SIZE - number)), state)
+    state = initial(name, J.dtype, size) if state is None else state
+    weights, state = update(name)(vector, gramian, np.pad(present, (0, size - number)), state)
     assert np.all(np.asarray(weights)[number:] == 0)
     return np.asarray(weights)[:number], state

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import trees
 from methods import TASKS, loss_sequence
 
 import mtl_jax
@@ -298,3 +299,29 @@ def test_errors():
     wrapped = mtl_jax.with_preference(mtl_jax.equal(), {"a": 1.0})
     with pytest.raises(ValueError, match="with_preference: `prior` must have the structure"):
         wrapped.update({"b": 1.0}, wrapped.init({"b": 1.0}))
+
+
+@each_composition
+def test_extremes(wrapper, inner):
+    """Losses of 1e-30 to 1e30, gradients of norm 1e-18 to 1e18, tasks that come and go."""
+    weighting, rng = composed(wrapper, inner), np.random.default_rng(0)
+    state, names = weighting.init(loss_sequence(1)[0], key=KEY), dict.fromkeys(TASKS)
+    for step in range(24):
+        losses = {task: np.float32(10.0 ** rng.uniform(-30, 30)) for task in names}
+        norms = (10.0 ** rng.uniform(-18, 18, size=3)).astype(np.float32)
+        mask = {task: jnp.array(rng.random() < 0.8 and step != 7) for task in names}
+        broken = step == 13
+        if broken:
+            losses["b"], mask["b"] = np.float32(np.inf), jnp.array(True)
+        due = weighting.due is None or bool(weighting.due(state))
+        gramian = GRAMIAN * norms[:, None] * norms[None, :] if due else None
+        weights, after = compiled(weighting).update(losses, state, mask=mask, gramian=gramian)
+        present, got = vector(mask), vector(weights)
+        np.testing.assert_array_equal(got[~present], 0)
+        if broken:
+            assert np.all(np.isnan(got[present]))
+            trees.assert_trees_equal(after, state)
+        else:
+            assert np.all(np.isfinite(got)), step
+            assert all_finite(after)
+        state = after

@@ -1,17 +1,24 @@
-"""Comparison of pytrees that may hold keys."""
+"""Pytrees that may hold keys: their values, and comparisons."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def assert_trees_close(actual, expected, rtol, atol):
-    def check(actual, expected):
-        if jnp.issubdtype(jnp.asarray(actual).dtype, jax.dtypes.prng_key):
-            actual, expected = jax.random.key_data(actual), jax.random.key_data(expected)
-        np.testing.assert_allclose(actual, expected, rtol=rtol, atol=atol)
+def as_numpy(tree):
+    """The leaves in NumPy, keys as their data."""
 
-    jax.tree.map(check, actual, expected)
+    def value(leaf):
+        key = jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key)
+        return np.array(jax.random.key_data(leaf) if key else leaf)
+
+    return [value(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def assert_trees_close(actual, expected, rtol, atol):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for one, other in zip(as_numpy(actual), as_numpy(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=rtol, atol=atol)
 
 
 def assert_trees_equal(actual, expected):

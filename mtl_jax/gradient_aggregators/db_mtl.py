@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from mtl_jax.arguments import read_number
 from mtl_jax.base import Aggregator
+from mtl_jax.checks import read_at_least_zero
 from mtl_jax.rows import for_each_task, rows_aggregator, squared_norms, weighted_sum, zero_rows
 
 
@@ -30,9 +32,9 @@ def db_mtl(beta: float = 0.9, beta_sigma: float = 0.0, eps: float = 1e-8) -> Agg
     direction is up to K times as long as the longest :math:`b_k`, as in the paper.
 
     The task gradients given to ``update`` are those of the losses; the logarithm is taken here. A
-    negative loss is outside the domain: the gradient is then NaN and the state stays as it was. The
-    same holds for a norm that overflows (in float32, beyond 1.8e19, the gradients being divided by
-    the losses).
+    negative loss, and without :math:`\epsilon` one of 0 that has a gradient, is outside the domain:
+    the gradient is then NaN and the state stays as it was. The same holds for a norm that overflows
+    (in float32, beyond 1.8e19, the gradients being divided by the losses).
 
     Args:
       beta: the decay of the moving average, in [0, 1); 0 does not smooth. The default is that of
@@ -46,6 +48,7 @@ def db_mtl(beta: float = 0.9, beta_sigma: float = 0.0, eps: float = 1e-8) -> Agg
 
     Raises:
       ValueError: if a parameter is outside its range; in ``update``, if the losses are missing.
+      TypeError: if a parameter is not a number.
 
     References:
       Lin et al., `Dual-Balancing for Multi-Task Learning <https://arxiv.org/abs/2308.12029>`_, 2023
@@ -60,11 +63,9 @@ def db_mtl(beta: float = 0.9, beta_sigma: float = 0.0, eps: float = 1e-8) -> Agg
       >>> [round(float(entry), 3) for entry in gradient]
       [5.0, 5.0]
     """
-    if not 0 <= beta < 1:
-        raise ValueError(f"db_mtl: `beta` must be in [0, 1), got {beta!r}.")
-    for name, value in (("beta_sigma", beta_sigma), ("eps", eps)):
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"db_mtl: `{name}` must be at least 0 and finite, got {value!r}.")
+    beta = read_number(beta, "db_mtl: `beta`", lambda beta: 0 <= beta < 1, "in [0, 1)")
+    beta_sigma = read_at_least_zero(beta_sigma, "beta_sigma", "db_mtl")
+    eps = read_at_least_zero(eps, "eps", "db_mtl")
 
     def init(params, tasks, key):
         return DBMTLState(zero_rows(params, tasks))

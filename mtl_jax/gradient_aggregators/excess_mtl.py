@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from mtl_jax.base import Aggregator
-from mtl_jax.checks import check_positive
+from mtl_jax.checks import read_at_least_zero, read_positive
 from mtl_jax.rows import rows_aggregator, weighted_sum, zero_rows
 
 
@@ -48,7 +48,7 @@ def excess_mtl(step_size: float = 0.01, eps: float = 1e-7) -> Aggregator:
     it moves the weights at the first step already, by the risk itself. The weights are computed in
     logarithms, so none becomes 0 for good; an :math:`\eta r_k / r_k(1)` whose square overflows is
     cut off (in float32, above 1.8e19). Gradients whose squares overflow, beyond 1.8e19 in float32,
-    leave the state as it was and give NaN.
+    leave the state as it was and give NaN. The losses are not read: they may be 0 or negative.
 
     Args:
       step_size: :math:`\eta`, above 0; the default is that of the authors' code.
@@ -60,6 +60,7 @@ def excess_mtl(step_size: float = 0.01, eps: float = 1e-7) -> Aggregator:
 
     Raises:
       ValueError: if a parameter is outside its range.
+      TypeError: if it is not a number.
 
     References:
       He et al., `Robust Multi-Task Learning with Excess Risks <https://arxiv.org/abs/2402.02009>`_,
@@ -76,9 +77,8 @@ def excess_mtl(step_size: float = 0.01, eps: float = 1e-7) -> Aggregator:
       >>> [round(float(entry), 3) for entry in gradient]
       [0.083, 1.173]
     """
-    check_positive(step_size, "step_size", "excess_mtl")
-    if not 0 <= eps < float("inf"):
-        raise ValueError(f"excess_mtl: `eps` must be at least 0 and finite, got {eps!r}.")
+    step_size = read_positive(step_size, "step_size", "excess_mtl")
+    eps = read_at_least_zero(eps, "eps", "excess_mtl")
 
     def init(params, tasks, key):
         return ExcessMTLState(

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
+from mtl_jax.arguments import check_numbers
 from mtl_jax.base import Aggregator
 from mtl_jax.checks import require_key
 from mtl_jax.rows import rows_aggregator
@@ -37,7 +37,8 @@ def graddrop(leak: PyTree = 0.0) -> Aggregator:
     sum over the tasks, as in the paper, and does not depend on the gradients' scale.
 
     The paper drops signs at a layer's output, after multiplying by the sign of the input; here, as
-    in TorchJD, it is the gradient of the parameters that is combined.
+    in TorchJD, it is the gradient of the parameters that is combined. The losses are not read: they
+    may be 0 or negative.
 
     Args:
       leak: :math:`\ell`, in [0, 1]: one number, or a pytree like the losses. 0, the default, is the
@@ -49,6 +50,7 @@ def graddrop(leak: PyTree = 0.0) -> Aggregator:
     Raises:
       ValueError: if ``leak`` is not in [0, 1]; in ``init``, if the key is missing, or ``leak`` has
         not the structure of the losses.
+      TypeError: if ``leak`` is not a number or numbers; in ``init``, if ``key`` is not a key.
 
     References:
       Chen et al., `Just Pick a Sign: Optimizing Deep Multitask Models with Gradient Sign Dropout
@@ -65,9 +67,7 @@ def graddrop(leak: PyTree = 0.0) -> Aggregator:
       >>> gradient.tolist()  # the tasks disagree only on the second: 3 is drawn, or -1
       [3.0, 3.0, -3.0]
     """
-    for leaf in jax.tree.leaves(leak):
-        if not np.all((np.asarray(leaf) >= 0) & (np.asarray(leaf) <= 1)):
-            raise ValueError(f"graddrop: `leak` must be in [0, 1], got {leaf!r}.")
+    check_numbers(leak, "graddrop: `leak`", lambda share: 0 <= share <= 1, "in [0, 1]")
 
     def init(params, tasks, key):
         return GradDropState(

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from mtl_jax.arguments import read_number
 from mtl_jax.base import Aggregator
-from mtl_jax.checks import check_positive
+from mtl_jax.checks import read_at_least_zero
 from mtl_jax.rows import for_each_task, rows_aggregator, squared_norms, weighted_sum, zero_rows
 
 
@@ -48,8 +49,8 @@ def moco(
     is taken of weights in [0, 1], so small step sizes keep them close to equal.
 
     A negative loss, which would turn its gradient around, is outside the domain: the gradient is
-    then NaN and the state stays as it was. The same holds for a norm that overflows (in float32,
-    beyond 1.8e19).
+    then NaN and the state stays as it was. The same holds where the square of a gradient's norm, or
+    of the loss, whose length it is given, overflows (in float32, beyond 1.8e19).
 
     Args:
       beta: the step size of the tracking variables, in (0, 1].
@@ -65,6 +66,7 @@ def moco(
 
     Raises:
       ValueError: if a parameter is outside its range; in ``update``, if the losses are missing.
+      TypeError: if a parameter is not a number.
 
     References:
       Fernando et al., `Mitigating Gradient Bias in Multi-objective Learning: A Provably Convergent
@@ -81,13 +83,12 @@ def moco(
       >>> [round(float(entry), 3) for entry in gradient]
       [0.509, 0.956]
     """
-    check_positive(beta, "beta", "moco")
-    if beta > 1:
-        raise ValueError(f"moco: `beta` must be in (0, 1], got {beta!r}.")
-    parameters = {"beta_sigma": beta_sigma, "gamma": gamma, "gamma_sigma": gamma_sigma}
-    for name, value in (parameters | {"rho": rho, "eps": eps}).items():
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"moco: `{name}` must be at least 0 and finite, got {value!r}.")
+    beta = read_number(beta, "moco: `beta`", lambda beta: 0 < beta <= 1, "in (0, 1]")
+    beta_sigma = read_at_least_zero(beta_sigma, "beta_sigma", "moco")
+    gamma = read_at_least_zero(gamma, "gamma", "moco")
+    gamma_sigma = read_at_least_zero(gamma_sigma, "gamma_sigma", "moco")
+    rho = read_at_least_zero(rho, "rho", "moco")
+    eps = read_at_least_zero(eps, "eps", "moco")
 
     def init(params, tasks, key):
         return MoCoState(tracked=zero_rows(params, tasks), logits=tasks.full(0))

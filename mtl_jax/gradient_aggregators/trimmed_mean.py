@@ -18,7 +18,7 @@ def trimmed_mean(trim: int) -> Aggregator:
     sorted, and b is ``trim``. A mean: its steps are about K times smaller than those of a sum.
 
     K counts the present tasks only. With 2 b of them or fewer, as many are left out as leave at
-    least one: what remains is the median.
+    least one: what remains is the median. The losses are not read: they may be 0 or negative.
 
     Args:
       trim: b, how many to leave out on either side, 0 (the plain mean) or more; in the paper,

@@ -4,6 +4,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from mtl_jax.arguments import check_option
 from mtl_jax.base import Signal, Weighting
 from mtl_jax.gramian_weightings.spectral import spectrum
 from mtl_jax.vector import vector_weighting
@@ -23,7 +24,8 @@ def aligned_mtl(scale: Literal["min", "median", "rmse"] = "min") -> Weighting:
     the aligned gradients, K times this mean. If all gradients are zero, so are the weights.
 
     The rank is decided on the gradients divided by their norms, so that a short gradient is never
-    taken for a dependent one; published code compares the eigenvalues with the largest.
+    taken for a dependent one; published code compares the eigenvalues with the largest. The losses
+    are not read: they may be 0 or negative.
 
     Args:
       scale: the length of the aligned gradients is the square root of: ``"min"``, the paper's
@@ -50,8 +52,7 @@ def aligned_mtl(scale: Literal["min", "median", "rmse"] = "min") -> Weighting:
       >>> [round(float(weight), 3) for weight in weights]
       [0.5, 0.167]
     """
-    if scale not in ("min", "median", "rmse"):
-        raise ValueError(f"aligned_mtl: `scale` must be 'min', 'median' or 'rmse', got {scale!r}.")
+    check_option(scale, ("min", "median", "rmse"), "aligned_mtl: `scale`")
 
     def update(losses, state, present, steps, gramian):
         eigen = spectrum(gramian)

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from mtl_jax.arguments import check_option, read_number
 from mtl_jax.base import Weighting
 from mtl_jax.gramian_weightings.solved import solved
 from mtl_jax.solvers import maximin_in_ball
@@ -15,7 +16,7 @@ def cagrad(c: float = 0.5, rescale: Literal["1+c", "1+c^2"] | None = None) -> We
 
     The weights are 1/K and what is added, so with c = 0 they are those of the mean. Solved
     exactly. Where the gradients can be combined to 0 and several directions are equally good, d is
-    the one nearest to :math:`g_0`.
+    the one nearest to :math:`g_0`. The losses are not read: they may be 0 or negative.
 
     Args:
       c: the radius of the ball relative to the mean gradient's norm, in [0, 1). The paper tunes it
@@ -29,6 +30,7 @@ def cagrad(c: float = 0.5, rescale: Literal["1+c", "1+c^2"] | None = None) -> We
 
     Raises:
       ValueError: if ``c`` is not in [0, 1) or ``rescale`` is unknown.
+      TypeError: if ``c`` is not a number.
 
     References:
       Liu et al., `Conflict-Averse Gradient Descent for Multi-task Learning
@@ -44,11 +46,9 @@ def cagrad(c: float = 0.5, rescale: Literal["1+c", "1+c^2"] | None = None) -> We
       >>> [round(float(weight), 3) for weight in weights]
       [1.059, 0.5]
     """
-    if not 0 <= c < 1:
-        raise ValueError(f"cagrad: `c` must be in [0, 1), got {c!r}.")
+    c = read_number(c, "cagrad: `c`", lambda c: 0 <= c < 1, "in [0, 1)")
     factors = {None: 1.0, "1+c": 1 / (1 + c), "1+c^2": 1 / (1 + c**2)}
-    if rescale not in factors:
-        raise ValueError(f"cagrad: `rescale` must be None, '1+c' or '1+c^2', got {rescale!r}.")
+    check_option(rescale, tuple(factors), "cagrad: `rescale`")
 
     def solve(gramian, losses, present):
         solution = maximin_in_ball(gramian, c, present)

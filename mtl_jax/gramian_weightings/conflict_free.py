@@ -22,7 +22,8 @@ def conflict_free() -> Weighting:
     gradient has weight 0.
 
     Where :math:`U^+ \mathbf 1` is zero up to rounding, as for two opposite gradients or if all are
-    zero, no such direction exists, and all weights are 0: a step that stands still.
+    zero, no such direction exists, and all weights are 0: a step that stands still. The losses are
+    not read: they may be 0 or negative.
 
     Returns:
       The weighting.

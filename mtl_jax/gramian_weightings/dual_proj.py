@@ -14,7 +14,8 @@ def dual_proj(preference: PyTree | None = None) -> Weighting:
               g = \sum_k p_k g_k
 
     No task's loss rises to first order, and if g itself harms none, d = g. The projection is
-    exact: nothing is added to the Gramian, which would let conflicts pass.
+    exact: nothing is added to the Gramian, which would let conflicts pass. The losses are not read:
+    they may be 0 or negative.
 
     Args:
       preference: p, a pytree like the losses of numbers that are not negative; by default 1/K for
@@ -26,6 +27,7 @@ def dual_proj(preference: PyTree | None = None) -> Weighting:
     Raises:
       ValueError: if a preference is negative or not finite; in ``init``, if ``preference`` has
         another structure than the losses.
+      TypeError: if a preference is not a number.
 
     References:
       Lopez-Paz and Ranzato, `Gradient Episodic Memory for Continual Learning

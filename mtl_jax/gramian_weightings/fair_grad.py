@@ -1,7 +1,7 @@
 """FairGrad."""
 
 from mtl_jax.base import Weighting
-from mtl_jax.checks import check_positive
+from mtl_jax.checks import read_positive
 from mtl_jax.gramian_weightings.solved import solved
 from mtl_jax.solvers import fair_point
 
@@ -20,7 +20,8 @@ def fair_grad(alpha: float = 1.0) -> Weighting:
     multiplies the weights by K besides.)
 
     At Pareto-stationary parameters there is no solution. The weights are then finite and sum to 1,
-    the direction is near 0, and ``state.inner.residual`` is about 1.
+    the direction is near 0, and ``state.inner.residual`` is about 1. The losses are not read: they
+    may be 0 or negative.
 
     Args:
       alpha: positive. The default is that of the authors' code; the paper tunes it.
@@ -30,6 +31,7 @@ def fair_grad(alpha: float = 1.0) -> Weighting:
 
     Raises:
       ValueError: if ``alpha`` is not positive.
+      TypeError: if it is not a number.
 
     References:
       Ban and Ji, `Fair Resource Allocation in Multi-Task Learning
@@ -45,5 +47,5 @@ def fair_grad(alpha: float = 1.0) -> Weighting:
       >>> [round(float(weight), 3) for weight in weights]
       [1.0, 0.25]
     """
-    check_positive(alpha, "alpha", "fair_grad")
+    alpha = read_positive(alpha, "alpha", "fair_grad")
     return solved(lambda gramian, losses, present: fair_point(gramian, alpha, present))

@@ -1,6 +1,5 @@
 """Gradient normalization (GradNorm)."""
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -9,7 +8,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from mtl_jax.base import Signal, Weighting
-from mtl_jax.checks import check_optimizer
+from mtl_jax.checks import check_optimizer, read_at_least_zero
 from mtl_jax.gramian_weightings.spectral import gradient_norms
 from mtl_jax.learned import per_task
 from mtl_jax.vector import vector_weighting
@@ -65,7 +64,7 @@ def gradnorm(optimizer: optax.GradientTransformation, alpha: float = 1.5) -> Wei
 
     Raises:
       ValueError: if ``alpha`` is negative or not finite.
-      TypeError: if ``optimizer`` is not an optax optimizer.
+      TypeError: if ``optimizer`` is not an optax optimizer, or ``alpha`` not a number.
 
     References:
       Chen et al., `GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep Multitask
@@ -84,8 +83,7 @@ def gradnorm(optimizer: optax.GradientTransformation, alpha: float = 1.5) -> Wei
       [1.5, 0.5]
     """
     check_optimizer(optimizer, "gradnorm")
-    if not (math.isfinite(alpha) and alpha >= 0):
-        raise ValueError(f"gradnorm: `alpha` must be at least 0 and finite, got {alpha!r}.")
+    alpha = read_at_least_zero(alpha, "alpha", "gradnorm")
     optimizer = per_task(optimizer)
 
     def init(tasks, key):

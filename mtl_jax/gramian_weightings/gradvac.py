@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from mtl_jax.arguments import read_number
 from mtl_jax.base import Signal, Weighting
 from mtl_jax.checks import require_key
 from mtl_jax.gramian_weightings.pcgrad import Order, check_order, draw_orders, weights_of_mixtures
@@ -42,7 +43,8 @@ def gradvac(beta: float = 0.5, order: Order | None = None) -> Weighting:
 
     :math:`1 - \phi^2` is kept at one rounding unit or more, where the published implementations
     add 1e-8 to lengths. A gradient that is zero, or becomes so when it is projected away from its
-    opposite, has no cosine: it is left as it is, and so are its targets.
+    opposite, has no cosine: it is left as it is, and so are its targets. The losses are not read:
+    they may be 0 or negative.
 
     Args:
       beta: the rate of the moving average, in [0, 1]. The default is that of LibMTL and TorchJD.
@@ -54,7 +56,8 @@ def gradvac(beta: float = 0.5, order: Order | None = None) -> Weighting:
     Raises:
       ValueError: if ``beta`` is not in [0, 1]; in ``init``, if the key is missing; in ``update``,
         if the order's shape is wrong.
-      TypeError: if ``order`` is not a function; in ``update``, if it does not return integers.
+      TypeError: if ``beta`` is not a number or ``order`` not a function; in ``update``, if it does
+        not return integers.
 
     References:
       Wang et al., `Gradient Vaccine: Investigating and Improving Multi-task Optimization in
@@ -72,8 +75,7 @@ def gradvac(beta: float = 0.5, order: Order | None = None) -> Weighting:
       >>> [round(float(weight), 3) for weight in weights]  # turned to a cosine of 0.4
       [1.436, 1.436]
     """
-    if not 0 <= beta <= 1:
-        raise ValueError(f"gradvac: `beta` must be in [0, 1], got {beta!r}.")
+    beta = read_number(beta, "gradvac: `beta`", lambda beta: 0 <= beta <= 1, "in [0, 1]")
     check_order(order, "gradvac")
 
     def init(tasks, key):

@@ -21,7 +21,7 @@ def imtl_g() -> Weighting:
 
     Where the sum of v is zero up to rounding, as for two opposite gradients of equal length or
     if all gradients are zero, there is no such direction, and all weights are 0: a step that stands
-    still.
+    still. The losses are not read: they may be 0 or negative.
 
     Returns:
       The weighting.
@@ -42,7 +42,8 @@ def imtl_g() -> Weighting:
     """
 
     def update(losses, state, present, steps, gramian):
-        norms, eigen = gradient_norms(gramian), spectrum(gramian)
+        eigen = spectrum(gramian)
+        norms = gradient_norms(gramian) / eigen.unit  # only their ratios count
         v = eigen.apply(1 / eigen.values, norms)
         total = jnp.sum(v)
         # The same sum without cancellation.

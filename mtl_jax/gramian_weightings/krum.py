@@ -5,6 +5,7 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 
+from mtl_jax.arguments import check_option
 from mtl_jax.base import Signal, Weighting
 from mtl_jax.vector import vector_weighting
 
@@ -23,7 +24,8 @@ def krum(
     wins.
 
     With a mask, K is the number of present tasks. Where that leaves fewer than one neighbour, each
-    task keeps one; where fewer than m tasks are present, all of them share the weight.
+    task keeps one; where fewer than m tasks are present, all of them share the weight. The losses
+    are not read: they may be 0 or negative.
 
     Args:
       byzantine: f, how many gradients may be wrong, at least 0; needs f + 3 tasks or more.
@@ -58,8 +60,7 @@ def krum(
             raise ValueError(
                 f"krum: `{name}` must be an integer of at least {lowest}, got {value!r}."
             )
-    if distance not in ("squared", "plain"):
-        raise ValueError(f"krum: `distance` must be 'squared' or 'plain', got {distance!r}.")
+    check_option(distance, ("squared", "plain"), "krum: `distance`")
 
     def init(tasks, key):
         if tasks.number < max(byzantine + 3, selected):
@@ -72,6 +73,8 @@ def krum(
 
     def update(losses, state, present, steps, gramian):
         number = jnp.sum(present)
+        largest = jnp.max(jnp.diagonal(gramian))
+        gramian = gramian / jnp.where(largest > 0, largest, 1)  # sums of squares would overflow
         squares = jnp.diagonal(gramian)
         distances = jnp.maximum(squares[:, None] + squares[None, :] - 2 * gramian, 0)
         if distance == "plain":

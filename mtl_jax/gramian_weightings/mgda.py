@@ -4,10 +4,12 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from mtl_jax.arguments import check_option
 from mtl_jax.base import Weighting
 from mtl_jax.gramian_weightings.solved import solved
-from mtl_jax.gramian_weightings.spectral import gradient_norms
 from mtl_jax.solvers import minimum_norm_point
+from mtl_jax.solvers.cosines import inverse_lengths, read_gramian
+from mtl_jax.solvers.quadratic import shortest_combination
 
 
 def mgda(normalization: Literal["l2", "loss", "loss+"] | None = None) -> Weighting:
@@ -26,7 +28,8 @@ def mgda(normalization: Literal["l2", "loss", "loss+"] | None = None) -> Weighti
     Args:
       normalization: what each gradient is divided by: nothing (the paper), its ``"l2"`` norm, the
         ``"loss"``, or both, ``"loss+"`` (the authors' code). With the loss in it, a loss that is
-        negative, or 0 with a gradient, is outside the domain: the weights are then NaN.
+        negative, or 0 with a gradient, is outside the domain: the weights are then NaN and the
+        state stays as it was. Without it the losses are not read.
 
     Returns:
       The weighting; its state holds ``state.inner.residual``.
@@ -51,22 +54,25 @@ def mgda(normalization: Literal["l2", "loss", "loss+"] | None = None) -> Weighti
       >>> [round(float(weight), 3) for weight in weights]
       [0.8, 0.2]
     """
-    if normalization not in (None, "l2", "loss", "loss+"):
-        raise ValueError(
-            f"mgda: `normalization` must be None, 'l2', 'loss' or 'loss+', got {normalization!r}."
-        )
+    check_option(normalization, (None, "l2", "loss", "loss+"), "mgda: `normalization`")
 
     def solve(gramian, losses, present):
         if normalization is None:
             return minimum_norm_point(gramian, present)
-        norms = gradient_norms(gramian)
+        rows = read_gramian(gramian, present)
         # A zero gradient is one whatever it is divided by.
-        size = jnp.where(norms > 0, norms, 1) if normalization in ("l2", "loss+") else 1
-        size = size * jnp.where(norms > 0, losses, 1) if "loss" in normalization else size
-        size = jnp.where(present & (norms > 0), size, jnp.inf)
-        size = jnp.where(size > 0, size, jnp.nan)
-        smallest = jnp.min(size)
-        scale = jnp.where(jnp.isfinite(size), smallest / size, jnp.where(norms > 0, size, 1))
-        return minimum_norm_point(gramian * scale[:, None] * scale[None, :], present)
+        valid = jnp.asarray(True) if normalization == "l2" else jnp.all((losses > 0) | ~rows.usable)
+        # The inverse lengths after the division; the lengths themselves may overflow.
+        inverse = rows.usable.astype(losses.dtype)
+        tiny = jnp.finfo(losses.dtype).tiny
+        if normalization != "l2":
+            sizes = jnp.where(rows.usable & valid, losses, tiny)
+            inverse = inverse * (sizes / jnp.max(sizes))
+        if normalization == "loss":
+            inverse = inverse * inverse_lengths(rows)
+        inverse = inverse / jnp.maximum(jnp.max(inverse), tiny)
+        inverse = jnp.where(rows.usable, jnp.maximum(inverse, tiny), 0)
+        solution = shortest_combination(rows, inverse)
+        return solution._replace(x=jnp.where(valid, solution.x, jnp.nan))
 
     return solved(solve)

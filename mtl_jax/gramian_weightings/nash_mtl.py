@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from mtl_jax.base import Weighting
-from mtl_jax.checks import check_positive
+from mtl_jax.checks import read_positive
 from mtl_jax.gramian_weightings.solved import solved
 from mtl_jax.gramian_weightings.spectral import cosines, gradient_norms
 from mtl_jax.solvers import fair_point
@@ -23,7 +23,8 @@ def nash_mtl(max_norm: float | None = None) -> Weighting:
     paper does.
 
     At Pareto-stationary parameters there is no solution. The weights are then finite and sum to 1,
-    the direction is near 0, and ``state.inner.residual`` is about 1.
+    the direction is near 0, and ``state.inner.residual`` is about 1. The losses are not read: they
+    may be 0 or negative.
 
     Args:
       max_norm: the greatest norm of d. The paper has none; the authors' code scales the weights to
@@ -34,6 +35,7 @@ def nash_mtl(max_norm: float | None = None) -> Weighting:
 
     Raises:
       ValueError: if ``max_norm`` is not positive.
+      TypeError: if it is not a number.
 
     References:
       Navon et al., `Multi-Task Learning as a Bargaining Game <https://arxiv.org/abs/2202.01017>`_,
@@ -50,7 +52,7 @@ def nash_mtl(max_norm: float | None = None) -> Weighting:
       [1.0, 0.5]
     """
     if max_norm is not None:
-        check_positive(max_norm, "max_norm", "nash_mtl")
+        max_norm = read_positive(max_norm, "max_norm", "nash_mtl")
 
     def solve(gramian, losses, present):
         solution = fair_point(gramian, 1.0, present)

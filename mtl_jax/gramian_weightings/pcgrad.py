@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from mtl_jax.arguments import read_array
 from mtl_jax.base import Signal, Weighting
 from mtl_jax.checks import require_key
 from mtl_jax.gramian_weightings.spectral import cosines, gradient_norms
@@ -33,7 +34,8 @@ def pcgrad(order: Order | None = None) -> Weighting:
     The weights are the coefficients of this g in the task gradients, found from the Gramian alone.
     They are at least 1, and exactly 1 where no two tasks conflict. As in the paper the results
     are summed; some published code takes their mean, which is g / K. A task does not meet itself,
-    as in the paper (many implementations let it), and each task has a fresh order of its own.
+    as in the paper (many implementations let it), and each task has a fresh order of its own. The
+    losses are not read: they may be 0 or negative.
 
     Args:
       order: ``order(key, number) -> int[number, number]``, a function whose row i holds the
@@ -117,7 +119,7 @@ def draw_orders(
 ) -> tuple[Int[Array, "tasks tasks"], Array | None]:
     """The orders of this step, checked, and the next key."""
     next_key, key = (None, None) if key is None else jax.random.split(key)
-    orders = jnp.asarray((order or random_orders)(key, number))
+    orders = read_array((order or random_orders)(key, number), f"{method}: what `order` returned")
     if orders.shape != (number, number):
         raise ValueError(
             f"{method}: `order` must return an array of shape {(number, number)}, in each row the "

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
+from mtl_jax.arguments import check_numbers
 from mtl_jax.base import Signal, Weighting
 from mtl_jax.solvers import Solution
 from mtl_jax.tasks import Tasks
@@ -59,9 +59,8 @@ def preferred(solve: Solve, preference: PyTree | None, method: str) -> Weighting
 
     The preference is 1/K for each of the K present tasks if none is given.
     """
-    for leaf in jax.tree.leaves(preference):
-        if not 0 <= leaf < float("inf"):
-            raise ValueError(f"{method}: a preference must be finite and >= 0, got {leaf!r}.")
+    name = f"{method}: a preference"
+    check_numbers(preference, name, lambda p: 0 <= p < float("inf"), "finite and >= 0")
 
     def init(tasks: Tasks, key: Array | None) -> PreferredState:
         values = 1.0 if preference is None else preference

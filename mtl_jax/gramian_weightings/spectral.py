@@ -13,14 +13,17 @@ class Spectrum(NamedTuple):
     """The eigendecomposition of a Gramian.
 
     Attributes:
-      values: the eigenvalues, in no particular order; 1 where not ``kept``.
+      values: the eigenvalues, in no particular order, in units of ``unit`` squared; 1 where not
+        ``kept``.
       vectors: the eigenvectors, one in each row.
+      unit: the geometric mean of the largest and the smallest norm of a gradient.
       kept: which eigenvalues are positive beyond rounding.
     """
 
     values: Float[Array, "eigenvalues"]
     vectors: Float[Array, "eigenvalues tasks"]
     kept: Bool[Array, "eigenvalues"]
+    unit: Float[Array, ""]
 
     def apply(
         self, values: Float[Array, "eigenvalues"], vector: Float[Array, "tasks"]
@@ -67,7 +70,11 @@ def spectrum(gramian: Float[Array, "tasks tasks"]) -> Spectrum:
     half = size // 2
     norms = gradient_norms(gramian)
     nonzero = norms > 0
-    gramian = jnp.where(nonzero[:, None] & nonzero[None, :], gramian, 0)
+    largest = jnp.max(norms, initial=0)
+    smallest = jnp.min(jnp.where(nonzero, norms, largest), initial=jnp.inf)
+    unit = jnp.where(largest > 0, jnp.sqrt(largest) * jnp.sqrt(smallest), 1)
+    norms = norms / unit
+    gramian = jnp.where(nonzero[:, None] & nonzero[None, :], gramian / unit / unit, 0)
     squares = jnp.pad(norms**2, (0, size - number))
     # A round rotates the pairs (i, i + half). Then all but the first move on by one place, as
     # round a table, so that after size - 1 rounds every two have met once.
@@ -107,4 +114,4 @@ def spectrum(gramian: Float[Array, "tasks tasks"]) -> Spectrum:
     matrix, vectors, _ = jax.lax.while_loop(unfinished, sweep, start)
     values = jnp.diagonal(matrix)
     kept = values > rounding(gramian) * product(vectors**2, squares)
-    return Spectrum(jnp.where(kept, values, 1), vectors[:, :number], kept)
+    return Spectrum(jnp.where(kept, values, 1), vectors[:, :number], kept, unit)

@@ -17,7 +17,7 @@ def upgrad(preference: PyTree | None = None) -> Weighting:
 
     No task's loss rises to first order, and where no gradients conflict d is
     :math:`\sum_k p_k g_k`. The projections are exact: nothing is added to the Gramian, which would
-    let conflicts pass.
+    let conflicts pass. The losses are not read: they may be 0 or negative.
 
     Args:
       preference: p, a pytree like the losses of numbers that are not negative; by default 1/K for
@@ -29,6 +29,7 @@ def upgrad(preference: PyTree | None = None) -> Weighting:
     Raises:
       ValueError: if a preference is negative or not finite; in ``init``, if ``preference`` has
         another structure than the losses.
+      TypeError: if a preference is not a number.
 
     References:
       Quinton and Rey, `Jacobian Descent for Multi-Objective Optimization

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mtl_jax.arguments import check_option
 from mtl_jax.base import Weighting
-from mtl_jax.checks import check_decay
+from mtl_jax.checks import read_at_least_zero, read_decay
 from mtl_jax.loss_weightings.statistics import ema_rate
 from mtl_jax.vector import vector_weighting
 
@@ -72,6 +73,7 @@ def adaptive(
 
     Raises:
       ValueError: if a parameter is not one of these.
+      TypeError: if ``emphasis`` or ``decay`` is not a number.
 
     Example:
       >>> import mtl_jax
@@ -81,13 +83,10 @@ def adaptive(
       >>> round(float(weights["easy"]), 3), round(float(weights["hard"]), 3)
       (0.5, 1.5)
     """
-    if not (math.isfinite(emphasis) and emphasis >= 0):
-        raise ValueError(f"adaptive: `emphasis` must be at least 0 and finite, got {emphasis!r}.")
-    if rule not in ("proportional", "softmax"):
-        raise ValueError(f"adaptive: `rule` must be 'proportional' or 'softmax', got {rule!r}.")
-    if relative_to not in (None, "initial"):
-        raise ValueError(f"adaptive: `relative_to` must be None or 'initial', got {relative_to!r}.")
-    check_decay(decay, "adaptive")
+    emphasis = read_at_least_zero(emphasis, "emphasis", "adaptive")
+    check_option(rule, ("proportional", "softmax"), "adaptive: `rule`")
+    check_option(relative_to, (None, "initial"), "adaptive: `relative_to`")
+    decay = read_decay(decay, "adaptive")
 
     def init(tasks, key):
         return AdaptiveState(average=tasks.full(0), initial=tasks.full(1))
@@ -103,7 +102,7 @@ def adaptive(
         else:
             reference = jnp.ones_like(losses)
         if rule == "softmax":
-            difficulty = average / reference
+            difficulty = jnp.minimum(average / reference, jnp.finfo(losses.dtype).max)
             scores = emphasis * (difficulty - jnp.max(difficulty, where=present, initial=-jnp.inf))
         elif emphasis == 0:
             scores = 0 * reference

@@ -3,9 +3,9 @@
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from mtl_jax.arguments import read_number
 from mtl_jax.base import Weighting
 from mtl_jax.tasks import leaf_name
 from mtl_jax.vector import vector_weighting
@@ -23,7 +23,8 @@ def constant(weights: PyTree) -> Weighting:
     .. math:: w_k = c_k
 
     The weights keep the scale they are given in; for learning rates that carry over from
-    :func:`mtl_jax.equal`, let them sum to the number of tasks.
+    :func:`mtl_jax.equal`, let them sum to the number of tasks. The losses are not read: they may be
+    0 or negative.
 
     Args:
       weights: a pytree like the losses, of finite numbers that are not negative.
@@ -32,8 +33,8 @@ def constant(weights: PyTree) -> Weighting:
       The weighting.
 
     Raises:
-      ValueError: if there are no weights, or one is negative or not finite; in ``init``, if the
-        losses have other tasks than the weights.
+      ValueError: if there are no weights, or one is no number, negative or not finite; in
+        ``init``, if the losses have other tasks than the weights.
 
     References:
       Xin et al., `Do Current Multi-Task Optimization Methods in Deep Learning Even Help?
@@ -53,7 +54,11 @@ def constant(weights: PyTree) -> Weighting:
             f"constant: expected a pytree with one weight for each task, got {weights!r}."
         )
     for path, leaf in leaves:
-        if np.shape(leaf) or isinstance(leaf, str) or not np.isfinite(leaf) or leaf < 0:
+        try:
+            valid = 0 <= read_number(leaf, "a weight") < float("inf")
+        except TypeError:
+            valid = False
+        if not valid:
             raise ValueError(
                 f"constant: the weight {leaf_name(path)!r} is {leaf!r}; a weight is a finite "
                 "number that is not negative."

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mtl_jax.base import Weighting
-from mtl_jax.checks import check_decay
+from mtl_jax.checks import read_decay
 from mtl_jax.vector import vector_weighting
 
 
@@ -46,6 +46,7 @@ def cov_weighting(decay: float | None = None) -> Weighting:
 
     Raises:
       ValueError: if ``decay`` is not in [0, 1).
+      TypeError: if it is not a number.
 
     References:
       Groenendijk et al., `Multi-Loss Weighting with Coefficient of Variations
@@ -61,7 +62,7 @@ def cov_weighting(decay: float | None = None) -> Weighting:
       [0.136, 0.864]
     """
     if decay is not None:
-        check_decay(decay, "cov_weighting")
+        decay = read_decay(decay, "cov_weighting")
 
     def init(tasks, key):
         return CovWeightingState(*(tasks.full(0) for _ in CovWeightingState._fields))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from mtl_jax.base import Weighting
-from mtl_jax.checks import check_positive, positive_steps
+from mtl_jax.checks import positive_steps, read_positive
 from mtl_jax.loss_weightings.statistics import WindowMeans
 from mtl_jax.vector import vector_weighting
 
@@ -29,6 +29,7 @@ def dwa(window: int, temperature: float = 2.0) -> Weighting:
 
     Raises:
       ValueError: if ``window`` is not a positive integer or ``temperature`` is not positive.
+      TypeError: if ``temperature`` is not a number.
 
     References:
       Liu et al., `End-to-End Multi-Task Learning with Attention
@@ -44,7 +45,7 @@ def dwa(window: int, temperature: float = 2.0) -> Weighting:
       [1.197, 0.803]
     """
     positive_steps(window, "window", "dwa")
-    check_positive(temperature, "temperature", "dwa")
+    temperature = read_positive(temperature, "temperature", "dwa")
 
     def init(tasks, key):
         return WindowMeans.zeros(tasks, windows=2)

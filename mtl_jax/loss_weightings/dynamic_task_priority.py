@@ -3,13 +3,12 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from mtl_jax.arguments import check_function, check_numbers, read_array
 from mtl_jax.base import Weighting
-from mtl_jax.checks import check_decay
+from mtl_jax.checks import read_decay
 from mtl_jax.vector import vector_weighting
 
 
@@ -59,7 +58,10 @@ def dynamic_task_priority(
       The weighting.
 
     Raises:
-      ValueError: if ``gamma`` is negative or not finite, or ``decay`` outside [0, 1).
+      ValueError: if ``gamma`` is negative or not finite, or ``decay`` outside [0, 1); in
+        ``init``, if ``gamma`` has another structure than the losses; in ``update``, if
+        ``performance`` returns an array of another shape.
+      TypeError: if ``gamma`` or ``decay`` is not a number, or ``performance`` not a function.
 
     References:
       Guo et al., `Dynamic Task Prioritization for Multitask Learning
@@ -73,21 +75,24 @@ def dynamic_task_priority(
       >>> [round(float(weight), 3) for weight in weights]
       [0.01, 1.729]
     """
-    for leaf in jax.tree.leaves(gamma):
-        if not (np.isfinite(leaf) and leaf >= 0):
-            raise ValueError(
-                f"dynamic_task_priority: `gamma` must be at least 0 and finite, got {leaf!r}."
-            )
-    check_decay(decay, "dynamic_task_priority")
+    name = "dynamic_task_priority: `gamma`"
+    check_numbers(gamma, name, lambda g: 0 <= g < float("inf"), "at least 0 and finite")
+    check_function(performance, "dynamic_task_priority: `performance`")
+    decay = read_decay(decay, "dynamic_task_priority")
 
     def init(tasks, key):
         return DynamicTaskPriorityState(
             performance=tasks.full(1),
-            gamma=tasks.vector(gamma, "dynamic_task_priority: `gamma`"),
+            gamma=tasks.vector(gamma, name),
         )
 
     def update(losses, state, present, steps):
-        current = performance(losses)
+        current = read_array(performance(losses), "What `performance` returned")
+        if current.shape != losses.shape:
+            raise ValueError(
+                "dynamic_task_priority: `performance` must return one indicator for each task, of "
+                f"shape {losses.shape}; got {current.shape}."
+            )
         current = jnp.where(current <= 1, current, jnp.nan)  # outside the domain
         current = jnp.maximum(current, jnp.finfo(losses.dtype).tiny)
         smoothed = decay * state.performance + (1 - decay) * current

@@ -11,7 +11,8 @@ def equal() -> Weighting:
 
     .. math:: w_k = 1
 
-    The weights sum to the number of present tasks.
+    The weights sum to the number of present tasks. The losses are not read: they may be 0 or
+    negative.
 
     Returns:
       The weighting, which has no parameters and no state of its own.

@@ -1,5 +1,6 @@
 """Fast adaptive multitask optimization."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -7,8 +8,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from mtl_jax.arguments import check_numbers
 from mtl_jax.base import Weighting
-from mtl_jax.checks import check_positive
+from mtl_jax.checks import read_at_least_zero, read_positive
 from mtl_jax.learned import per_task
 from mtl_jax.vector import vector_weighting
 
@@ -60,7 +62,10 @@ def famo(
       :func:`mtl_jax.make_train_step` does, given ``losses_fn``.
 
     Raises:
-      ValueError: if ``learning_rate`` is not positive or ``weight_decay`` is negative.
+      ValueError: if ``learning_rate`` is not positive, ``weight_decay`` is negative, or a
+        parameter is not finite; in ``init``, if ``min_losses`` has another structure than the
+        losses.
+      TypeError: if a parameter is not a number.
 
     References:
       Liu et al., `FAMO: Fast Adaptive Multitask Optimization <https://arxiv.org/abs/2306.03792>`_,
@@ -76,12 +81,9 @@ def famo(
       >>> [round(float(weight), 4) for weight in weights]
       [0.5125, 0.4875]
     """
-    check_positive(learning_rate, "learning_rate", "famo")
-    if not 0 <= weight_decay < float("inf"):
-        raise ValueError(f"famo: `weight_decay` must be at least 0, got {weight_decay!r}.")
-    for leaf in jax.tree.leaves(min_losses):
-        if not jnp.all(jnp.isfinite(leaf)):
-            raise ValueError(f"famo: `min_losses` must be finite, got {leaf!r}.")
+    learning_rate = read_positive(learning_rate, "learning_rate", "famo")
+    weight_decay = read_at_least_zero(weight_decay, "weight_decay", "famo")
+    check_numbers(min_losses, "famo: `min_losses`", math.isfinite, "finite")
     optimizer = per_task(
         optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
     )

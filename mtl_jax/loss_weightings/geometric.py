@@ -14,7 +14,8 @@ def geometric() -> Weighting:
 
     computed in logarithms, so that no product overflows. The direction does not depend on the
     losses' scales; the weights keep the scale above and do not sum to K. A loss that is not
-    positive is outside the domain: the weights are then NaN and the state stays as it was.
+    positive is outside the domain: the weights are then NaN and the state stays as it was. So it
+    is where a weight overflows, beside a loss some 1e38 times smaller than the mean.
 
     Returns:
       The weighting, which has no parameters and no state of its own.

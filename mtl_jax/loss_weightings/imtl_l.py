@@ -21,6 +21,8 @@ def imtl_l(optimizer: optax.GradientTransformation) -> Weighting:
     losses. The weights keep this scale and do not sum to K. s is kept within the range in which
     :math:`e^s` is finite, about ±80 in float32. With -s for s it is the ``"kendall"`` form of
     :func:`mtl_jax.uncertainty`, and trains alike where the optimizer treats both signs alike.
+    At a loss of 0, and at a negative one, no s is best: it grows to its limit, and the weight with
+    it. The gradient by s is cut off where its square would overflow (in float32, above 1.8e15).
 
     Args:
       optimizer: the optax optimizer of s; it is applied to each task's s on its own. The paper

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
+from mtl_jax.arguments import check_option
 from mtl_jax.base import Weighting
 from mtl_jax.checks import require_key
 from mtl_jax.vector import vector_weighting
@@ -24,7 +25,8 @@ def random_weighting(distribution: Literal["normal", "dirichlet"] = "normal") ->
               w \sim \mathrm{Dirichlet}(1, \dots, 1) \quad \text{(dirichlet)}.
 
     The weights sum to 1, as in the paper, so its steps are K times smaller than those of
-    :func:`mtl_jax.equal` at the same learning rate.
+    :func:`mtl_jax.equal` at the same learning rate. The losses are not read: they may be 0 or
+    negative.
 
     Args:
       distribution: ``"normal"``, the default of the paper's code, or ``"dirichlet"``, uniform on
@@ -35,6 +37,7 @@ def random_weighting(distribution: Literal["normal", "dirichlet"] = "normal") ->
 
     Raises:
       ValueError: if ``distribution`` is unknown; in ``init``, if the key is missing.
+      TypeError: in ``init``, if ``key`` is not a key.
 
     References:
       Lin et al., `Reasonable Effectiveness of Random Weighting: A Litmus Test for Multi-Task
@@ -49,11 +52,7 @@ def random_weighting(distribution: Literal["normal", "dirichlet"] = "normal") ->
       >>> round(float(sum(weights)), 5)
       1.0
     """
-    if distribution not in ("normal", "dirichlet"):
-        raise ValueError(
-            "random_weighting: `distribution` must be 'normal' or 'dirichlet', got "
-            f"{distribution!r}."
-        )
+    check_option(distribution, ("normal", "dirichlet"), "random_weighting: `distribution`")
 
     def init(tasks, key):
         return RandomWeightingState(require_key(key, "random_weighting"))

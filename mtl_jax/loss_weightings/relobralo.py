@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from mtl_jax.arguments import read_number
 from mtl_jax.base import Weighting
-from mtl_jax.checks import check_positive, require_key
+from mtl_jax.checks import read_positive, require_key
 from mtl_jax.vector import vector_weighting
 
 
@@ -40,8 +41,8 @@ def relobralo(alpha: float = 0.999, temperature: float = 1.0, rho: float = 1.0) 
     first step. The weights are 1 at a task's first step and :math:`b(t, t - 1)` at its second, as
     in the published code; they sum to the number of tasks while all are present (an absent
     task's share is kept for its return, and the present ones' rescaled). A ratio to a loss of 0
-    is taken as 1. The first step is the first, as in the paper; the published driver takes the
-    second.
+    is taken as 1. Meant for positive losses; others have a ratio, too, but it does not mean
+    progress. The first step is the first, as in the paper; the published driver takes the second.
 
     Args:
       alpha: the decay of the weights, in [0, 1].
@@ -54,6 +55,7 @@ def relobralo(alpha: float = 0.999, temperature: float = 1.0, rho: float = 1.0) 
 
     Raises:
       ValueError: if a parameter is outside its range; in ``init``, if the key is missing.
+      TypeError: if a parameter is not a number; in ``init``, if ``key`` is not a key.
 
     References:
       Bischof and Kraus, `Multi-Objective Loss Balancing for Physics-Informed Deep Learning
@@ -68,10 +70,11 @@ def relobralo(alpha: float = 0.999, temperature: float = 1.0, rho: float = 1.0) 
       >>> [round(float(weight), 3) for weight in weights]
       [1.197, 0.803]
     """
-    check_positive(temperature, "temperature", "relobralo")
-    for name, value in (("alpha", alpha), ("rho", rho)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"relobralo: `{name}` must be in [0, 1], got {value!r}.")
+    temperature = read_positive(temperature, "temperature", "relobralo")
+    alpha, rho = (
+        read_number(value, f"relobralo: `{name}`", lambda x: 0 <= x <= 1, "in [0, 1]")
+        for name, value in (("alpha", alpha), ("rho", rho))
+    )
 
     def init(tasks, key):
         return RelobraloState(

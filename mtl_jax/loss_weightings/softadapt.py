@@ -1,11 +1,13 @@
 """SoftAdapt."""
 
+import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mtl_jax.arguments import check_option, read_number
 from mtl_jax.base import Weighting
 from mtl_jax.checks import positive_steps
 from mtl_jax.loss_weightings.statistics import WindowMeans
@@ -35,21 +37,24 @@ def softadapt(
     in the published code, it is the slope at the *oldest* of them. The published normalised
     variant divides by the signed sum of the rates, which turns the preference round while the
     losses fall; here it is the sum of their sizes, so that all variants prefer the same task.
-    Where all rates, or for the third variant all losses, are 0 the weights are equal. The third
-    variant takes no negative loss: the weights are then NaN and the state stays as it was.
+    Where all rates, or for the third variant all losses, are 0 the weights are equal. The first
+    two variants take losses of any sign, the third no negative one: the weights are then NaN and
+    the state stays as it was.
 
     Args:
       window: the number of training steps to average over; in the paper, one epoch's or one.
       beta: how strongly to prefer; positive for the task that does worst, negative for the one
         that does best. The default is the published code's.
-      order: the accuracy order of the finite difference, at least 1.
+      order: the accuracy order of the finite difference, from 1 to 20.
       variant: ``"original"``, ``"normalized"`` or ``"loss_weighted"``.
 
     Returns:
       The weighting.
 
     Raises:
-      ValueError: if ``window`` or ``order`` is not a positive integer, or ``variant`` unknown.
+      ValueError: if ``window`` is not a positive integer, ``order`` not one from 1 to 20, ``beta``
+        not finite, or ``variant`` unknown.
+      TypeError: if ``beta`` is not a number.
 
     References:
       Heydari et al., `SoftAdapt: Techniques for Adaptive Loss Weighting of Neural Networks with
@@ -65,14 +70,10 @@ def softadapt(
       [0.29, 0.71]
     """
     positive_steps(window, "window", "softadapt")
-    positive_steps(order, "order", "softadapt")
-    if variant not in ("original", "normalized", "loss_weighted"):
-        raise ValueError(
-            "softadapt: `variant` must be 'original', 'normalized' or 'loss_weighted', got "
-            f"{variant!r}."
-        )
-    if not np.isfinite(beta):
-        raise ValueError(f"softadapt: `beta` must be finite, got {beta!r}.")
+    if not isinstance(order, int | np.integer) or isinstance(order, bool) or not 1 <= order <= 20:
+        raise ValueError(f"softadapt: `order` must be an integer from 1 to 20, got {order!r}.")
+    check_option(variant, ("original", "normalized", "loss_weighted"), "softadapt: `variant`")
+    beta = read_number(beta, "softadapt: `beta`", math.isfinite, "finite")
     # The weights c of the forward difference: sum_j c_j j^n is 1 for n = 1, else 0, up to `order`.
     nodes = np.arange(order + 1.0)
     difference = np.linalg.solve(np.vander(nodes, increasing=True).T, nodes == 1)

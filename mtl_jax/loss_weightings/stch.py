@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mtl_jax.base import Weighting
-from mtl_jax.checks import check_positive, positive_steps
+from mtl_jax.checks import positive_steps, read_positive
 from mtl_jax.vector import vector_weighting
 
 
@@ -48,6 +48,7 @@ def stch(warmup: int, mu: float = 1.0, window: int | None = None) -> Weighting:
     Raises:
       ValueError: if ``warmup`` or ``window`` is not a positive integer, ``window`` is longer than
         ``warmup``, or ``mu`` is not positive.
+      TypeError: if ``mu`` is not a number.
 
     References:
       Lin et al., `Smooth Tchebycheff Scalarization for Multi-Objective Optimization
@@ -63,7 +64,7 @@ def stch(warmup: int, mu: float = 1.0, window: int | None = None) -> Weighting:
       [1.333, 0.667]
     """
     positive_steps(warmup, "warmup", "stch")
-    check_positive(mu, "mu", "stch")
+    mu = read_positive(mu, "mu", "stch")
     window = warmup if window is None else positive_steps(window, "window", "stch")
     if window > warmup:
         raise ValueError(f"stch: `window` ({window}) is longer than `warmup` ({warmup}).")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mtl_jax.arguments import check_option, read_number
 from mtl_jax.base import Weighting
 from mtl_jax.checks import check_optimizer
 from mtl_jax.learned import LearnedState, learned_step
@@ -33,9 +34,12 @@ def uncertainty(
 
     ``"kendall"`` is what the paper's authors published as code and is derived for a Gaussian
     likelihood up to a factor 2; ``"half"`` is common in later code (and the derivation's own
-    scale); ``"revised"`` keeps the regulariser positive. s is kept within the range in which
-    :math:`e^{-s}` and :math:`e^s` are finite, about ±80 in float32, which a loss that stays at
-    exactly 0 would leave.
+    scale); ``"revised"`` keeps the regulariser positive.
+
+    s is kept within the range in which :math:`e^{-s}` and :math:`e^s` are finite, about ±80 in
+    float32. At a loss of 0, and at a negative one, no s is best: it falls to its limit, and the
+    weight grows. The gradient by s is cut off where its square would overflow (in float32, above
+    1.8e15).
 
     Args:
       optimizer: the optax optimizer of s; it is applied to each task's s on its own. The paper
@@ -49,7 +53,8 @@ def uncertainty(
 
     Raises:
       ValueError: if ``form`` is unknown or ``initial_log_variance`` is not within ±79.
-      TypeError: if ``optimizer`` is not an optax optimizer.
+      TypeError: if ``optimizer`` is not an optax optimizer, or ``initial_log_variance`` not a
+        number.
 
     References:
       Kendall et al., `Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry
@@ -68,15 +73,14 @@ def uncertainty(
       >>> [round(float(weight), 3) for weight in weights]  # 1 / L at the optimum
       [2.0, 0.5]
     """
-    if form not in ("kendall", "half", "revised"):
-        raise ValueError(
-            f"uncertainty: `form` must be 'kendall', 'half' or 'revised', got {form!r}."
-        )
+    check_option(form, ("kendall", "half", "revised"), "uncertainty: `form`")
     check_optimizer(optimizer, "uncertainty")
-    if not abs(initial_log_variance) <= 79:
-        raise ValueError(
-            f"uncertainty: `initial_log_variance` must be within ±79, got {initial_log_variance!r}."
-        )
+    initial_log_variance = read_number(
+        initial_log_variance,
+        "uncertainty: `initial_log_variance`",
+        lambda s: abs(s) <= 79,
+        "within ±79",
+    )
     factor = 1.0 if form == "kendall" else 0.5
 
     def init(tasks, key):

@@ -1,10 +1,13 @@
 """What the solvers share: a Gramian taken apart into lengths and cosines."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
+
+from mtl_jax.arguments import leaf_type, read_array
 
 
 class Solution(NamedTuple):
@@ -35,14 +38,14 @@ def read_gramian(
     gramian: Float[Array, "tasks tasks"], present: Bool[Array, "tasks"] | None
 ) -> Rows:
     """Check the arguments of a solver and take the Gramian apart."""
-    gramian = jnp.asarray(gramian)
-    if gramian.ndim != 2 or gramian.shape[0] != gramian.shape[1]:
+    gramian = read_array(gramian, "The Gramian")
+    if gramian.ndim != 2 or gramian.shape[0] != gramian.shape[1] or not gramian.size:
         raise ValueError(f"A Gramian is tasks x tasks, got an array of shape {gramian.shape}.")
     if not jnp.issubdtype(gramian.dtype, jnp.floating):
         raise TypeError(f"The Gramian must hold real floating-point numbers, got {gramian.dtype}.")
     gramian = gramian.astype(jnp.float32) if gramian.dtype.itemsize < 4 else gramian
     K = gramian.shape[0]
-    present = jnp.ones((K,), bool) if present is None else jnp.asarray(present)
+    present = jnp.ones((K,), bool) if present is None else read_array(present, "`present`")
     if present.shape != (K,):
         raise ValueError(f"`present` must have shape ({K},) as the tasks, got {present.shape}.")
     if present.dtype != jnp.bool_:
@@ -60,11 +63,13 @@ def read_gramian(
 
 def read_vector(value: Float[Array, "tasks"], name: str, rows: Rows) -> Float[Array, "tasks"]:
     """The vector, checked, with 0 for absent tasks."""
-    value = jnp.asarray(value)
+    value = read_array(value, f"`{name}`")
     if value.shape != rows.lengths.shape:
         raise ValueError(
             f"`{name}` must have shape {rows.lengths.shape} as the tasks, got {value.shape}."
         )
+    if not _is_real(value.dtype):
+        raise TypeError(f"`{name}` must hold real numbers, got {value.dtype}.")
     return jnp.where(rows.present, value.astype(rows.lengths.dtype), 0)
 
 
@@ -72,11 +77,19 @@ def check_at_least_zero(
     value: float | Float[Array, ""], name: str, *, strictly: bool = False
 ) -> None:
     """Raise an error for a parameter that is no scalar, or a number out of its range."""
-    if jnp.ndim(value):
-        raise ValueError(f"`{name}` must be a scalar, got an array of shape {jnp.shape(value)}.")
-    if isinstance(value, int | float) and not (value > 0 if strictly else value >= 0):
+    shape, dtype = leaf_type(value, f"`{name}`")
+    if shape:
+        raise ValueError(f"`{name}` must be a scalar, got an array of shape {shape}.")
+    if not _is_real(dtype):
+        raise TypeError(f"`{name}` must be a real number, got {dtype}.")
+    known = not isinstance(value, jax.core.Tracer)
+    if known and not (float(value) > 0 if strictly else float(value) >= 0):
         bound = "more than 0" if strictly else "at least 0"
         raise ValueError(f"`{name}` must be {bound}, got {value!r}.")
+
+
+def _is_real(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
 def product(matrix: Float[Array, "m n"], vector: Float[Array, "n"]) -> Float[Array, "m"]:

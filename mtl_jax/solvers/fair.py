@@ -69,7 +69,9 @@ def fair_point(
     log_m = jnp.where(rows.usable, (p - 1) * jnp.log(rows.lengths), 0)
     log_top = jnp.max(jnp.where(rows.usable, log_m, -jnp.inf), initial=-jnp.inf)
     log_top = jnp.where(jnp.any(rows.usable), log_top, 0)
-    m = jnp.where(rows.usable, jnp.exp(log_m - log_top), 1)
+    # In units of s, the solution for orthogonal gradients, m y^-p is s (y / s)^-p, whose terms keep
+    # within the range of the dtype where m leaves it: m = s^(1 + p).
+    s = jnp.where(rows.usable, jnp.exp((log_m - log_top) / (1 + p)), 1)
     identity = jnp.eye(K, dtype=dtype)
     C = jnp.where(rows.usable[:, None] & rows.usable[None, :], rows.cosines, identity)
 
@@ -77,7 +79,7 @@ def fair_point(
         # A primal-dual step to z = C y, z y^p = m from y, z > 0. The added diagonal is below the
         # rounding error of C: it keeps the matrix positive definite and does not move the solution.
         y, z, change, _, count = state
-        slack = m * y**-p - z
+        slack = s * (y / s) ** -p - z
         slope = p * z / y
         H = C + identity * (slope + 4 * K * eps)[:, None]
         factor = jax.scipy.linalg.cho_factor(H)
@@ -88,17 +90,16 @@ def fair_point(
         converged = (now < 0.01) & (now > change / 2)
         return y + size * dy, z + size * dz, now, converged, count + 1
 
-    y = m ** (1 / (1 + p))
-    state = (y, m * y**-p, jnp.asarray(jnp.inf, dtype), jnp.asarray(False), jnp.int32(0))
+    state = (s, s, jnp.asarray(jnp.inf, dtype), jnp.asarray(False), jnp.int32(0))
     y, *_ = lax.while_loop(lambda state: ~state[3] & (state[4] < 60), newton, state)
 
     # Where 0 is in the hull, y diverges, and C y becomes smaller than its rounding error.
     z = product(C, y)
     noise = 2 * math.sqrt(K) * eps * jnp.sum(y)
-    solved = jnp.all((z > noise) & (jnp.abs(z * y**p / m - 1) < 0.5)) & ~jnp.any(rows.zero)
+    solved = jnp.all((z > noise) & (jnp.abs(z / s * (y / s) ** p - 1) < 0.5)) & ~jnp.any(rows.zero)
     scale = jnp.exp((log_top - 2 * jnp.log(rows.unit)) / (1 + p))
     x = jnp.where(rows.usable, scale * y / rows.lengths, 0)
-    wanted = jnp.where(rows.usable, m * y**-p, 0)
+    wanted = jnp.where(rows.usable, s * (y / s) ** -p, 0)
     residual = jnp.max(jnp.where(rows.usable, jnp.abs(z - wanted), 0), initial=0)
     residual = safe_divide(residual, jnp.max(wanted, initial=0))
     return lax.cond(

@@ -67,7 +67,16 @@ def minimum_norm_point(
       [0.8, 0.2]
     """
     rows = read_gramian(gramian, present)
-    a = inverse_lengths(rows)
+    return shortest_combination(rows, inverse_lengths(rows))
+
+
+def shortest_combination(rows: Rows, a: Float[Array, "tasks"]) -> Solution:
+    """The point of least norm for gradients that have other lengths than those of the rows.
+
+    Args:
+      rows: the tasks.
+      a: the inverse lengths, the largest of them being 1; 0 where a task is not usable.
+    """
     path = follow(rows, product(rows.cosines, rows.usable.astype(a.dtype)), a, lambda _: jnp.inf)
     y, residual = _exchange(rows, a, safe_divide(path.ray, jnp.sum(a * path.ray)))
     any_zero = jnp.any(rows.zero)

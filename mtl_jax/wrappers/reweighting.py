@@ -1,18 +1,26 @@
 """Weightings whose weights are averaged, bounded or scaled."""
 
+import math
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
+from mtl_jax.arguments import check_numbers, read_number
 from mtl_jax.base import Weighting
-from mtl_jax.checks import check_decay, check_positive, check_weighting
+from mtl_jax.checks import check_weighting, read_decay, read_positive
 from mtl_jax.loss_weightings.statistics import ema_rate
 from mtl_jax.state import tree_where
 from mtl_jax.tasks import Tasks, unstack_tasks
-from mtl_jax.wrappers.state import Mask, Vector, WrapperState, finish, initial, read
+from mtl_jax.wrappers.state import (
+    Mask,
+    Vector,
+    WrapperState,
+    finish,
+    initial,
+    read,
+    read_state,
+)
 
 
 def ema(weighting: Weighting, decay: float) -> Weighting:
@@ -31,7 +39,7 @@ def ema(weighting: Weighting, decay: float) -> Weighting:
 
     Raises:
       ValueError: if ``decay`` is not in [0, 1).
-      TypeError: if ``weighting`` is not a :class:`mtl_jax.Weighting`.
+      TypeError: if ``weighting`` is not a :class:`mtl_jax.Weighting`, or ``decay`` not a number.
 
     References:
       Zhou et al., `On the Convergence of Stochastic Multi-Objective Gradient Manipulation and
@@ -48,9 +56,10 @@ def ema(weighting: Weighting, decay: float) -> Weighting:
       [1.167, 0.833]
     """
     check_weighting(weighting)
-    check_decay(decay, "ema")
+    decay = read_decay(decay, "ema")
 
     def update(losses, state, *, mask=None, gramian=None):
+        state = read_state(state, losses)
         weights, inner = weighting.update(losses, state.inner, mask=mask, gramian=gramian)
         tasks, present, vector = read(losses, weights, mask)
         rate = ema_rate(decay, state.steps, tasks.dtype)
@@ -75,7 +84,7 @@ def clipped(weighting: Weighting, low: float = 0.0, high: float = float("inf")) 
 
     Raises:
       ValueError: if ``low`` is not finite or greater than ``high``.
-      TypeError: if ``weighting`` is not a :class:`mtl_jax.Weighting`.
+      TypeError: if ``weighting`` is not a :class:`mtl_jax.Weighting`, or a bound not a number.
 
     Example:
       >>> import mtl_jax
@@ -85,9 +94,10 @@ def clipped(weighting: Weighting, low: float = 0.0, high: float = float("inf")) 
       [0.75, 1.25]
     """
     check_weighting(weighting)
-    if not (np.isfinite(low) and low <= high):
+    least, most = read_number(low, "clipped: `low`"), read_number(high, "clipped: `high`")
+    if not (math.isfinite(least) and least <= most):
         raise ValueError(f"clipped: the bounds must be finite and in order, got {low!r}, {high!r}.")
-    return _mapped(weighting, lambda vector, tasks, present: jnp.clip(vector, low, high))
+    return _mapped(weighting, lambda vector, tasks, present: jnp.clip(vector, least, most))
 
 
 def normalized(weighting: Weighting, total: float | None = None) -> Weighting:
@@ -105,7 +115,7 @@ def normalized(weighting: Weighting, total: float | None = None) -> Weighting:
 
     Raises:
       ValueError: if ``total`` is not positive.
-      TypeError: if ``weighting`` is not a :class:`mtl_jax.Weighting`.
+      TypeError: if ``weighting`` is not a :class:`mtl_jax.Weighting`, or ``total`` not a number.
 
     Example:
       >>> import mtl_jax
@@ -116,7 +126,7 @@ def normalized(weighting: Weighting, total: float | None = None) -> Weighting:
     """
     check_weighting(weighting)
     if total is not None:
-        check_positive(total, "total", "normalized")
+        total = read_positive(total, "total", "normalized")
 
     def scale(vector, tasks, present):
         wanted = jnp.sum(present, dtype=tasks.dtype) if total is None else total
@@ -141,7 +151,7 @@ def with_preference(weighting: Weighting, prior: PyTree) -> Weighting:
     Raises:
       ValueError: if a factor is negative or not finite; in ``update``, if ``prior`` has another
         structure than the losses.
-      TypeError: if ``weighting`` is not a :class:`mtl_jax.Weighting`.
+      TypeError: if ``weighting`` is not a :class:`mtl_jax.Weighting`, or a factor not a number.
 
     Example:
       >>> import mtl_jax
@@ -152,9 +162,8 @@ def with_preference(weighting: Weighting, prior: PyTree) -> Weighting:
       {'depth': 2.0, 'normals': 1.0}
     """
     check_weighting(weighting)
-    for leaf in jax.tree.leaves(prior):
-        if not 0 <= leaf < float("inf"):
-            raise ValueError(f"with_preference: a factor must be finite and >= 0, got {leaf!r}.")
+    name = "with_preference: a factor"
+    check_numbers(prior, name, lambda factor: 0 <= factor < float("inf"), "finite and >= 0")
 
     def multiply(vector, tasks, present):
         return tasks.vector(prior, "with_preference: `prior`") * vector
@@ -182,10 +191,10 @@ def _observe(weighting: Weighting) -> Callable[..., WrapperState] | None:
     if observe is None:
         return None
     return lambda losses, state, *, mask=None: state._replace(
-        inner=observe(losses, state.inner, mask=mask)
+        inner=observe(losses, read_state(state).inner, mask=mask)
     )
 
 
 def _due(weighting: Weighting) -> Callable[[WrapperState], Bool[Array, ""]] | None:
     due = weighting.due
-    return None if due is None else lambda state: due(state.inner)
+    return None if due is None else lambda state: due(read_state(state).inner)

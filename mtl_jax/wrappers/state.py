@@ -1,7 +1,7 @@
 """What the wrappers with a state share."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int32, PyTree
 
 from mtl_jax.base import Weighting
-from mtl_jax.state import tree_where
+from mtl_jax.state import check_like, tree_where
 from mtl_jax.tasks import (
     Losses,
     Tasks,
@@ -53,6 +53,23 @@ def initial(weighting: Weighting, value: float) -> Callable[..., WrapperState]:
         )
 
     return init
+
+
+def read_state(state: Any, losses: Losses | None = None) -> WrapperState:
+    """The state, checked to be a wrapper's; with losses, to be one for their tasks."""
+    if not isinstance(state, WrapperState):
+        raise TypeError(
+            "Expected the state that the `init` of this weighting, with its wrappers, returned, "
+            f"got {type(state)}."
+        )
+    expected = {"total": jax.ShapeDtypeStruct((), jnp.int32)}
+    if losses is not None:
+        tasks = read_tasks(losses)
+        expected["steps"] = jax.ShapeDtypeStruct((tasks.number,), jnp.int32)
+        expected["weights"] = jax.ShapeDtypeStruct((tasks.number,), tasks.dtype)
+    own = {name: getattr(state, name) for name in expected}
+    check_like(own, expected, "The wrapper's state", "Call `init` with these losses.")
+    return state._replace(**jax.tree.map(jnp.asarray, own))
 
 
 def read(losses: Losses, weights: Weights, mask: PyTree | None) -> tuple[Tasks, Mask, Vector]:

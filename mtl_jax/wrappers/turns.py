@@ -10,7 +10,7 @@ from mtl_jax.base import Signal, Weighting
 from mtl_jax.checks import check_weighting, positive_steps
 from mtl_jax.state import all_finite, tree_where
 from mtl_jax.tasks import stack_tasks
-from mtl_jax.wrappers.state import WrapperState, finish, initial, read
+from mtl_jax.wrappers.state import WrapperState, finish, initial, read, read_state
 
 
 def every(weighting: Weighting, steps: int) -> Weighting:
@@ -111,10 +111,12 @@ def _in_turns(
     """The weighting at the steps at which ``active``; at others its last weights, or ``before``."""
 
     def due(state: WrapperState) -> Bool[Array, ""]:
+        state = read_state(state)
         now = active(state.total)
         return now if weighting.due is None else now & weighting.due(state.inner)
 
     def update(losses, state, *, mask=None, gramian=None):
+        state = read_state(state, losses)
         now = active(state.total)
         if weighting.needs is Signal.GRAMIAN and weighting.due is None and gramian is None:
             # Not measured, so it must not be the weighting's turn; if it is, that is an error.
@@ -131,6 +133,7 @@ def _in_turns(
 
     def observe(losses, state, *, mask=None):
         assert weighting.observe is not None
+        state = read_state(state, losses)
         inner = weighting.observe(losses, state.inner, mask=mask)
         # The step has been counted already.
         return state._replace(inner=tree_where(active(state.total - 1), inner, state.inner))

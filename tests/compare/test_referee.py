@@ -17,6 +17,7 @@ from toy_problem import (
 
 import mtl_jax
 from mtl_jax.compare import compare, named_weightings
+from mtl_jax.compare.tables import markdown_table
 from mtl_jax.compare.training import Evaluator
 
 
@@ -98,6 +99,29 @@ def test_a_batch_that_is_not_finite_is_skipped_and_counted():
     assert 1 <= run.skipped <= 3
     assert run.failure is None
     assert np.isfinite(run.test["line"]).all()
+
+
+def test_one_bad_label_of_one_task_costs_a_step_an_epoch_and_is_shown():
+    """The task that has it, alone, is skipped as often; the other one, alone, never."""
+
+    def plain(params, zs, batch):
+        return {t: jnp.mean((zs[t] @ head - batch[t]) ** 2) for t, head in params["heads"].items()}
+
+    train = split(96, 0)  # all of which are met in every epoch
+    train["line"][17] = np.nan
+    problem = make_problem(**IN_PARTS | {"heads": plain}, train=train, epochs=2)
+    comparison = compare(problem, named_weightings(["mgda", "excess_mtl"]), seeds=[0])
+    for (run,) in comparison.runs.values():
+        assert run.failure is None
+        assert run.skipped == 2
+        for task in TARGETS:
+            assert np.isfinite(run.test[task] + run.train_losses[task]).all()
+        for weights in run.weights.values():
+            assert np.isnan(weights).sum() == 2
+    assert [runs[0].skipped for runs in comparison.alone.values()] == [2, 0]
+    header, _, *rows = markdown_table(comparison).splitlines()
+    assert header.split("|")[-2].strip() == "skipped steps"
+    assert [row.split("|")[-2].strip() for row in rows] == ["2"] * 4
 
 
 def test_missing_labels_count_neither_in_losses_nor_in_metrics():

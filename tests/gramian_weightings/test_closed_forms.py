@@ -137,6 +137,7 @@ def test_small_eigenvalues_have_all_their_digits(dtype, tolerance, seed, request
     J = random_rows(seed, K=7, P=20, spread=12)
     found = jax.jit(spectrum)(jnp.asarray(J.astype(dtype) @ J.astype(dtype).T))
     values = np.sort(np.array(found.values, np.float64)[np.array(found.kept)])
+    values *= float(found.unit) ** 2
     norms = np.linalg.norm(J, axis=1)
     C = (J / norms[:, None]) @ (J / norms[:, None]).T
     assert len(values) == 7

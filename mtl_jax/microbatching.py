@@ -45,7 +45,7 @@ def microbatched(
         labelled examples (or tokens, or the sum of their weights). By default all pieces count
         alike, which is right for complete labels only. A piece of count 0 does not enter,
         whatever its loss is; its gradient must be finite, which :func:`mtl_jax.masked_mean` sees
-        to.
+        to. Inside ``shard_map`` counts are global, as the losses are.
       has_aux: whether ``losses_fn`` returns auxiliary output. Of this, what does not depend on the
         piece (a model state that is left alone, a counter) is returned as it is; an array with
         one row for each example is put together in the order of the batch; a key is that of the

@@ -1,5 +1,6 @@
 """A function of a batch, run on one piece of the batch after the other."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -195,4 +196,19 @@ def _piece_size(batch: dict[str, Any], number: int) -> int:
             f"split into n={number} equal pieces. Choose an n that divides it, or pad the batch "
             "with examples that have no labels and pass `count`."
         )
-    return leaf.shape[0] // number
+    size = leaf.shape[0] // number
+    for name, other in batch.items():
+        if size % (devices := _devices(other)):
+            raise ValueError(
+                f"microbatched: {name} has shape {other.shape} and is sharded over {devices} "
+                f"devices, over which a piece of {size} examples cannot be. Choose a smaller n: "
+                "devices times n must divide the batch."
+            )
+    return size
+
+
+def _devices(leaf: Any) -> int:
+    """The devices over which the leading axis is sharded, where JAX's types tell (Explicit)."""
+    sharding = jax.typeof(leaf).sharding
+    names = sharding.spec[0] if len(sharding.spec) else None
+    return math.prod(sharding.mesh.shape[name] for name in np.atleast_1d(names or []))

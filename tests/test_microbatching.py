@@ -309,9 +309,9 @@ def test_one_piece_is_the_function_itself():
 
 
 def test_gradients_of_bfloat16_parameters_are_added_up_in_float32():
-    """Each of 256 pieces adds 1/256 to a gradient that bfloat16 cannot follow beyond 0.5."""
-    x, params = jnp.ones((256, 1), jnp.bfloat16), jnp.ones(1, jnp.bfloat16)
-    cut = microbatched(lambda params, x: [jnp.mean((x @ params).astype(jnp.float32))], 256)
+    """Each of 2048 pieces adds 1/2048, which a gradient in bfloat16 of 0.25 does not notice."""
+    x, params = jnp.ones((2048, 1), jnp.bfloat16), jnp.ones(1, jnp.bfloat16)
+    cut = microbatched(lambda params, x: [jnp.mean((x @ params).astype(jnp.float32))], 2048)
     gradient = jax.grad(lambda params: cut(params, x)[0])(params)
     assert gradient.dtype == jnp.bfloat16
     assert gradient == 1
@@ -455,19 +455,18 @@ cut = mtl_jax.microbatched(losses_fn, 4)
 expected = mtl_jax.value_and_grad(losses_fn, weighting)(params, state, x, x[:, 0])
 for kind in AxisType.Auto, AxisType.Explicit:
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
-    with jax.set_mesh(mesh):
-        batch = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
-        replicated = jax.device_put((params, state), NamedSharding(mesh, PartitionSpec()))
-        step = jax.jit(mtl_jax.value_and_grad(cut, weighting))
-        compiled = step.lower(*replicated, batch, batch[:, 0]).compile()
-        actual = compiled(*replicated, batch, batch[:, 0])
-        if kind is AxisType.Explicit:
-            try:
-                jax.jit(mtl_jax.microbatched(losses_fn, 16))(params, batch, batch[:, 0])
-            except ValueError as error:
-                assert "sharded over 8 devices, over which a piece of 4" in str(error)
-            else:
-                raise AssertionError("a piece smaller than the devices")
+    batch = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+    replicated = jax.device_put((params, state), NamedSharding(mesh, PartitionSpec()))
+    step = jax.jit(mtl_jax.value_and_grad(cut, weighting))
+    compiled = step.lower(*replicated, batch, batch[:, 0]).compile()
+    actual = compiled(*replicated, batch, batch[:, 0])
+    if kind is AxisType.Explicit:
+        try:
+            jax.jit(mtl_jax.microbatched(losses_fn, 16))(params, batch, batch[:, 0])
+        except ValueError as error:
+            assert "sharded over 8 devices, over which a piece of 4" in str(error)
+        else:
+            raise AssertionError("a piece smaller than the devices")
     check = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     jax.tree.map(check, actual, expected)
     text = compiled.as_text()

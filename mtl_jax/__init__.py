@@ -39,6 +39,7 @@ from mtl_jax.loss_weightings.softadapt import softadapt
 from mtl_jax.loss_weightings.stch import stch
 from mtl_jax.loss_weightings.uncertainty import uncertainty
 from mtl_jax.masking import masked_mean
+from mtl_jax.microbatching import microbatched, microbatched_encoder
 from mtl_jax.representation import check_heads, representation_value_and_grad
 from mtl_jax.rows import rows_aggregator
 from mtl_jax.tasks import Losses, Tasks, Weights
@@ -92,6 +93,8 @@ __all__ = [
     "make_train_step",
     "masked_mean",
     "mgda",
+    "microbatched",
+    "microbatched_encoder",
     "moco",
     "nash_mtl",
     "normalized",

@@ -102,9 +102,12 @@ def rows_aggregator(
 
 def zero_rows(params: PyTree, tasks: Tasks) -> PyTree:
     """Zeros for every task: the parameters with a leading axis, in at least float32."""
-    return jax.tree.map(
-        lambda leaf: jnp.zeros((tasks.number, *leaf.shape), at_least_float32(leaf.dtype)), params
-    )
+
+    def zeros(leaf: Array) -> Array:
+        one = jnp.zeros_like(leaf, at_least_float32(leaf.dtype))  # spread over devices as the leaf
+        return jnp.broadcast_to(one[None], (tasks.number, *leaf.shape))
+
+    return jax.tree.map(zeros, params)
 
 
 def for_each_task(values: Array, leaf: Array) -> Array:

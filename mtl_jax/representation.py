@@ -160,7 +160,7 @@ def representation_value_and_grad(
         losses, heads_pullback, heads_aux = jax.vjp(
             decode, params, dict.fromkeys(tasks, z), has_aux=True
         )
-        check_global(losses, axes)
+        check_global(losses, params, axes)
         names, at_z = read_tasks(losses), jax.tree.structure(z)
         ones = unstack_tasks(read_mask(mask, names).astype(names.dtype), names)
 

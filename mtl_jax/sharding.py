@@ -81,10 +81,14 @@ def read_axis_name(axis_name: AxisName) -> tuple[str, ...]:
     return names
 
 
-def check_global(losses: Losses, axes: tuple[str, ...]) -> None:
-    """Raise an error for losses that differ between the devices along the axes."""
+def check_global(losses: Losses, params: PyTree, axes: tuple[str, ...]) -> None:
+    """Raise an error for losses that differ between devices where they must not.
+
+    That is along the axes that are named, and along those where the devices share the parameters.
+    """
+    own = varying_axes(params).difference(axes)
     for path, loss in jax.tree_util.tree_leaves_with_path(losses):
-        for axis in sorted(varying_axes(loss).intersection(axes)):
+        for axis in sorted(varying_axes(loss) - own):
             raise ValueError(
                 f"The loss {leaf_name(path)!r} differs between the devices along {axis!r}: inside "
                 "shard_map the losses must be those of the whole batch. Take jax.lax.pmean(loss, "

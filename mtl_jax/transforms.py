@@ -136,7 +136,7 @@ def value_and_grad(
         else:
             losses, transpose, aux = jax.vjp(with_aux, params, has_aux=True)
             linear = None
-        check_global(losses, axes)
+        check_global(losses, params, axes)
         tasks = read_tasks(losses)
 
         def pull_back(weights: Weights) -> PyTree:

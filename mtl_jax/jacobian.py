@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from mtl_jax.rows import weighted_sum
+from mtl_jax.sharding import contracted, is_spread, sum_over_devices
 from mtl_jax.tasks import Losses, arithmetic_dtype, at_least_float32, describe, leaf_name
 
 RowsMode = Literal["auto", "unrolled", "map", "vmap", "low_memory"]
@@ -182,14 +183,18 @@ def combine(weights: Float[Array, "tasks"], rows: Rows) -> list[Array]:
     return [add(*leaves) for leaves in zip(*rows, strict=True)]
 
 
-def gramian_of(rows: Rows) -> Float[Array, "tasks tasks"]:
+def gramian_of(rows: Rows, axes: tuple[str, ...] = ()) -> Float[Array, "tasks tasks"]:
     r"""The Gramian :math:`G_{ij} = \langle g_i, g_j \rangle` of the task gradients.
 
     Contracted leaf by leaf, in at least float32 and at the highest precision: leaves that are
     ravelled together would be gathered if they are spread over devices.
+
+    Args:
+      rows: the task gradients.
+      axes: the axes of a ``shard_map`` along which each device may have its part of them.
     """
     if not isinstance(rows, tuple):
-        return gramian_between(rows, rows)
+        return gramian_between(rows, rows, axes)
     # Gradients that are separate arrays are stacked in a few groups, each pair of groups being
     # multiplied once: on CPU twice as fast for 20 tasks as one stack. The barrier keeps XLA from
     # stacking a group anew in each product.
@@ -199,14 +204,17 @@ def gramian_of(rows: Rows) -> Float[Array, "tasks tasks"]:
         groups = jax.lax.optimization_barrier(groups)
     blocks = [[jnp.zeros(())] * len(groups) for _ in groups]
     for i, j in itertools.combinations_with_replacement(range(len(groups)), 2):
-        blocks[i][j] = gramian_between(groups[i], groups[j])
+        blocks[i][j] = gramian_between(groups[i], groups[j], axes)
         blocks[j][i] = blocks[i][j].T
     return jnp.block(blocks)
 
 
-def gramian_between(some: list[Array], others: list[Array]) -> Float[Array, "some others"]:
-    """The inner products of stacked gradients with others."""
-    return sum_of([_products(a, b) for a, b in zip(some, others, strict=True)])
+def gramian_between(
+    some: list[Array], others: list[Array], axes: tuple[str, ...] = ()
+) -> Float[Array, "some others"]:
+    """The inner products of stacked gradients with others; ``axes`` as for the Gramian."""
+    pairs = zip(some, others, strict=True)
+    return sum_of([sum_over_devices(_products(a, b), axes) for a, b in pairs])
 
 
 def sum_of(arrays: list[Array]) -> Array:
@@ -222,13 +230,18 @@ def _products(a: Array, b: Array) -> Float[Array, "rows columns"]:
     """The inner products of the rows of one leaf with those of another."""
     if jnp.issubdtype(a.dtype, jnp.complexfloating):
         return _products(a.real, b.real) + _products(a.imag, b.imag)
-    # As matrices: a contraction of several axes would copy a transpose on CPU.
+    if not is_spread(a) and not is_spread(b):
+        # As matrices: a contraction of several axes would copy a transpose on CPU. An array that
+        # is spread over devices along one of them would be gathered for it.
+        a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
+    axes = tuple(range(1, a.ndim))
     return jax.lax.dot_general(
-        a.reshape(a.shape[0], -1),
-        b.reshape(b.shape[0], -1),
-        (((1,), (1,)), ((), ())),
+        a,
+        b,
+        ((axes, axes), ((), ())),
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=at_least_float32(a.dtype),
+        out_sharding=contracted(a, b),
     )
 
 

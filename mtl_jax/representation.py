@@ -23,6 +23,7 @@ from mtl_jax.jacobian import (
     stacked,
     sum_of,
 )
+from mtl_jax.sharding import AxisName, check_global, read_axis_name
 from mtl_jax.tasks import (
     Losses,
     Weights,
@@ -58,6 +59,7 @@ def representation_value_and_grad(
     shared: Shared = None,
     rows: RowsMode = "auto",
     diagnostics: bool = False,
+    axis_name: AxisName = None,
 ) -> GradientFn:
     r"""Differentiate the weighted sum of the task losses, the Gramian taken at a representation.
 
@@ -96,6 +98,9 @@ def representation_value_and_grad(
         :func:`mtl_jax.value_and_grad`.
       diagnostics: whether to return the :class:`mtl_jax.Diagnostics` of the gradients at z; then
         the Gramian is measured whatever the weighting reads.
+      axis_name: inside ``jax.shard_map``, the mesh axis along which the batch is spread, or a tuple
+        of several: the inner products of the gradients at z are summed over it. ``heads`` must
+        return the losses of the whole batch, as in :func:`mtl_jax.value_and_grad`.
 
     Returns:
       ``fn(params, state, *args, mask=None) -> (value, gradient, state)`` as of
@@ -105,7 +110,8 @@ def representation_value_and_grad(
       ValueError: if ``tasks`` is empty or names one twice, the losses are not of these tasks, a
         loss is not a scalar, z or the parameters are empty, the tasks are not those of the state,
         ``mask`` has another structure than the losses, an option is unknown, or ``shared`` selects
-        nothing.
+        nothing; inside ``shard_map``, if ``axis_name`` is missing or not an axis of it, the losses
+        differ along that axis, or ``check_vma`` is False.
       TypeError: if ``encoder`` or ``heads`` is not a function, ``tasks`` not a sequence of strings,
         ``state`` not the weighting's state, a loss, a parameter or a part of z not floating-point,
         a leaf of ``mask`` not one boolean, or ``weighting`` not a :class:`Weighting`: an aggregator
@@ -156,6 +162,7 @@ def representation_value_and_grad(
             _check_tasks(losses, tasks)
             return losses, aux
 
+        axes = read_axis_name(axis_name)
         check_params(params)
         parts = Partition.of(params, shared)
         linear = None
@@ -166,6 +173,7 @@ def representation_value_and_grad(
         losses, heads_pullback, heads_aux = jax.vjp(
             decode, params, dict.fromkeys(tasks, z), has_aux=True
         )
+        check_global(losses, params, axes)
         names, at_z = read_tasks(losses), jax.tree.structure(z)
         ones = unstack_tasks(read_mask(mask, names).astype(names.dtype), names)
 
@@ -195,16 +203,14 @@ def representation_value_and_grad(
         def measure() -> tuple[Array, Any]:
             found = rows_at_z(ones)
             if gramian == "representation":
-                return gramian_of(found), (found, None)
+                return gramian_of(found, axes), (found, None)
             if linear is not None:
                 held = stacked(found)
-                return _low_memory_gramian(linear, through_encoder, parts, held, at_z), (
-                    found,
-                    None,
-                )
+                products = _low_memory_gramian(linear, through_encoder, parts, held, at_z, axes)
+                return products, (found, None)
             way = choose_rows(rows, names.number)
             in_encoder = each_row(lambda row: parts.shared(through_encoder(row)), found, way)
-            return gramian_of(in_encoder), (found, in_encoder)
+            return gramian_of(in_encoder, axes), (found, in_encoder)
 
         def from_rows(weights: Weights, measured: Any) -> PyTree:
             found, in_encoder = measured
@@ -235,13 +241,14 @@ def _low_memory_gramian(
     parts: Partition,
     rows_at_z: list[Array],
     structure: Any,
+    axes: tuple[str, ...],
 ) -> Float[Array, "tasks tasks"]:
     """The Gramian over the encoder's parameters, one task gradient held at a time."""
 
     def row(leaves: list[Array]) -> Float[Array, "tasks"]:
         gradient = parts.without_rest(through_encoder(leaves))
         changes = structure.flatten_up_to(linear(gradient))
-        return gramian_between(rows_at_z, [change[None] for change in changes])[:, 0]
+        return gramian_between(rows_at_z, [change[None] for change in changes], axes)[:, 0]
 
     products = jax.lax.map(row, rows_at_z)
     return (products + products.T) / 2

@@ -133,12 +133,13 @@ def rows_aggregator(
 
 def zero_rows(params: PyTree, tasks: Tasks) -> PyTree:
     """Zeros for every task: the parameters with a leading axis, in at least float32."""
-    return jax.tree.map(
-        lambda leaf: jnp.zeros(
-            (tasks.number, *jnp.shape(leaf)), at_least_float32(jnp.result_type(leaf))
-        ),
-        params,
-    )
+
+    def zeros(leaf: Array) -> Array:
+        # From the leaf, to be spread over devices as it is.
+        one = jnp.zeros_like(leaf, at_least_float32(jnp.result_type(leaf)))
+        return jnp.broadcast_to(one[None], (tasks.number, *jnp.shape(leaf)))
+
+    return jax.tree.map(zeros, params)
 
 
 def for_each_task(values: Array, leaf: Array) -> Array:

@@ -214,7 +214,7 @@ def make_train_step(
             return state._replace(skipped=optax.safe_increment(state.skipped))
 
         state = jax.lax.cond(
-            usable(gradient, value.weights),
+            usable(gradient, value.weights, value.losses),
             apply,
             skip,
             state,

@@ -23,6 +23,7 @@ from mtl_jax.jacobian import (
     stacked,
     unit_cotangents,
 )
+from mtl_jax.sharding import AxisName, check_global, check_whole, read_axis_name
 from mtl_jax.state import tree_where
 from mtl_jax.tasks import Losses, Weights, read_mask, read_tasks, stack_tasks, unstack_tasks
 from mtl_jax.weighing import (
@@ -36,6 +37,11 @@ from mtl_jax.weighing import (
     with_diagnostics,
 )
 
+_WHOLE_FOR_AGGREGATORS = (
+    "An aggregator needs whole gradients: replicate the parameters in shard_map, or shard them "
+    "under jit."
+)
+
 
 def value_and_grad(
     losses_fn: Callable[..., Any],
@@ -45,6 +51,7 @@ def value_and_grad(
     shared: Shared = None,
     rows: RowsMode = "auto",
     diagnostics: bool = False,
+    axis_name: AxisName = None,
 ) -> GradientFn:
     r"""Differentiate the weighted sum of the task losses, the weights decided on the way.
 
@@ -77,6 +84,10 @@ def value_and_grad(
         convolution is slow inside a loop, so ``"unrolled"`` may be better there.
       diagnostics: whether to return the :class:`mtl_jax.Diagnostics` of the task gradients; then
         the Gramian is measured whatever the weighting reads.
+      axis_name: inside ``jax.shard_map``, the mesh axis along which the batch is spread, or a tuple
+        of several. ``losses_fn`` must return the losses of the whole batch there: it sums over the
+        devices itself, since it knows how many labels each has. Under ``jit`` alone nothing need be
+        said, however the arrays are sharded.
 
     Returns:
       ``fn(params, state, *args, mask=None) -> (value, gradient, state)``: a
@@ -87,7 +98,9 @@ def value_and_grad(
     Raises:
       ValueError: if there are no losses or no parameters, a loss is not a scalar, the tasks are not
         those of the state, ``mask`` has another structure than the losses, ``shared`` selects
-        nothing, ``rows`` is unknown, or is ``"low_memory"`` with an aggregator.
+        nothing, ``rows`` is unknown, or is ``"low_memory"`` with an aggregator; inside
+        ``shard_map``, if ``axis_name`` is not an axis of it, the losses differ along that axis, an
+        aggregator's parameters are spread over devices, or ``check_vma`` is False.
       TypeError: if ``losses_fn`` is not a function, ``weighting`` neither a :class:`Weighting` nor
         an aggregator, ``state`` not its state, a loss or a parameter not floating-point, a leaf of
         ``mask`` not one boolean, or ``losses_fn`` has no forward derivative and ``rows`` is
@@ -123,6 +136,7 @@ def value_and_grad(
         def with_aux(params: PyTree) -> tuple[Losses, Any]:
             return read_output(losses_fn(params, *args), has_aux, "`losses_fn`")
 
+        axes = read_axis_name(axis_name)
         check_params(params)
         parts = Partition.of(params, shared)
         if rows == "low_memory":
@@ -130,6 +144,7 @@ def value_and_grad(
         else:
             losses, transpose, aux = jax.vjp(with_aux, params, has_aux=True)
             linear = None
+        check_global(losses, params, axes)
         tasks = read_tasks(losses)
 
         def pull_back(weights: Weights) -> PyTree:
@@ -149,12 +164,13 @@ def value_and_grad(
 
         if isinstance(weighting, Aggregator):
             gradients = stacked(task_rows())
+            check_whole(gradients, losses, "A parameter", _WHOLE_FOR_AGGREGATORS)
             together, new_state = weighting.update(
                 parts.join(gradients, None), state, losses=losses, mask=mask
             )
             present = read_mask(mask, tasks).astype(tasks.dtype)
             gradient = with_rest(parts.shared(together), unstack_tasks(present, tasks))
-            new_state = tree_where(usable(gradient, ()), new_state, state)
+            new_state = tree_where(usable(gradient, (), losses), new_state, state)
             value = MultiTaskValue(losses, None, aux)
             if diagnostics:
                 value = with_diagnostics(value._replace(gramian=gramian_of(gradients)), mask)
@@ -168,7 +184,7 @@ def value_and_grad(
 
                 return low_memory_gramian(linear, shared_alone, losses), None
             gradients = task_rows()
-            return gramian_of(gradients), gradients
+            return gramian_of(gradients, axes), gradients
 
         def from_rows(weights: Weights, gradients: Any) -> PyTree:
             if gradients is None:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from mtl_jax.arguments import leaf_type, read_array
 from mtl_jax.base import Signal, Weighting
 from mtl_jax.diagnostics import Diagnostics, diagnostics
+from mtl_jax.sharding import check_whole, sum_over_devices, varying_axes
 from mtl_jax.state import all_finite, tree_where
 from mtl_jax.tasks import Losses, Weights, at_least_float32, leaf_name, read_mask, read_tasks
 from mtl_jax.wrappers.turns import any_due
@@ -73,21 +74,27 @@ def weigh(
     Returns:
       The value, the gradient, and the state: the next one if the gradient is usable.
     """
+
+    def measure_whole() -> tuple[Float[Array, "tasks tasks"], Any]:
+        gramian, found = measure()
+        check_whole(gramian, losses, "The Gramian", "Pass that axis as `axis_name`.")
+        return gramian, found
+
     if weighting.needs is not Signal.GRAMIAN and not diagnose:
         weights, new_state = weighting.update(losses, state, mask=mask)
         gradient, gramian = pull_back(weights), None
     elif weighting.due is None:
-        gramian, task_gradients = measure()
+        gramian, task_gradients = measure_whole()
         weights, new_state = weighting.update(losses, state, mask=mask, gramian=gramian)
         gradient = combine(weights, task_gradients)
     else:
         unmeasured = jax.tree.map(
             lambda shape: jnp.full(shape.shape, jnp.nan, shape.dtype),
-            jax.eval_shape(lambda: measure()[0]),
+            jax.eval_shape(lambda: measure_whole()[0]),
         )
 
         def measured() -> tuple[Weights, PyTree, Array]:
-            gramian, _ = measure()
+            gramian, _ = measure_whole()
             return *weighting.update(losses, state, mask=mask, gramian=gramian), gramian
 
         def held() -> tuple[Weights, PyTree, Array]:
@@ -96,7 +103,7 @@ def weigh(
         due = any_due(weighting.due(state))
         weights, new_state, gramian = jax.lax.cond(due, measured, held)
         gradient = pull_back(weights)
-    new_state = tree_where(usable(gradient, weights), new_state, state)
+    new_state = tree_where(usable(gradient, weights, losses), new_state, state)
     value = MultiTaskValue(losses, weights, aux, gramian)
     if diagnose:
         value = with_diagnostics(value, mask)
@@ -115,16 +122,19 @@ def cotangent(weights: Weights, losses: Losses) -> Losses:
     return jax.tree.map(lambda weight, loss: weight.astype(loss.dtype), weights, losses)
 
 
-def usable(gradient: PyTree, weights: Weights) -> Bool[Array, ""]:
+def usable(gradient: PyTree, weights: Weights, losses: Losses) -> Bool[Array, ""]:
     """Whether a step can be taken: finite weights, and gradients whose squared norms are finite.
 
     The squared norms, since an optimizer squares the gradient too: where that overflows (in float32
-    at a norm of 1.8e19), its state is lost although the gradient itself is finite.
+    at a norm of 1.8e19), its state is lost although the gradient itself is finite. Devices of a
+    ``shard_map`` that share the losses agree on it.
     """
+    axes = varying_axes(gradient) - varying_axes(losses)
 
     def squared_norm(leaf: Array) -> Float[Array, ""]:
         size = jnp.abs(leaf)
-        return jnp.sum(jnp.square(size.astype(at_least_float32(size.dtype))))
+        total = jnp.sum(jnp.square(size.astype(at_least_float32(size.dtype))))
+        return sum_over_devices(total, axes)
 
     return all_finite((jax.tree.map(squared_norm, gradient), weights))
 

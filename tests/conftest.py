@@ -1,9 +1,11 @@
 import os
 
-# Most of a test's time is spent compiling. Set before JAX is imported.
+# Most of a test's time is spent compiling. There are 8 devices for the tests of sharding; whatever
+# is not put elsewhere is on the first one. Set before JAX is imported.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} "
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_force_host_platform_device_count=8"
 )
 
 import jax

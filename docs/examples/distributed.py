@@ -1,0 +1,56 @@
+"""Train on the devices of several processes: start it in each, with the process's number."""
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import mtl_jax
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--coordinator", help="HOST:PORT of process 0; found under Slurm, MPI, on TPU")
+parser.add_argument("--processes", type=int, help="number of processes; found there, too")
+parser.add_argument("--process", type=int, help="number of this process; found there, too")
+parser.add_argument("--timeout", type=int, default=100, help="seconds; then a peer is given up")
+parser.add_argument("--steps", type=int, default=200)
+options = parser.parse_args()
+jax.distributed.initialize(
+    options.coordinator,
+    options.processes,
+    options.process,
+    initialization_timeout=options.timeout,
+    heartbeat_timeout_seconds=options.timeout,
+    shutdown_timeout_seconds=options.timeout,
+)
+
+
+def losses_fn(params, x):
+    z = jnp.tanh(x @ params["encoder"])
+    targets = {"sum": jnp.sum(x, axis=1), "product": x[:, 0] * x[:, 1]}
+    return {task: jnp.mean((z @ params[task] - target) ** 2) for task, target in targets.items()}
+
+
+def initial():
+    normal, keys = jax.random.normal, jax.random.split(jax.random.key(0), 3)
+    params = {"encoder": normal(keys[0], (4, 16)), "sum": normal(keys[1], (16,)) / 4}
+    params["product"] = normal(keys[2], (16,)) / 4
+    return mtl_jax.TrainState.create(params, optimizer, weighting, {"sum": 0.0, "product": 0.0})
+
+
+weighting, optimizer = mtl_jax.upgrad(), optax.adam(0.01)
+gradient_fn = mtl_jax.value_and_grad(losses_fn, weighting)
+train_step = mtl_jax.make_train_step(gradient_fn, optimizer, weighting)
+mesh = jax.make_mesh((jax.device_count(),), ("data",))
+jax.set_mesh(mesh)
+everything = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
+mine = np.split(everything, jax.process_count())[jax.process_index()]  # read only these
+x = jax.make_array_from_process_local_data(NamedSharding(mesh, P("data")), mine)
+state = jax.jit(initial, out_shardings=NamedSharding(mesh, P()))()
+for step in range(1, options.steps + 1):
+    state, value = train_step(state, x)
+    if jax.process_index() == 0 and step % 100 == 0:
+        print(step, {task: float(loss) for task, loss in value.losses.items()}, flush=True)

@@ -11,24 +11,30 @@ import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 import optax
+import rich.console
+import rich.progress
 import tabulate
 import tyro
 from jaxtyping import Array, Float
 
 import mtl_jax
 from mtl_jax.base import Aggregator, Weighting
-from mtl_jax.compare import WEIGHTINGS, RunSettings, named_weightings
+from mtl_jax.compare import WEIGHTINGS, RunSettings, look_up
 
 STARTS = ((-8.5, 7.5), (-8.5, -5.0), (9.0, 9.0), (-7.5, -0.5), (9.0, -1.0))
-"""The published starting points: the first three of Liu et al., and those of Navon et al. but for
-the origin, where the landscape has no derivative."""
+"""The published starting points: the first three are those of Liu et al., and all but the second
+those of Navon et al., who have the origin besides, where the landscape has no derivative."""
 
 OFFSET = 21.0
-"""What is added to the losses, whose minima are just above -20, for the methods that are defined
+"""What is added to the losses, whose minima are just above -20, for the weightings that are defined
 for positive losses only; as in the published code of FAMO. No gradient changes by it."""
 
 WINDOW = 100
 """The steps that stand for an epoch, for the weightings that have one."""
+
+
+KNOWN = {**WEIGHTINGS, "famo": lambda settings: mtl_jax.famo(weight_decay=0.0)}
+"""The weightings as the referee runs them, but FAMO as its authors ran it on this landscape."""
 
 
 def landscape(x: Float[Array, "2"], first_scale: float = 1.0) -> dict[str, Float[Array, ""]]:
@@ -157,7 +163,7 @@ def figure(
     mean = (np.asarray(losses["first"] + losses["second"]) / 2).reshape(len(side), len(side))
     front = pareto_set()
     for axis, (name, lines) in zip(axes, found.items(), strict=False):
-        axis.contour(side, side, mean, levels=14, cmap="Greys", linewidths=0.8)
+        axis.contour(side, side, mean, levels=14, cmap="viridis", linewidths=0.8, alpha=0.7)
         axis.plot(*front.T, color="C2", linewidth=5, solid_capstyle="round")
         ends = lines[:, -1]
         arrived = distance_to_front(ends) <= near
@@ -200,14 +206,14 @@ class Config:
         "aligned_mtl",
         "upgrad",
         "conflict_free",
-        "fair_grad",
+        "gradnorm",
     )
     first_scale: float = 1.0
-    """Scale of the first loss: 1 as in the paper of CAGrad, 0.1 as in those of Nash-MTL and FAMO."""
-    steps: int = 50_000
-    """Number of steps."""
+    """Scale of the first loss: 1 in the paper of CAGrad, 0.1 in those of Nash-MTL and FAMO."""
+    steps: int = 100_000
+    """Number of steps; the default is that of the paper of CAGrad."""
     learning_rate: float = 1e-3
-    """Learning rate of Adam."""
+    """Learning rate of Adam; the default is that of all three papers."""
     near: float = 0.1
     """Distance to the Pareto set up to which a path has reached it."""
     out: pathlib.Path = pathlib.Path("runs/toy.png")
@@ -217,16 +223,19 @@ class Config:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits with status 2 after a message if the configuration is wrong."""
     config = tyro.cli(Config, prog="python -m experiments.toy", args=arguments)
-    optimizer = optax.adam(config.learning_rate)
-    settings = RunSettings(WINDOW, max(1, config.steps // WINDOW), optimizer)
     found, rows = {}, []
     try:
         if config.steps < 1:
             raise ValueError(f"--steps must be at least 1, got {config.steps}.")
-        for name, make in named_weightings(list(config.weightings)).items():
-            found[name] = np.asarray(
-                paths(make(settings), optimizer, steps=config.steps, first_scale=config.first_scale)
+        optimizer = optax.adam(config.learning_rate)
+        settings = RunSettings(WINDOW, max(1, config.steps // WINDOW), optimizer)
+        made = {name: look_up(name, KNOWN, "weighting")(settings) for name in config.weightings}
+        console = rich.console.Console(stderr=True)
+        for name in rich.progress.track(made, "Training", console=console, transient=True):
+            points = paths(
+                made[name], optimizer, steps=config.steps, first_scale=config.first_scale
             )
+            found[name] = np.asarray(points)
             distances = distance_to_front(found[name][:, -1])
             rows.append([name, *(f"{distance:.2f}" for distance in distances)])
     except ValueError as error:

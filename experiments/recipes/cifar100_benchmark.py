@@ -1,4 +1,4 @@
-"""The CIFAR-100 benchmark of MLS-Bench: ``python -m experiments.recipes.cifar100_benchmark --help``.
+"""The CIFAR-100 benchmark of MLS-Bench: ``python -m experiments.recipes.cifar100_benchmark``.
 
 Its rule: SGD at 0.1 (momentum 0.9, weight decay 5e-4, cosine), 200 epochs, batches of 128, crop and
 flip; what counts is the fine accuracy on the *test* data in the epoch where that is best. So the
@@ -76,14 +76,19 @@ def fine_accuracies(comparison: Comparison) -> str:
     published = PUBLISHED[comparison.problem.name]
     rows = []
     for name, runs in comparison.runs.items():
-        epochs = 100 * np.array([run.test["fine"] for run in runs if run.failure is None])
-        columns = (
-            (f"{values.mean():.2f} ± {values.std(ddof=len(values) > 1):.2f}")
-            for values in ((epochs.max(axis=1), epochs[:, -1]) if len(epochs) else ())
-        )
-        rows.append([name, *columns or ("failed", "failed"), published.get(name, "")])
+        epochs = np.array([run.test["fine"] for run in runs if run.failure is None])
+        if len(epochs):
+            columns = [_mean_and_deviation(epochs.max(axis=1)), _mean_and_deviation(epochs[:, -1])]
+        else:
+            columns = ["failed", "failed"]
+        rows.append([name, *columns, published.get(name, "")])
     headers = ["weighting", "best epoch on test data", "last epoch", "published (best epoch)"]
     return tabulate.tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def _mean_and_deviation(shares: np.ndarray) -> str:
+    deviation = shares.std(ddof=1) if len(shares) > 1 else float("nan")
+    return f"{100 * shares.mean():.2f} ± {100 * deviation:.2f}"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -95,7 +95,11 @@ convolve.defvjp(_forward, _backward)
 
 
 class Conv(nn.Module):
-    """A convolution layer with channels last, on :func:`convolve`.
+    """A convolution layer with channels last.
+
+    It is :func:`convolve` on CPU, and JAX's own convolution, which also has a ``jvp``, elsewhere:
+    the kernel's gradient as a convolution with a window as large as the picture is XLA:CPU's
+    business alone.
 
     Attributes:
       features: the number of output channels.
@@ -103,6 +107,7 @@ class Conv(nn.Module):
       strides: the window's step along each space axis; 1 everywhere if ``None``.
       padding: ``"SAME"``, ``"VALID"``, or the padding before and after for each space axis.
       use_bias: whether to add a bias to each output channel.
+      kernel_init: the initializer of the kernel.
     """
 
     features: int
@@ -110,6 +115,7 @@ class Conv(nn.Module):
     strides: Sequence[int] | None = None
     padding: Padding = "SAME"
     use_bias: bool = True
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(
@@ -118,11 +124,12 @@ class Conv(nn.Module):
         """Apply the layer."""
         window = tuple(self.window)
         shape = (*window, inputs.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        kernel = self.param("kernel", self.kernel_init, shape)
         bias = (
             self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
         )
         inputs, kernel, bias = promote_dtype(inputs, kernel, bias)
         strides = tuple(self.strides or (1,) * len(window))
-        outputs: Any = convolve(inputs, kernel, strides, self.padding)
+        convolution = convolve if jax.default_backend() == "cpu" else _convolve
+        outputs: Any = convolution(inputs, kernel, strides, self.padding)
         return outputs if bias is None else outputs + bias.reshape((1,) * len(window) + (1, -1))

@@ -5,7 +5,16 @@ import importlib
 from mtl_jax.compare import look_up
 from mtl_jax.compare.problem import Problem
 
-PROBLEMS = {"multimnist": False, "utterances": False, "cifar100": True, "ag_news": True}
+PROBLEMS = {
+    "multimnist": False,
+    "utterances": False,
+    "cifar100": True,
+    "cifar100_superclasses": True,
+    "cifar100_resnet20": True,
+    "cifar100_vgg16": True,
+    "cifar10_groups": True,
+    "ag_news": True,
+}
 """The problems by name, and whether their builder takes ``data_dir``."""
 
 

@@ -35,6 +35,11 @@ def ag_news(data_dir: str | None = None) -> Problem:
     text (:func:`split_tag`). Stories with another tag or none have no label. A tenth of the
     training stories is held out for validation.
 
+    The data set is ``ag_news_subset`` of tensorflow-datasets, a subset of the collection of stories
+    and the whole of what is known as AG News: 120,000 training and 7,600 test stories. All that is
+    prepared in ``data_dir`` is used. To have the full size, give a folder where nothing is prepared
+    yet, with TensorFlow installed: it is downloaded and prepared there.
+
     Args:
       data_dir: the folder that holds data sets prepared by tensorflow-datasets; ``None`` for its
         default.
@@ -44,6 +49,10 @@ def ag_news(data_dir: str | None = None) -> Problem:
 
     Raises:
       FileNotFoundError: if the data set is not prepared and cannot be prepared here.
+
+    References:
+      Zhang et al., `Character-level Convolutional Networks for Text Classification
+      <https://arxiv.org/abs/1509.01626>`_, 2015
     """
     splits = prepared_examples("ag_news_subset", data_dir)
     train, validation = hold_out(_read(splits["train"]))

@@ -60,14 +60,14 @@ def hold_out(fields: Split, share: float = 0.1) -> tuple[dict[str, np.ndarray], 
 
     Args:
       fields: the training data.
-      share: the share of the examples that is held out.
+      share: the share of the examples that is held out, one at least.
 
     Returns:
       The training and the validation split.
     """
     number = len(next(iter(fields.values())))
     order = np.random.default_rng(0).permutation(number)
-    bound = round(share * number)
+    bound = max(1, round(share * number))
     return _take(fields, order[bound:]), _take(fields, order[:bound])
 
 

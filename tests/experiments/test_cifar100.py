@@ -1,49 +1,18 @@
-import io
-
 import jax
 import numpy as np
-import PIL.Image
 import pytest
-import tensorflow_datasets as tfds
 
 from experiments.problems import build_problem
 from experiments.problems.cifar100 import cifar100
-from tests.experiments.tfds_folders import write
+from tests.experiments.tfds_folders import picture, write_cifar
 
 NUM_TRAIN, NUM_TEST = 40, 12
 
 
-def example(index):
-    """A picture of one colour, which tells its index, as do its labels."""
-    return {
-        "id": f"picture {index}",
-        "image": np.full((32, 32, 3), (index, 2 * index, 255 - index), np.uint8),
-        "label": index % 100,
-        "coarse_label": index % 20,
-    }
-
-
-def encoded(example):
-    """The example with its picture as a PNG file: to encode arrays is TensorFlow's part."""
-    file = io.BytesIO()
-    PIL.Image.fromarray(example["image"]).save(file, "png")
-    file.seek(0)
-    return {**example, "image": file}
-
-
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    features = tfds.features.FeaturesDict(
-        {
-            "id": tfds.features.Text(),
-            "image": tfds.features.Image(shape=(32, 32, 3)),
-            "label": tfds.features.ClassLabel(num_classes=100),
-            "coarse_label": tfds.features.ClassLabel(num_classes=20),
-        }
-    )
-    examples = [encoded(example(index)) for index in range(NUM_TRAIN + NUM_TEST)]
-    splits = {"train": examples[:NUM_TRAIN], "test": examples[NUM_TRAIN:]}
-    return write(tmp_path_factory.mktemp("tfds"), "cifar100", "3.0.2", features, splits)
+    labels = {"label": 100, "coarse_label": 20}
+    return write_cifar(tmp_path_factory.mktemp("tfds"), "cifar100", labels, NUM_TRAIN, NUM_TEST)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +25,7 @@ def test_pictures_keep_their_labels_and_splits_share_none(problem):
     for split in (problem.train, problem.validation, problem.test):
         index = split["image"][:, 0, 0, 0].astype(int)
         assert split["image"].dtype == np.uint8
-        np.testing.assert_array_equal(split["image"], [example(i)["image"] for i in index])
+        np.testing.assert_array_equal(split["image"], [picture(i) for i in index])
         np.testing.assert_array_equal(split["fine"], index % 100)
         np.testing.assert_array_equal(split["coarse"], index % 20)
         indices.append(set(index.tolist()))
@@ -87,7 +56,15 @@ def test_problem(problem, check_problem):
 
 
 @pytest.mark.parametrize(
-    ("name", "dataset"), [("cifar100", "cifar100"), ("ag_news", "ag_news_subset")]
+    ("name", "dataset"),
+    [
+        ("cifar100", "cifar100"),
+        ("cifar100_superclasses", "cifar100"),
+        ("cifar100_resnet20", "cifar100"),
+        ("cifar100_vgg16", "cifar100"),
+        ("cifar10_groups", "cifar10"),
+        ("ag_news", "ag_news_subset"),
+    ],
 )
 def test_nothing_prepared(name, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -132,6 +132,17 @@ def test_conv_layer():
     )
 
 
+def test_elsewhere_than_on_cpu_the_layer_is_jax_own_convolution(monkeypatch):
+    inputs, _ = arrays((2, 8, 8, 3), ())
+    layer = Conv(5, (3, 3), strides=(2, 2))
+    variables = layer.init(jax.random.key(0), inputs)
+    outputs = layer.apply(variables, inputs)
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    primal, tangent = jax.jvp(lambda x: layer.apply(variables, x), (inputs,), (inputs,))
+    assert_close(primal, outputs)
+    assert_close(tangent, outputs)  # linear, and the bias is 0
+
+
 @pytest.mark.parametrize(
     ("encoder", "inputs", "features"),
     [

@@ -91,6 +91,7 @@ def rows_aggregator(
         losses: Losses | None = None,
         mask: PyTree | None = None,
     ) -> tuple[PyTree, WeightingState]:
+        named = losses is not None or mask is not None
         if losses is None:
             if reads_losses:
                 raise ValueError("This aggregator reads the losses: pass `losses` to `update`.")
@@ -106,7 +107,9 @@ def rows_aggregator(
         types = [_check_real(leaf, f"The gradient {leaf_name(path)!r}") for path, leaf in leaves]
         one = tuple((shape[1:], dtype) for shape, dtype in types)
         structure = jax.tree.structure(task_gradients)
-        check_state(state, tasks, functools.partial(expected, structure, one, tasks))
+        # Without their names, parameters by task cannot be read, nor the state they make be known.
+        known = functools.partial(expected, structure, one, tasks) if named else None
+        check_state(state, tasks, known)
         task_gradients, state = jax.tree.map(jnp.asarray, (task_gradients, state))
         present = read_mask(mask, tasks)
         rows = jax.tree.map(lambda leaf: _read_row(leaf, present), task_gradients)

@@ -47,14 +47,17 @@ def next_state(
     return WeightingState(steps, inner)
 
 
-def check_state(state: Any, tasks: Tasks, expected: Callable[[bool], WeightingState]) -> None:
+def check_state(
+    state: Any, tasks: Tasks, expected: Callable[[bool], WeightingState] | None
+) -> None:
     """Raise an error for what is not a state for these tasks.
 
     Args:
       state: the state.
       tasks: the tasks.
       expected: the shapes of a state before the first step, with or without a random key in it:
-        where a method's own parameters decide what draws, a key is the user's choice.
+        where a method's own parameters decide what draws, a key is the user's choice. ``None`` if
+        they cannot be known.
     """
     if not isinstance(state, WeightingState):
         raise TypeError(
@@ -66,6 +69,8 @@ def check_state(state: Any, tasks: Tasks, expected: Callable[[bool], WeightingSt
             f"The state was initialised for {shape[0]} tasks, but there are losses for "
             f"{tasks.number}: {', '.join(tasks.names)}. Call `init` with these losses."
         )
+    if expected is None:
+        return
     keyed = any(is_key(leaf) for leaf in jax.tree.leaves(state.inner))
     hint = "Pass the state that this weighting's `init` returned."
     check_like(state, expected(keyed), "The weighting's state", hint)

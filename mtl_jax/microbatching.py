@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, Real
 
-from mtl_jax.pieces import Argnums, Pieces, where, widened
+from mtl_jax.pieces import Argnums, Pieces, by_example, listed, where, widened
 from mtl_jax.tasks import Losses, describe
 from mtl_jax.weighing import read_output, split_aux
 
@@ -38,7 +38,9 @@ def microbatched(
 
     Args:
       losses_fn: ``losses_fn(params, *args) -> losses``, or ``(losses, aux)`` with ``has_aux``. A
-        loss must be a mean over the examples of its batch, or over those that have a label.
+        loss must be a mean over the examples of its batch, or over those that have a label. An
+        example's own loss must not depend on the others: normalisation by batch statistics, in
+        training, would use those of the piece.
       n: the number of pieces. With 1, ``losses_fn`` is returned as it is.
       count: where labels can be missing: ``count(*args)`` returns, for the arguments of a piece,
         what each task's loss there is a mean over, a pytree like the losses: the number of
@@ -54,8 +56,9 @@ def microbatched(
       batch_argnums: which arguments of ``losses_fn`` hold the batch, ``params`` being number 0;
         all others by default. Every array in them is split along its leading axis. What is no
         array or has no axis, and all that is in the other arguments (a model state), is given to
-        every piece as it is. A ``jax.random.key``, in any argument, is split, so that each piece
-        draws random numbers of its own.
+        every piece as it is. Batches of different sizes, such as one for each task, must be in
+        arguments that are named. A ``jax.random.key``, in any argument, is split, so that each
+        piece draws random numbers of its own.
 
     Returns:
       The function, to be called as ``losses_fn`` is. Piece i consists of the examples i, i + n,
@@ -66,6 +69,7 @@ def microbatched(
       ValueError: if ``n`` is not a positive integer; in a call, if the batch cannot be split into
         n equal pieces, its arrays differ in the leading axis, the count is not of the structure
         of the losses, or ``aux`` holds what is neither by example nor the same for all pieces.
+      TypeError: if the count of a task is not one number.
 
     Example:
       >>> import jax.numpy as jnp
@@ -150,11 +154,11 @@ def microbatched_encoder(
         pieces = Pieces.of(args, n, batch_argnums)
         z, aux = pieces.run(piece, params)
         for path, leaf in jax.tree_util.tree_leaves_with_path(z):
-            if leaf.shape[1:2] != (pieces.size,):
+            if not by_example(leaf.shape[1:], pieces.sizes):
                 raise ValueError(
                     f"microbatched_encoder: the representation{where(path)} has shape "
-                    f"{leaf.shape[1:]} for a piece of {pieces.size} examples; it must have one row "
-                    "for each of them."
+                    f"{leaf.shape[1:]} for a piece of {listed(pieces.sizes)} examples; it must "
+                    "have one row for each of them."
                 )
         z = jax.tree.map(pieces.together, z)
         return (z, aux) if has_aux else z

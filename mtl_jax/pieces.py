@@ -1,5 +1,6 @@
 """A function of a batch, run on one piece of the batch after the other."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,14 +24,15 @@ class Pieces(NamedTuple):
         that is spread over devices stays so, in every piece, where it is.
       axes: for each leaf the axis along which the pieces lie; ``None`` if it is not cut.
       number: the number of pieces.
-      size: the number of examples in a piece.
+      sizes: the numbers of examples in a piece: one, or several where tasks have batches of their
+        own.
     """
 
     structure: Any
     leaves: list[Any]
     axes: list[int | None]
     number: int
-    size: int
+    sizes: set[int]
 
     @classmethod
     def of(cls, args: tuple[Any, ...], number: int, argnums: Argnums) -> "Pieces":
@@ -51,12 +53,16 @@ class Pieces(NamedTuple):
                 batch[f"argument {path[0].idx}{where(path[1:])}"], axis = leaf, 1
             leaves.append(leaf)
             axes.append(axis)
-        size = _piece_size(batch, number)
+        if argnums is None:
+            _check_same_size(batch)
+        sizes = _piece_sizes(batch, number)
         leaves = [
-            jnp.reshape(leaf, (size, number, *leaf.shape[1:])) if axis == 1 else leaf
+            jnp.reshape(leaf, (leaf.shape[0] // number, number, *leaf.shape[1:]))
+            if axis == 1
+            else leaf
             for leaf, axis in zip(leaves, axes, strict=True)
         ]
-        return cls(structure, leaves, axes, number, size)
+        return cls(structure, leaves, axes, number, sizes)
 
     def arguments(self, index: Array) -> list[Any]:
         """The arguments of one piece."""
@@ -68,7 +74,7 @@ class Pieces(NamedTuple):
 
     def together(self, leaf: Array) -> Array:
         """An array by piece and example, as one in the order of the batch."""
-        shape = (self.size * self.number, *leaf.shape[2:])
+        shape = (leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
         return jnp.reshape(jnp.swapaxes(leaf, 0, 1), shape)
 
     def run(
@@ -91,7 +97,7 @@ class Pieces(NamedTuple):
             # The batch is cut in here, so that no piece of it is stored for the backward pass.
             return function(jax.tree.map(_cast, params, dtypes), self.arguments(index))
 
-        structure, varies = _varying_aux(piece, params, self.size)
+        structure, varies = _varying_aux(piece, params, self.sizes)
 
         def outputs(index: Array) -> tuple[PyTree, list[Array]]:
             output, aux = jax.checkpoint(piece, prevent_cse=False)(params, index)
@@ -99,19 +105,18 @@ class Pieces(NamedTuple):
             return output, [leaf for leaf, flag in zip(leaves, varies, strict=True) if flag]
 
         output, stacked = jax.lax.map(outputs, jnp.arange(self.number))
-        by_example = iter(stacked)
-        same = varies
-        if not all(varies):
-            same = jax.tree.leaves(piece(params, jnp.asarray(0))[1])
+        # What is the same for all pieces is taken from the first, not stacked for all of them.
+        same = [] if all(varies) else jax.tree.leaves(piece(params, jnp.asarray(0))[1])
+        rows = iter(stacked)
         leaves = [
-            self.together(next(by_example)) if flag else leaf
-            for leaf, flag in zip(same, varies, strict=True)
+            self.together(next(rows)) if flag else same[position]
+            for position, flag in enumerate(varies)
         ]
         return output, jax.tree.unflatten(structure, leaves)
 
 
 def _varying_aux(
-    piece: Callable[[PyTree, Array], tuple[PyTree, Any]], params: PyTree, size: int
+    piece: Callable[[PyTree, Array], tuple[PyTree, Any]], params: PyTree, sizes: set[int]
 ) -> tuple[Any, list[bool]]:
     """The structure of the auxiliary output and which of its leaves there are by example.
 
@@ -128,15 +133,25 @@ def _varying_aux(
     flags = []
     for (path, leaf), variable in zip(leaves, outputs, strict=True):
         flags.append(id(variable) in varying and not (is_key(leaf) and leaf.ndim == 0))
-        if flags[-1] and leaf.shape[:1] != (size,):
+        if flags[-1] and not by_example(leaf.shape, sizes):
             raise ValueError(
                 f"microbatched: the auxiliary output{where(path)} of shape {leaf.shape} differs "
-                f"between pieces of {size} examples and is not by example, so it has no value for "
-                "the whole batch. Batch statistics cannot be had in pieces: normalise by group or "
-                "layer, use stored statistics, or take the pieces as steps, with "
+                f"between pieces of {listed(sizes)} examples and is not by example, so it has no "
+                "value for the whole batch. Batch statistics cannot be had in pieces: normalise by "
+                "group or layer, use stored statistics, or take the pieces as steps, with "
                 "optax.MultiSteps. Return a metric by example and take its mean afterwards."
             )
     return structure, flags
+
+
+def by_example(shape: tuple[int, ...], sizes: set[int]) -> bool:
+    """Whether an array of a piece has one row for each example."""
+    return bool(shape) and shape[0] in sizes
+
+
+def listed(sizes: set[int]) -> str:
+    """The sizes of a piece, for an error message."""
+    return " or ".join(map(str, sorted(sizes)))
 
 
 def is_key(leaf: Any) -> bool:
@@ -174,14 +189,9 @@ def _read_argnums(argnums: Argnums, number: int) -> set[int]:
     return chosen
 
 
-def _piece_size(batch: dict[str, Any], number: int) -> int:
-    """The number of examples in a piece, from the arrays of the batch by their names."""
-    if not batch:
-        raise ValueError(
-            "microbatched: there is no array with a leading axis to split; see `batch_argnums`."
-        )
-    (first, leaf), *others = batch.items()
-    for name, other in others:
+def _check_same_size(batch: dict[str, Any]) -> None:
+    """Raise an error for arrays that differ in the leading axis."""
+    for (first, leaf), (name, other) in itertools.pairwise(batch.items()):
         if other.shape[0] != leaf.shape[0]:
             raw = any(array.shape == (2,) and array.dtype == np.uint32 for array in (leaf, other))
             raise ValueError(
@@ -190,21 +200,31 @@ def _piece_size(batch: dict[str, Any], number: int) -> int:
                 "arguments that hold the batch in `batch_argnums`; the others go to every piece "
                 "as they are." + " A raw key must be made a key by jax.random.wrap_key_data." * raw
             )
-    if leaf.shape[0] % number:
+
+
+def _piece_sizes(batch: dict[str, Any], number: int) -> set[int]:
+    """The numbers of examples in a piece, from the arrays of the batch by their names."""
+    if not batch:
         raise ValueError(
-            f"microbatched: {first} has shape {leaf.shape}, of which the leading axis cannot be "
-            f"split into n={number} equal pieces. Choose an n that divides it, or pad the batch "
-            "with examples that have no labels and pass `count`."
+            "microbatched: there is no array with a leading axis to split; see `batch_argnums`."
         )
-    size = leaf.shape[0] // number
-    for name, other in batch.items():
-        if size % (devices := _devices(other)):
+    sizes = set()
+    for name, leaf in batch.items():
+        size, rest = divmod(leaf.shape[0], number)
+        if rest:
             raise ValueError(
-                f"microbatched: {name} has shape {other.shape} and is sharded over {devices} "
+                f"microbatched: {name} has shape {leaf.shape}, of which the leading axis cannot be "
+                f"split into n={number} equal pieces. Choose an n that divides it, or pad the "
+                "batch with examples that have no labels and pass `count`."
+            )
+        if size % (devices := _devices(leaf)):
+            raise ValueError(
+                f"microbatched: {name} has shape {leaf.shape} and is sharded over {devices} "
                 f"devices, over which a piece of {size} examples cannot be. Choose a smaller n: "
                 "devices times n must divide the batch."
             )
-    return size
+        sizes.add(size)
+    return sizes
 
 
 def _devices(leaf: Any) -> int:

@@ -253,6 +253,19 @@ def test_a_count_may_be_a_sum_of_weights():
     np.testing.assert_allclose(cut(1.0, x, weights)[0], losses(1.0, x, weights)[0], rtol=1e-6)
 
 
+def test_every_task_may_have_a_batch_of_its_own_size():
+    def losses(params, batches):
+        errors = {task: (params * x - 1) ** 2 for task, x in batches.items()}
+        return jax.tree.map(jnp.mean, errors), errors
+
+    batches = {"a": np.arange(12.0, dtype=np.float32), "b": np.ones((4, 2), np.float32)}
+    with pytest.raises(ValueError, match="at 'a' has shape .* at 'b'"):
+        microbatched(losses, 2, has_aux=True)(2.0, batches)
+    for n in (2, 4):
+        cut = microbatched(losses, n, has_aux=True, batch_argnums=1)
+        assert_trees_close(cut(2.0, batches), losses(2.0, batches), rtol=1e-6, atol=0)
+
+
 def test_large_losses_and_counts_do_not_overflow():
     x = jnp.full(4, 1e38)
     cut = microbatched(lambda _, x: [jnp.mean(x)], 2, lambda x: [jnp.asarray(1000)])

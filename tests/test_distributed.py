@@ -34,9 +34,12 @@ def start():
         command = [sys.executable, str(EXAMPLE), "--coordinator", f"127.0.0.1:{port}"]
         command += ["--processes", str(processes), "--process", str(process)]
         command += ["--timeout", str(TIMEOUT), "--steps", str(steps)]
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-        environment["PYTHONPATH"] = str(EXAMPLE.parents[2])
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "NPROC": "16",  # threads of XLA: each simulated device blocks one until its peers come
+            "PYTHONPATH": str(EXAMPLE.parents[2]),
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        }
         child = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -49,42 +52,48 @@ def start():
         child.communicate()
 
 
-def losses_of(output):
-    return [list(ast.literal_eval(line.split(" ", 1)[1]).values()) for line in output.splitlines()]
+def lines_of(output):
+    """What the example printed; its library for collectives on CPU prints, too."""
+    return [line for line in output.splitlines() if line.startswith("step ")]
+
+
+def losses_of(line):
+    return list(ast.literal_eval(line.split(" ", 2)[2]).values())
 
 
 def test_two_processes_get_what_one_gets(start):
     port = free_port()
-    alone = start(free_port(), 1, 0, devices=8, steps=200)
-    pair = [start(port, 2, process, devices=4, steps=200) for process in range(2)]
-    expected, _ = alone.communicate(timeout=60)
-    outputs = [child.communicate(timeout=60) for child in pair]
+    alone = start(free_port(), 1, 0, devices=8, steps=40)
+    pair = [start(port, 2, process, devices=4, steps=40) for process in range(2)]
+    outputs = [child.communicate(timeout=100) for child in (alone, *pair)]
     assert [child.returncode for child in (alone, *pair)] == [0, 0, 0], outputs
-    assert outputs[1][0] == ""  # process 0 alone prints
-    losses = losses_of(outputs[0][0])
-    np.testing.assert_allclose(losses, losses_of(expected), rtol=1e-5)
-    assert len(losses) == 2
-    assert sum(losses[1]) < 0.9 * sum(losses[0])
+    expected, found, silent = (lines_of(output) for output, _ in outputs)
+    assert len(expected) == len(found) == 2
+    for line, expected_line in zip(found, expected, strict=True):
+        np.testing.assert_allclose(losses_of(line), losses_of(expected_line), rtol=1e-5)
+    assert sum(losses_of(found[1])) < 0.9 * sum(losses_of(found[0]))
+    assert silent == []  # process 0 alone prints
 
 
-def seconds_until_it_fails(child):
-    """How long the process still ran; an error if it did not end, or ended well."""
+def assert_fails_in_time(child):
+    """It ends within the time-out, with a status other than 0."""
     begin = time.monotonic()
     _, errors = child.communicate(timeout=TIMEOUT + MARGIN)
-    assert child.returncode != 0, errors
-    return time.monotonic() - begin
+    assert child.returncode not in (0, None), errors
+    assert time.monotonic() - begin < TIMEOUT + MARGIN
 
 
-@pytest.mark.parametrize("process", [0, 1])
-def test_a_peer_that_does_not_come_ends_the_process(start, process):
-    child = start(free_port(), 2, process, devices=4, steps=1)
-    assert seconds_until_it_fails(child) < TIMEOUT + MARGIN
+def test_a_peer_that_does_not_come_ends_the_process(start):
+    children = [start(free_port(), 2, process, devices=4, steps=1) for process in range(2)]
+    for child in children:
+        assert_fails_in_time(child)
 
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_peer_that_dies_ends_the_process(start, killed):
     port = free_port()
     pair = [start(port, 2, process, devices=4, steps=10**9) for process in range(2)]
-    assert pair[0].stdout.readline().startswith("100 ")
+    while not (line := pair[0].stdout.readline()).startswith("step "):
+        assert line, pair[0].communicate()
     pair[killed].send_signal(signal.SIGKILL)
-    assert seconds_until_it_fails(pair[1 - killed]) < TIMEOUT + MARGIN
+    assert_fails_in_time(pair[1 - killed])

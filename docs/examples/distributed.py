@@ -16,7 +16,7 @@ parser.add_argument("--coordinator", help="HOST:PORT of process 0; found under S
 parser.add_argument("--processes", type=int, help="number of processes; found there, too")
 parser.add_argument("--process", type=int, help="number of this process; found there, too")
 parser.add_argument("--timeout", type=int, default=100, help="seconds; then a peer is given up")
-parser.add_argument("--steps", type=int, default=200)
+parser.add_argument("--steps", type=int, default=100)
 options = parser.parse_args()
 jax.distributed.initialize(
     options.coordinator,
@@ -52,5 +52,5 @@ x = jax.make_array_from_process_local_data(NamedSharding(mesh, P("data")), mine)
 state = jax.jit(initial, out_shardings=NamedSharding(mesh, P()))()
 for step in range(1, options.steps + 1):
     state, value = train_step(state, x)
-    if jax.process_index() == 0 and step % 100 == 0:
-        print(step, {task: float(loss) for task, loss in value.losses.items()}, flush=True)
+    if jax.process_index() == 0 and step % 20 == 0:
+        print("step", step, {t: float(loss) for t, loss in value.losses.items()}, flush=True)

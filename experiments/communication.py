@@ -5,7 +5,7 @@ import dataclasses
 import multiprocessing
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -167,17 +167,29 @@ def _plain_step(optimizer: optax.GradientTransformation) -> Any:
     return step
 
 
-def measure(devices: int, tasks: int) -> dict[str, list[int]]:
-    """The bytes that each step sends, in each layout; the first JAX call of its process."""
+def sent_bytes(way: str, layout: str, tasks: int, axis_type: AxisType = AxisType.Auto) -> int:
+    """The bytes that a step sends; arguments as for :func:`compiled_step`."""
+    return total_bytes(collectives(compiled_step(way, layout, tasks, axis_type)))
+
+
+def measure(devices: int, tasks: int, ways: Sequence[str]) -> dict[str, list[int]]:
+    """The bytes that each step sends, in each layout, in a process with that many devices."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as process:
+        return process.submit(_measure, devices, tasks, ways).result()
+
+
+def _measure(devices: int, tasks: int, ways: Sequence[str]) -> dict[str, list[int]]:
     jax.config.update("jax_num_cpu_devices", devices)
-    return {
-        way: [total_bytes(collectives(compiled_step(way, layout, tasks))) for layout in LAYOUTS]
-        for way in WAYS
-    }
+    return {way: [sent_bytes(way, layout, tasks) for layout in LAYOUTS] for way in ways}
 
 
-def markdown_table(measured: Mapping[int, Mapping[str, list[int]]]) -> str:
-    """The table: the plain step's bytes, and what the other steps send more."""
+def markdown_table(measured: Mapping[int, Mapping[str, Sequence[int]]]) -> str:
+    """The table: the plain step's bytes, and how many more the other steps send.
+
+    Args:
+      measured: for each number of devices and each step the bytes in each layout.
+    """
     headers = ["step"]
     headers += [f"{layout}, {devices} devices" for devices in measured for layout in LAYOUTS]
     rows = []
@@ -200,12 +212,9 @@ def main(arguments: list[str] | None = None) -> None:
         if value < 2:
             print(f"error: {name} must be at least 2, got {value}.", file=sys.stderr)
             sys.exit(2)
-    measured = {}
-    for devices in config.devices:
-        # A process can have only one number of devices.
-        spawn = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as process:
-            measured[devices] = process.submit(measure, devices, config.tasks).result()
+    measured = {
+        devices: measure(devices, config.tasks, tuple(WAYS)) for devices in config.devices
+    }
     given = sys.argv[1:] if arguments is None else arguments
     print(markdown_table(measured))
     print(f"\nMade by `{shlex.join(['python', '-m', 'experiments.communication', *given])}`")

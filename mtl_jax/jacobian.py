@@ -7,10 +7,11 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 from jaxtyping import Array, Float, PyTree
 
 from mtl_jax.rows import weighted_sum
-from mtl_jax.sharding import contracted, is_spread, sum_over_devices
+from mtl_jax.sharding import contracted, may_be_spread, sum_over_devices
 from mtl_jax.tasks import Losses, arithmetic_dtype, at_least_float32, describe, leaf_name
 
 RowsMode = Literal["auto", "unrolled", "map", "vmap", "low_memory"]
@@ -22,18 +23,20 @@ MOST_UNROLLED = 5
 """The most tasks for which "auto" unrolls the backward passes on CPU."""
 
 
-def choose_rows(rows: RowsMode, number: int) -> RowsMode:
+def choose_rows(rows: RowsMode, number: int, params: PyTree = ()) -> RowsMode:
     """The way to compute the rows, "auto" decided by the backend and the number of tasks.
 
     On CPU backward passes one after the other are fastest (``experiments.speed`` measures it):
     unrolled for few tasks, for which XLA sees across them, and in a loop for many. Other backends
-    have the parallelism that a batch of them needs.
+    have the parallelism that a batch of them needs. But where XLA decides how the parameters are
+    spread over devices, it gathers the whole batch for that (``experiments.communication``).
     """
     if not isinstance(rows, str) or rows not in get_args(RowsMode):
         raise ValueError(f"`rows` must be one of {', '.join(get_args(RowsMode))}; got {rows!r}.")
     if rows != "auto":
         return rows
-    if jax.default_backend() != "cpu":
+    by_xla = any(may_be_spread(leaf, AxisType.Auto) for leaf in jax.tree.leaves(params))
+    if jax.default_backend() != "cpu" and not by_xla:
         return "vmap"
     return "unrolled" if number <= MOST_UNROLLED else "map"
 
@@ -230,7 +233,7 @@ def _products(a: Array, b: Array) -> Float[Array, "rows columns"]:
     """The inner products of the rows of one leaf with those of another."""
     if jnp.issubdtype(a.dtype, jnp.complexfloating):
         return _products(a.real, b.real) + _products(a.imag, b.imag)
-    if not is_spread(a) and not is_spread(b):
+    if not any(may_be_spread(x, AxisType.Auto, AxisType.Explicit) for x in (a, b)):
         # As matrices: a contraction of several axes would copy a transpose on CPU. An array that
         # is spread over devices along one of them would be gathered for it.
         a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)

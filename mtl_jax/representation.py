@@ -208,7 +208,7 @@ def representation_value_and_grad(
                 held = stacked(found)
                 products = _low_memory_gramian(linear, through_encoder, parts, held, at_z, axes)
                 return products, (found, None)
-            way = choose_rows(rows, names.number)
+            way = choose_rows(rows, names.number, params)
             in_encoder = each_row(lambda row: parts.shared(through_encoder(row)), found, way)
             return gramian_of(in_encoder, axes), (found, in_encoder)
 

@@ -8,7 +8,7 @@ has its part of the arrays that vary along a mesh axis, and the sum over the par
 from collections.abc import Iterable
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from mtl_jax.tasks import Losses, leaf_name
@@ -17,12 +17,14 @@ AxisName = str | tuple[str, ...] | None
 """The mesh axes of a ``shard_map`` along which the batch is spread."""
 
 
-def is_spread(array: Array) -> bool:
-    """Whether an array may lie on several devices, as far as its type tells."""
+def may_be_spread(array: Array, *kinds: AxisType) -> bool:
+    """Whether an array may be spread along mesh axes of these kinds, as far as its type tells.
+
+    For explicit axes the type says how, for Auto axes only that there are several devices.
+    """
     mesh = jax.typeof(array).sharding.mesh
-    manual = jax.sharding.AxisType.Manual
     return any(
-        size > 1 and kind != manual
+        size > 1 and kind in kinds
         for size, kind in zip(mesh.axis_sizes, mesh.axis_types, strict=True)
     )
 

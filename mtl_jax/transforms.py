@@ -80,8 +80,9 @@ def value_and_grad(
         other, which XLA can see across. ``"map"``: in a loop. ``"vmap"``: all at once, with the
         memory for it. ``"low_memory"``: in a loop that holds one of them, never all, for one
         forward derivative more each; not for aggregators. ``"auto"``: on CPU ``"unrolled"`` for up
-        to 5 tasks and ``"map"`` for more; on other backends ``"vmap"``. On CPU the gradient of a
-        convolution is slow inside a loop, so ``"unrolled"`` may be better there.
+        to 5 tasks and ``"map"`` for more, and so on several devices with Auto mesh axes; on other
+        backends ``"vmap"``. On CPU the gradient of a convolution is slow inside a loop, so
+        ``"unrolled"`` may be better there.
       diagnostics: whether to return the :class:`mtl_jax.Diagnostics` of the task gradients; then
         the Gramian is measured whatever the weighting reads.
       axis_name: inside ``jax.shard_map``, the mesh axis along which the batch is spread, or a tuple
@@ -159,7 +160,7 @@ def value_and_grad(
             return parts.join(together, parts.rest(pull_back(weights)) if parts.has_rest else [])
 
         def task_rows() -> Rows:
-            units, way = unit_cotangents(losses), choose_rows(rows, tasks.number)
+            units, way = unit_cotangents(losses), choose_rows(rows, tasks.number, params)
             return each_row(lambda unit: parts.shared(gradient_of(unit)), units, way)
 
         if isinstance(weighting, Aggregator):

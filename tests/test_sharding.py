@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import mtl_jax
 from experiments.hlo import Collective, collectives
-from mtl_jax.jacobian import gramian_of
+from mtl_jax.jacobian import choose_rows, gramian_of
 
 TASKS = ("a", "b", "c")
 MASKS = [{task: np.array(task != absent) for task in TASKS} for absent in (None, "b", None)]
@@ -78,7 +78,7 @@ SIGNALS = {
     "losses after the step": (mtl_jax.famo, {}),
     "representation": (mtl_jax.upgrad, {"gramian": "representation"}),
     "encoder": (mtl_jax.imtl_g, {"gramian": "encoder", "shared": in_encoder}),
-    "parameters": (mtl_jax.aligned_mtl, {"diagnostics": True}),
+    "parameters": (mtl_jax.conflict_free, {"diagnostics": True}),
     "every": (lambda: mtl_jax.every(mtl_jax.imtl_g(), 2), {"gramian": "representation"}),
     "task gradients": (mtl_jax.db_mtl, {"shared": in_encoder}),
 }
@@ -175,7 +175,7 @@ def assert_same(actual, expected):
 RUNS = [
     *((signal, "replicated, Explicit") for signal in SIGNALS),
     *((signal, "fsdp, Auto") for signal in SIGNALS if signal != "every"),
-    ("representation", "replicated, Auto"),
+    ("encoder", "replicated, Auto"),
     ("task gradients", "fsdp, Explicit"),
 ]
 
@@ -269,6 +269,17 @@ def test_rows_however_the_parameters_are_spread(rows):
         out_specs=(P(), PARTS, P()),
     )
     assert_same(jax.jit(in_parts)(PARAMS, state, BATCH), expected)
+
+
+def test_rows_are_not_batched_where_xla_would_gather_the_batch(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    chosen = {
+        axis_type: choose_rows("auto", 3, put(PARAMS, make_mesh(axis_type), whole))
+        for axis_type in (AxisType.Auto, AxisType.Explicit)
+    }
+    assert chosen == {AxisType.Auto: "unrolled", AxisType.Explicit: "vmap"}
+    assert choose_rows("auto", 3, PARAMS) == "vmap"
+    assert choose_rows("vmap", 3, put(PARAMS, make_mesh(AxisType.Auto), whole)) == "vmap"
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])

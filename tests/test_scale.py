@@ -1,0 +1,29 @@
+"""The code on the page about many devices runs, and its three ways agree."""
+
+import pathlib
+import re
+
+import jax
+import numpy as np
+
+PAGE = pathlib.Path(__file__).parents[1] / "docs" / "scale.md"
+
+
+def test_code_runs():
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 4
+    names, states = {}, []
+    for block in blocks:
+        exec(block, names)
+        states.append(names.get("state"))
+    for state in states[1:]:
+        assert int(state.step) == 3
+        assert int(state.skipped) == 0
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+            jax.device_get(state.params),
+            jax.device_get(states[1].params),
+        )
+    in_parts = states[2]
+    for leaf in (in_parts.params["encoder"], in_parts.opt_state[0].mu["encoder"]):
+        assert leaf.sharding.spec == jax.sharding.PartitionSpec("data")

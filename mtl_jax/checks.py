@@ -17,14 +17,14 @@ def read_key(key: Array | None) -> Array | None:
     """The key as a new-style one; an error for what is no key."""
     if key is None:
         return None
-    given = key
+    found = key
     if isinstance(key, jax.Array) and key.dtype == jnp.uint32:
         # The data of a key, as jax.random.PRNGKey returns it; or an array of another shape.
         with contextlib.suppress(TypeError, ValueError):
-            key = jax.random.wrap_key_data(key)
-    if not is_key(key) or key.shape:
-        raise TypeError(f"`key` must be one jax.random.key, got {given!r}.")
-    return key
+            found = jax.random.wrap_key_data(key)
+    if not is_key(found) or found.shape:
+        raise TypeError(f"`key` must be one jax.random.key, got {key!r}.")
+    return found
 
 
 def require_key(key: Array | None, method: str) -> Array:

@@ -298,7 +298,8 @@ def test_a_gramian_sends_nothing_but_itself(axis_type, axis):
 # Errors in shard_map
 
 
-def spread_call(transform_, weighting, params=PARAMS, spec=P(), **options):
+def spread_call(transform_, weighting, params=PARAMS, spec=None, **options):
+    spec = P() if spec is None else spec
     if isinstance(weighting, mtl_jax.Aggregator):
         state = weighting.init(params, dict.fromkeys(TASKS, 0.0))
     else:

@@ -2,9 +2,9 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 from mtl_jax.arguments import leaf_type, read_array
@@ -82,8 +82,9 @@ def check_at_least_zero(
         raise ValueError(f"`{name}` must be a scalar, got an array of shape {shape}.")
     if not _is_real(dtype):
         raise TypeError(f"`{name}` must be a real number, got {dtype}.")
-    known = not isinstance(value, jax.core.Tracer)
-    if known and not (float(value) > 0 if strictly else float(value) >= 0):
+    if isinstance(value, Tracer):
+        return
+    if not (float(value) > 0 if strictly else float(value) >= 0):
         bound = "more than 0" if strictly else "at least 0"
         raise ValueError(f"`{name}` must be {bound}, got {value!r}.")
 

@@ -177,7 +177,7 @@ def test_a_task_at_its_optimum_is_no_harm(aggregator):
         (lambda: graddrop(float("nan")), r"graddrop: `leak` must be in \[0, 1\]"),
         (lambda: trimmed_mean(-1), "trimmed_mean: `trim` must be an integer"),
         (lambda: trimmed_mean(0.2), "trimmed_mean: `trim` must be an integer"),
-        (lambda: moco(beta=0.0), "moco: `beta` must be positive"),
+        (lambda: moco(beta=0.0), "moco: `beta` must be in"),
         (lambda: moco(beta=1.5), r"moco: `beta` must be in \(0, 1\]"),
         (lambda: moco(gamma=-1.0), "moco: `gamma` must be at least 0"),
         (lambda: moco(rho=float("inf")), "moco: `rho` must be at least 0"),

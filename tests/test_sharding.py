@@ -195,6 +195,8 @@ def test_train_steps_give_what_one_device_gives(signal, layout):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 
     jax.tree.map(check, state.params, initial)
+    if signal == "task gradients" and layout == "fsdp, Auto":
+        assert not state.weighting_state.inner.smoothed["encoder"]["mix"].is_fully_replicated
 
 
 @pytest.mark.parametrize("signal", SIGNALS)

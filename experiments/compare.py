@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import shlex
 import signal
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Annotated, NoReturn
 
+import absl.logging
 import tyro
 
 from experiments.problems import PROBLEMS, build_problem
@@ -128,12 +130,16 @@ def main(arguments: list[str] | None = None) -> None:
     words = [word for word in given if word not in ("--resume", "--no-resume")]
     command = shlex.join(["python", "-m", "experiments.compare", *words])
     hint = f"To continue:\n\n    {command} --resume\n" if config.checkpoint_every else ""
+    absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs errors that it also raises
     with _signals_interrupt():
         try:
             _run(config, command, hint)
         except Interrupted as interruption:
             print(f"Interrupted. {hint}", file=sys.stderr)
-            sys.exit(interruption.status)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # XLA may still compile in a thread, and crashes when Python is taken down under it.
+            os._exit(interruption.status)
 
 
 def _run(config: Config, command: str, hint: str) -> None:

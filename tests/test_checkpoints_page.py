@@ -20,7 +20,6 @@ def test_code_resumes(tmp_path):
     assert int(first.step) == 15
     resumed = train(30, tmp_path / "resumed")
     assert digest(resumed) == digest(undisturbed) != digest(first)
-    (stored,) = (tmp_path / "resumed" / "30" / "digest").iterdir()
-    stored.write_text('"0"')
+    (tmp_path / "resumed" / "30" / "digest" / "metadata").write_text('"0"')
     with pytest.raises(ValueError, match="step 30 .* is damaged"):
         train(40, tmp_path / "resumed")

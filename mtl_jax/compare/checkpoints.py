@@ -21,6 +21,8 @@ from mtl_jax.compare.fingerprint import (
 )
 from mtl_jax.compare.run import Run
 
+_ARRAY = "array of the history"
+
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoints:
@@ -155,7 +157,9 @@ class RunCheckpoints:
             "run": record,
             "digests": {name: digest(tree) for name, tree in trees.items()},
         }
-        items = {name: self._args.StandardSave(tree) for name, tree in trees.items()}
+        items: dict[str, Any] = {
+            name: self._args.StandardSave(tree) for name, tree in trees.items()
+        }
         items["record"] = self._args.JsonSave({"content": content, "digest": _of_json(content)})
         try:
             self._manager.save(run.epochs, args=self._args.Composite(**items))
@@ -208,36 +212,30 @@ def _quoted(name: str) -> str:
 
 
 def _split(run: Run) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What JSON can hold of a run, with the arrays' numbers in their places, and the arrays."""
+    """What JSON can hold of a run, with the names of the arrays in their places, and the arrays."""
     arrays: dict[str, np.ndarray] = {}
 
-    def number(value: Any) -> Any:
-        if isinstance(value, np.ndarray):
-            arrays[str(len(arrays))] = value
-            return {"array": str(len(arrays) - 1)}
-        return value
+    def take_out(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: take_out(entry) for key, entry in value.items()}
+        if not isinstance(value, np.ndarray):
+            return value
+        name = f"array_{len(arrays)}"
+        arrays[name] = value
+        return {_ARRAY: name}
 
-    record = {
-        name: {key: number(entry) for key, entry in value.items()}
-        if isinstance(value, dict)
-        else value
-        for name, value in vars(run).items()
-    }
-    return record, arrays
+    return take_out(vars(run)), arrays
 
 
 def _join(record: dict[str, Any], arrays: dict[str, np.ndarray]) -> Run:
-    def look_up(value: Any) -> Any:
-        return arrays[value["array"]] if isinstance(value, dict) else value
+    def put_back(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if _ARRAY in value:
+            return arrays[value[_ARRAY]]
+        return {key: put_back(entry) for key, entry in value.items()}
 
-    return Run(
-        **{
-            name: {key: look_up(entry) for key, entry in value.items()}
-            if isinstance(value, dict)
-            else value
-            for name, value in record.items()
-        }
-    )
+    return Run(**put_back(record))
 
 
 def _of_json(content: Any) -> str:

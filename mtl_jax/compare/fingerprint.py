@@ -1,12 +1,13 @@
 """What tells one run from another: digests of arrays, and the fingerprint of a configuration."""
 
 import hashlib
+import importlib.metadata
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jaxlib
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -47,12 +48,12 @@ def digest(tree: PyTree) -> str:
     found = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         kind = ""
-        if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             kind, leaf = str(jax.random.key_impl(leaf)), jax.random.key_data(leaf)
         array = np.ascontiguousarray(leaf)
         name = jax.tree_util.keystr(path)
         found.update(f"{name} {kind} {array.dtype} {np.shape(leaf)}\n".encode())
-        found.update(array.reshape(-1).view(np.uint8))
+        found.update(array.reshape(-1).view(np.uint8).data)
     return found.hexdigest()
 
 
@@ -65,7 +66,7 @@ def where_it_runs() -> Fingerprint:
     """What decides a program's last bits besides the program."""
     return {
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
         "device": f"{jax.default_backend()} {jax.devices()[0].device_kind}",
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", "").strip(),
     }

@@ -209,12 +209,13 @@ def compare(
         )
 
     # What is finished is read, and all configurations are checked, before anything is trained.
-    for trainer, seed in plan if checkpoints is not None else ():
-        of_run = checkpoints.of_run(problem.name, trainer.name, seed)
-        run = trainer.read(seed, of_run) if of_run.folder.exists() else None
-        if run is not None and trainer.is_finished(run):
-            finished[trainer.name, seed] = run
-            on_epoch(run)
+    if checkpoints is not None:
+        for trainer, seed in plan:
+            of_run = checkpoints.of_run(problem.name, trainer.name, seed)
+            run = trainer.read(seed, of_run) if of_run.folder.exists() else None
+            if run is not None and trainer.is_finished(run):
+                finished[trainer.name, seed] = run
+                on_epoch(run)
     if finished:
         on_run(so_far())
     for trainer, seed in plan:

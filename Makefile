@@ -9,7 +9,7 @@ CORE_TESTS := $(addprefix tests/, loss_weightings/test_golden.py gramian_weighti
 .PHONY: demo test test-lowest setup clean
 
 demo: $(VENV)/installed
-	$(BIN)/python -m experiments.compare
+	$(BIN)/python -m experiments.compare --resume
 
 test: $(VENV)/installed
 	$(BIN)/ruff check

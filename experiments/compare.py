@@ -1,15 +1,28 @@
 """Compare weightings on the shipped problems: ``python -m experiments.compare --help``."""
 
+import contextlib
 import dataclasses
+import os
 import pathlib
 import shlex
+import signal
 import sys
-from typing import Annotated
+from collections.abc import Iterator
+from types import FrameType
+from typing import Annotated, NoReturn
 
+import absl.logging
 import tyro
 
 from experiments.problems import PROBLEMS, build_problem
-from mtl_jax.compare import WEIGHTINGS, Problem, compare_and_report, look_up, named_weightings
+from mtl_jax.compare import (
+    WEIGHTINGS,
+    OtherConfigurationError,
+    Problem,
+    compare_and_report,
+    look_up,
+    named_weightings,
+)
 from mtl_jax.compare.referee import make_weightings
 from mtl_jax.compare.training import steps_per_epoch
 
@@ -24,7 +37,8 @@ _WEIGHTINGS_HELP = (
 class Config:
     """Train one network with each of several weightings, beside each task trained alone.
 
-    Prints a table for each problem and leaves tables, pictures and numbers in RUNS_DIR/NAME.
+    Prints a table for each problem and leaves tables, pictures and numbers in RUNS_DIR/NAME, and
+    the checkpoints from which --resume continues.
     """
 
     problem: Annotated[tuple[str, ...], tyro.conf.arg(help=_PROBLEMS_HELP)] = (
@@ -51,6 +65,11 @@ class Config:
     """Whether to measure how the tasks' gradients conflict for all weightings, not only for those
     that read them: steps cost a little more, and on a problem without encoder and heads a
     backward pass for each task."""
+    checkpoint_every: int | None = 1
+    """Epochs between two checkpoints of a run; None for no checkpoints."""
+    resume: bool = False
+    """Whether to continue the comparison in RUNS_DIR/NAME, if there is one: finished runs are not
+    run again, and the results are those of a comparison that was never interrupted."""
     data_dir: str | None = None
     """Folder with prepared tensorflow-datasets data, for the problems that read such."""
     name: str = "compare"
@@ -79,30 +98,87 @@ def build_problems(config: Config) -> list[Problem]:
     return problems
 
 
+class Interrupted(KeyboardInterrupt):
+    """The process got the signal to end."""
+
+    def __init__(self, number: int) -> None:
+        self.status = 128 + number  # as a shell says it
+
+
+@contextlib.contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Ctrl-C and the signal that ends a job on a cluster are an exception, and so tidied up."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    old = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; exits with status 2 after a message if the configuration is wrong."""
+    """Run the command line; exits with status 2 after a message if the configuration is wrong.
+
+    Interrupted, it exits with 128 plus the signal's number; with 1 if a file cannot be written.
+    """
     config = tyro.cli(Config, prog="python -m experiments.compare", args=arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    words = [word for word in given if word not in ("--resume", "--no-resume")]
+    command = shlex.join(["python", "-m", "experiments.compare", *words])
+    hint = f"To continue:\n\n    {command} --resume\n" if config.checkpoint_every else ""
+    absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs errors that it also raises
+    with _signals_interrupt():
+        try:
+            _run(config, command, hint)
+        except Interrupted as interruption:
+            print(f"Interrupted. {hint}", file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # XLA may still compile in a thread, and crashes when Python is taken down under it.
+            os._exit(interruption.status)
+
+
+def _run(config: Config, command: str, hint: str) -> None:
     try:
         if config.seeds < 1:
             raise ValueError(f"--seeds must be at least 1, got {config.seeds}.")
+        if config.checkpoint_every is not None and config.checkpoint_every < 1:
+            raise ValueError(
+                f"--checkpoint-every must be at least 1, got {config.checkpoint_every}."
+            )
+        if config.checkpoint_every is None and config.resume:
+            raise ValueError("--resume needs checkpoints: give --checkpoint-every a number.")
         weightings = named_weightings(list(config.weightings))
         problems = build_problems(config)
         for problem in problems:
             make_weightings(problem, weightings)
     except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    given = sys.argv[1:] if arguments is None else arguments
-    words = ["python", "-m", "experiments.compare", *given]
-    compare_and_report(
-        problems,
-        weightings,
-        config.runs_dir / config.name,
-        seeds=range(config.seeds),
-        alone=config.alone,
-        conflict=config.conflict,
-        command=shlex.join(words),
-    )
+        _fail(error, status=2)
+    try:
+        compare_and_report(
+            problems,
+            weightings,
+            config.runs_dir / config.name,
+            seeds=range(config.seeds),
+            alone=config.alone,
+            conflict=config.conflict,
+            checkpoint_every=config.checkpoint_every,
+            resume=config.resume,
+            command=command,
+        )
+    except (OtherConfigurationError, FileExistsError) as error:
+        _fail(error, status=2)
+    except OSError as error:
+        _fail(f"{error}\n{hint}", status=1)
+
+
+def _fail(error: object, status: int) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

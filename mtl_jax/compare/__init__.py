@@ -5,21 +5,26 @@ the weightings on it, :func:`compare_and_report` prints tables and leaves tables
 numbers in a folder. Nothing else in mtl_jax imports it.
 """
 
+from mtl_jax.compare.checkpoints import Checkpoints
+from mtl_jax.compare.fingerprint import OtherConfigurationError, digest
 from mtl_jax.compare.problem import Problem, Task
 from mtl_jax.compare.referee import Comparison, compare
 from mtl_jax.compare.report import compare_and_report
-from mtl_jax.compare.training import Run
+from mtl_jax.compare.run import Run
 from mtl_jax.compare.weightings import WEIGHTINGS, RunSettings, look_up, named_weightings
 
 __all__ = [
     "WEIGHTINGS",
+    "Checkpoints",
     "Comparison",
+    "OtherConfigurationError",
     "Problem",
     "Run",
     "RunSettings",
     "Task",
     "compare",
     "compare_and_report",
+    "digest",
     "look_up",
     "named_weightings",
 ]

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from mtl_jax.compare.referee import Comparison
-from mtl_jax.compare.training import Place, Run
+from mtl_jax.compare.run import Place, Run
 
 PLACES: dict[Place, str] = {
     "representation": "at the representation",

@@ -1,6 +1,8 @@
 """The comparison: every weighting on one problem, over several seeds, beside each task alone."""
 
+import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -9,8 +11,11 @@ import numpy as np
 
 import mtl_jax
 from mtl_jax.base import Aggregator, Weighting
+from mtl_jax.compare.checkpoints import Checkpoints
+from mtl_jax.compare.metrics import Evaluator
 from mtl_jax.compare.problem import Problem
-from mtl_jax.compare.training import Evaluator, Run, Trainer, steps_per_epoch
+from mtl_jax.compare.run import Run
+from mtl_jax.compare.training import Trainer, steps_per_epoch
 from mtl_jax.compare.weightings import WEIGHTINGS, MakeWeighting, RunSettings
 from mtl_jax.evaluation import delta_m
 from mtl_jax.train import TrainState
@@ -28,12 +33,14 @@ class Comparison:
       seeds: the seeds.
       runs: the runs of each weighting, in the order of the seeds.
       alone: for each task, the runs of the network trained on that task alone.
+      unfinished: how many runs are missing, while or since the comparison was not finished.
     """
 
     problem: Problem
     seeds: tuple[int, ...]
     runs: Mapping[str, Sequence[Run]]
     alone: Mapping[str, Sequence[Run]]
+    unfinished: int = 0
 
     def metrics(self, run: Run, epoch: int = -1) -> dict[str, float]:
         """The test metric of each task that the run trained, after an epoch."""
@@ -58,14 +65,21 @@ class Comparison:
         return int(np.nanargmax(changes)) if np.isfinite(changes).any() else len(changes) - 1
 
     def change_from_alone(self, run: Run, *, best: bool = False) -> float:
-        """Mean relative change of the test metrics against each task alone with the same seed."""
+        """Mean relative change of the test metrics against each task alone with the same seed.
+
+        NaN if a task alone failed, scored 0, or is not finished with this seed.
+        """
 
         def metric(run: Run, task: str) -> float:
             return run.test[task][self.best_epoch(run) if best else -1]
 
-        number = self.seeds.index(run.seed)
-        alone = {task: metric(runs[number], task) for task, runs in self.alone.items()}
-        if any(runs[number].failure for runs in self.alone.values()) or not all(alone.values()):
+        alone = {
+            task: metric(lone, task)
+            for task, runs in self.alone.items()
+            for lone in runs
+            if lone.seed == run.seed and lone.failure is None
+        }
+        if set(alone) != set(self.problem.tasks) or not all(alone.values()):
             return float("nan")
         directions = {task: self.problem.tasks[task].higher_is_better for task in alone}
         return delta_m({task: metric(run, task) for task in alone}, alone, directions)
@@ -123,7 +137,9 @@ def compare(
     seeds: Sequence[int] = (0, 1, 2),
     alone: bool = True,
     conflict: bool = False,
+    checkpoints: str | os.PathLike[str] | Checkpoints | None = None,
     on_epoch: Callable[[Run], None] = lambda run: None,
+    on_run: Callable[[Comparison], None] = lambda comparison: None,
 ) -> Comparison:
     """Train the problem's network with every weighting and every seed.
 
@@ -139,7 +155,13 @@ def compare(
       conflict: whether to measure how the task gradients conflict also for the weightings that do
         not read them. It costs them what reading the Gramian costs: little where the problem has an
         encoder and heads, else a backward pass for each task.
-      on_epoch: called with the run after every epoch of it.
+      checkpoints: a folder for checkpoints of the runs, or :class:`Checkpoints`, which says also
+        how often they are saved, and whether to resume. Resumed, a comparison comes out as if it
+        had never been interrupted, bit for bit: runs that are finished are read, and the one that
+        is not goes on from its last checkpoint.
+      on_epoch: called with the run after every epoch of it, and with every run that was read.
+      on_run: called with the comparison as far as it has come, after every run and after all that
+        is finished was read.
 
     Returns:
       The comparison.
@@ -147,6 +169,10 @@ def compare(
     Raises:
       ValueError: if there are no seeds or one is given twice, the problem's settings do not fit
         its data, or a weighting cannot run on the problem; before anything is trained.
+      FileExistsError: if there are checkpoints, and it was not said to resume.
+      OtherConfigurationError: a ``ValueError``; if the checkpoints are of runs with other settings,
+        data or programs than these, or were made elsewhere.
+      OSError: if a checkpoint cannot be written.
     """
     seeds = tuple(seeds)
     if not seeds or len(set(seeds)) != len(seeds):
@@ -161,16 +187,48 @@ def compare(
         Trainer(problem, evaluate, mtl_jax.equal(), f"{task} alone", [task])
         for task in (problem.tasks if alone else ())
     ]
-    runs: dict[str, list[Run]] = {trainer.name: [] for trainer in trainers + lone_trainers}
-    for seed in seeds:  # outermost, so that a slow moment of the machine falls on all alike
-        for trainer in trainers + lone_trainers:
-            run = Run(trainer.name, seed)
-            for run in trainer.run(seed):
+    if checkpoints is not None:
+        if not isinstance(checkpoints, Checkpoints):
+            checkpoints = Checkpoints(checkpoints)
+        checkpoints.begin(problem.name)
+    # Seeds outermost, so that a slow moment of the machine falls on all alike.
+    plan = [(trainer, seed) for seed in seeds for trainer in trainers + lone_trainers]
+    finished: dict[tuple[str, int], Run] = {}
+
+    def so_far() -> Comparison:
+        def of(trainer: Trainer) -> list[Run]:
+            keys = [(trainer.name, seed) for seed in seeds]
+            return [finished[key] for key in keys if key in finished]
+
+        return Comparison(
+            problem=problem,
+            seeds=seeds,
+            runs={trainer.name: of(trainer) for trainer in trainers if of(trainer)},
+            alone={trainer.tasks[0]: of(trainer) for trainer in lone_trainers if of(trainer)},
+            unfinished=len(plan) - len(finished),
+        )
+
+    # What is finished is read, and all configurations are checked, before anything is trained.
+    if checkpoints is not None:
+        for trainer, seed in plan:
+            of_run = checkpoints.of_run(problem.name, trainer.name, seed)
+            run = trainer.read(seed, of_run) if of_run.folder.exists() else None
+            if run is not None and trainer.is_finished(run):
+                finished[trainer.name, seed] = run
                 on_epoch(run)
-            runs[trainer.name].append(run)
-    return Comparison(
-        problem=problem,
-        seeds=seeds,
-        runs={trainer.name: runs[trainer.name] for trainer in trainers},
-        alone={trainer.tasks[0]: runs[trainer.name] for trainer in lone_trainers},
-    )
+    if finished:
+        on_run(so_far())
+    for trainer, seed in plan:
+        if (trainer.name, seed) in finished:
+            continue
+        run = Run(trainer.name, seed)
+        with (
+            contextlib.nullcontext()
+            if checkpoints is None
+            else checkpoints.of_run(problem.name, trainer.name, seed)
+        ) as saved:
+            for run in trainer.run(seed, saved):
+                on_epoch(run)
+        finished[trainer.name, seed] = run
+        on_run(so_far())
+    return so_far()

@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,11 +14,12 @@ import rich.console
 import rich.markdown
 import rich.progress
 
+from mtl_jax.compare.checkpoints import Checkpoints, problems_in
 from mtl_jax.compare.pictures import conflict_figure, metrics_figure, thinned, weights_figure
 from mtl_jax.compare.problem import Problem
 from mtl_jax.compare.referee import BASELINE, Comparison, compare, make_weightings
+from mtl_jax.compare.run import Run
 from mtl_jax.compare.tables import markdown_report, markdown_table
-from mtl_jax.compare.training import Run
 from mtl_jax.compare.weightings import MakeWeighting
 
 
@@ -30,6 +31,8 @@ def compare_and_report(
     seeds: Sequence[int] = (0, 1, 2),
     alone: bool = True,
     conflict: bool = False,
+    checkpoint_every: int | None = 1,
+    resume: bool = False,
     command: str = "",
 ) -> list[Comparison]:
     """Compare the weightings on every problem, print the tables and write the results.
@@ -37,7 +40,9 @@ def compare_and_report(
     The folder receives ``results.json`` (all that is the same when run again on the same machine),
     ``timing.json`` (times, versions, machine), and for each problem ``<problem>.md`` (the tables),
     ``<problem>_metrics.png``, ``<problem>_weights.png`` and, if the task gradients were measured,
-    ``<problem>_conflict.png``.
+    ``<problem>_conflict.png``; its folder ``checkpoints`` holds what is needed to resume. Every
+    file is replaced as a whole. Interrupted or failed, it leaves the tables and the numbers of the
+    runs that are finished, without pictures.
 
     Args:
       problems: the problems.
@@ -46,6 +51,9 @@ def compare_and_report(
       seeds: the seeds.
       alone: whether to train each task alone, too.
       conflict: whether to measure conflicts for all weightings, as in :func:`compare`.
+      checkpoint_every: the epochs between two checkpoints of a run; ``None`` for no checkpoints.
+      resume: whether to continue the comparison that the folder holds, if it holds one. Finished
+        runs are not run again; weightings, seeds and problems may be added.
       command: the command that makes these results, for the reader of the tables.
 
     Returns:
@@ -53,21 +61,43 @@ def compare_and_report(
 
     Raises:
       ValueError: as :func:`compare`, for any of the problems before the first is trained.
+      FileExistsError: if the folder holds a comparison that this is not to continue, or that it
+        could not continue.
+      OtherConfigurationError, OSError: as :func:`compare`.
     """
     for problem in problems:
         make_weightings(problem, weightings)
     folder = pathlib.Path(folder)
+    checkpoints = None
+    if checkpoint_every is None and resume:
+        raise ValueError("To resume, `checkpoint_every` must be a number of epochs; it is None.")
+    if checkpoint_every is not None:
+        checkpoints = Checkpoints(folder / "checkpoints", every=checkpoint_every, resume=resume)
+    _check_folder(folder, [problem.name for problem in problems], resume)
     folder.mkdir(parents=True, exist_ok=True)
     console = rich.console.Console()
     if not console.is_terminal:  # a file or a pipe does not limit the width
         console = rich.console.Console(width=140)
     comparisons = []
     for problem in problems:
-        comparison = _compare(problem, weightings, seeds, alone, conflict, console)
+        finished: list[Comparison] = []  # as far as it has come, the latest last
+        try:
+            comparison = _compare(
+                problem,
+                weightings,
+                console,
+                seeds=seeds,
+                alone=alone,
+                conflict=conflict,
+                checkpoints=checkpoints,
+                on_run=finished.append,
+            )
+        except BaseException:  # an interruption, too
+            if finished:
+                _write(folder, [*comparisons, finished[-1]], command, console)
+            raise
         comparisons.append(comparison)
-        console.print(f"\n[bold]{problem.name}[/bold]: test metrics after the last epoch")
-        console.print(rich.markdown.Markdown(markdown_table(comparison)))
-        _write_text(folder / f"{problem.name}.md", markdown_report(comparison, command=command))
+        _write(folder, comparisons, command, console)
         for name, figure in (
             ("metrics", metrics_figure(comparison)),
             ("weights", weights_figure(comparison)),
@@ -75,11 +105,48 @@ def compare_and_report(
         ):
             if figure is None:
                 continue
-            figure.savefig(folder / f"{problem.name}_{name}.png", dpi=120)
-        _write_json(folder / "results.json", {c.problem.name: results(c) for c in comparisons})
-        _write_json(folder / "timing.json", timing(comparisons))
+            picture = folder / f"{problem.name}_{name}.png"
+            _replace(picture, lambda path, figure=figure: figure.savefig(path, dpi=120))
     console.print(f"Tables, pictures and numbers: {folder}")
     return comparisons
+
+
+def _write(
+    folder: pathlib.Path,
+    comparisons: Sequence[Comparison],
+    command: str,
+    console: rich.console.Console,
+) -> None:
+    """Print the table of the last comparison, write its report, and the numbers of all."""
+    last = comparisons[-1]
+    name = last.problem.name
+    interrupted = f" ({last.unfinished} runs not finished)" if last.unfinished else ""
+    console.print(f"\n[bold]{name}[/bold]: test metrics after the last epoch{interrupted}")
+    console.print(rich.markdown.Markdown(markdown_table(last)))
+    _write_text(folder / f"{name}.md", markdown_report(last, command=command))
+    _write_json(folder / "results.json", {c.problem.name: results(c) for c in comparisons})
+    _write_json(folder / "timing.json", timing(comparisons))
+
+
+def _check_folder(folder: pathlib.Path, problems: Sequence[str], resume: bool) -> None:
+    """Never mix two comparisons in a folder."""
+    checkpoints = folder / "checkpoints"
+    ways_out = "choose another folder (--name on the command line), or remove this one"
+    if not resume and ((folder / "results.json").exists() or checkpoints.exists()):
+        raise FileExistsError(
+            f"{folder} holds a comparison already. Continue it with resume=True (--resume on the "
+            f"command line), or {ways_out}."
+        )
+    if not checkpoints.exists() and (folder / "results.json").exists():
+        raise FileExistsError(
+            f"{folder} holds results and no checkpoints to resume from: {ways_out}."
+        )
+    others = problems_in(checkpoints) - set(problems)
+    if others:
+        raise FileExistsError(
+            f"{folder} holds a comparison on {', '.join(sorted(others))}, too. To continue it, "
+            f"give all its problems; else {ways_out}."
+        )
 
 
 def results(comparison: Comparison) -> dict[str, Any]:
@@ -105,7 +172,7 @@ def results(comparison: Comparison) -> dict[str, Any]:
             task: [_run_results(comparison, run) for run in runs]
             for task, runs in comparison.alone.items()
         },
-    }
+    } | ({"unfinished_runs": comparison.unfinished} if comparison.unfinished else {})
 
 
 def timing(comparisons: Sequence[Comparison]) -> dict[str, Any]:
@@ -146,10 +213,11 @@ def timing(comparisons: Sequence[Comparison]) -> dict[str, Any]:
 def _compare(
     problem: Problem,
     weightings: Mapping[str, MakeWeighting],
+    console: rich.console.Console,
+    *,
     seeds: Sequence[int],
     alone: bool,
-    conflict: bool,
-    console: rich.console.Console,
+    **options: Any,
 ) -> Comparison:
     number = len({BASELINE, *weightings}) + (len(problem.tasks) if alone else 0)
     columns = (
@@ -159,17 +227,17 @@ def _compare(
         rich.progress.TextColumn("epochs"),
         rich.progress.TimeRemainingColumn(),
     )
+    done: dict[tuple[str, int], int] = {}
     with rich.progress.Progress(*columns, console=console) as progress:
         bar = progress.add_task(problem.name, total=number * len(seeds) * problem.epochs)
 
         def on_epoch(run: Run) -> None:
-            done = len(next(iter(run.test.values())))
-            advance = 1 if run.failure is None else 1 + problem.epochs - done
+            done[run.weighting, run.seed] = run.epochs if run.failure is None else problem.epochs
             description = f"{problem.name}: {run.weighting}, seed {run.seed}"
-            progress.update(bar, advance=advance, description=description)
+            progress.update(bar, completed=sum(done.values()), description=description)
 
         comparison = compare(
-            problem, weightings, seeds=seeds, alone=alone, conflict=conflict, on_epoch=on_epoch
+            problem, weightings, seeds=seeds, alone=alone, on_epoch=on_epoch, **options
         )
         progress.update(bar, description=problem.name)
     return comparison
@@ -218,7 +286,14 @@ def _write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def _write_text(path: pathlib.Path, text: str) -> None:
+    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _replace(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
     """Write a file so that at every moment the old or the new one is there, whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

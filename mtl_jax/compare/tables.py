@@ -7,7 +7,7 @@ import tabulate
 
 from mtl_jax.compare.problem import Problem
 from mtl_jax.compare.referee import BASELINE, Comparison
-from mtl_jax.compare.training import Run
+from mtl_jax.compare.run import Run
 from mtl_jax.evaluation import mean_interval
 
 
@@ -40,6 +40,8 @@ def markdown_table(comparison: Comparison, *, best: bool = False, timing: bool =
         row = [name] + [_metric(comparison, runs, task, best) for task in problem.tasks]
         if comparison.alone:
             changes = [comparison.change_from_alone(run, best=best) for run in _finished(runs)]
+            if comparison.unfinished:
+                changes = [change for change in changes if not math.isnan(change)]
             row.append(_interval([100 * change for change in changes], digits=2, sign="+"))
         if timing:
             row.append(f"{comparison.step_seconds(name) / comparison.step_seconds(BASELINE):.2f}")
@@ -49,7 +51,10 @@ def markdown_table(comparison: Comparison, *, best: bool = False, timing: bool =
     if comparison.alone:
         lone = [run for runs in comparison.alone.values() for run in runs]
         row = ["each task alone"]
-        row += [_metric(comparison, comparison.alone[task], task, best) for task in problem.tasks]
+        row += [
+            _metric(comparison, comparison.alone.get(task, ()), task, best)
+            for task in problem.tasks
+        ]
         row += [""] * (1 + timing) + ([_skipped(lone)] if skips else [])
         rows.append(row)
     return tabulate.tabulate(
@@ -62,6 +67,7 @@ def markdown_report(comparison: Comparison, *, command: str = "") -> str:
     problem = comparison.problem
     sizes = ", ".join(f"{problem.size(part):,} {part}" for part in ("train", "validation", "test"))
     number = len(comparison.seeds)
+    missing = comparison.unfinished
     lines = [
         f"# {problem.name}",
         "",
@@ -71,6 +77,10 @@ def markdown_report(comparison: Comparison, *, command: str = "") -> str:
         f"{problem.learning_rate:g}; {number} seed{'s' * (number != 1)}. Test metrics, mean ± 95 % "
         "interval over seeds. Step times: fastest epoch, relative to equal weights.",
         "",
+        *(
+            [f"**Interrupted: {missing} run{'s' * (missing != 1)} not finished.**", ""]
+            * (missing > 0)
+        ),
         "## After the last epoch",
         "",
         markdown_table(comparison),

@@ -1,9 +1,8 @@
 """One training run: a network, a weighting, a seed."""
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,52 +10,16 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from mtl_jax.base import Aggregator, Signal, Weighting
-from mtl_jax.compare.problem import Batch, Problem, Split
+from mtl_jax.compare.checkpoints import RunCheckpoints
+from mtl_jax.compare.fingerprint import Fingerprint, digest, text_digest, where_it_runs
+from mtl_jax.compare.metrics import Evaluator
+from mtl_jax.compare.problem import Batch, Problem
+from mtl_jax.compare.run import Place, Run
 from mtl_jax.representation import representation_value_and_grad
 from mtl_jax.tasks import read_mask, read_tasks
 from mtl_jax.train import TrainState, make_train_step
 from mtl_jax.transforms import value_and_grad
 from mtl_jax.weighing import GradientFn, MultiTaskValue
-
-Place = Literal["representation", "parameters"]
-"""Where the task gradients are measured."""
-
-
-@dataclasses.dataclass
-class Run:
-    """What came of one run. Lists over epochs start after the first epoch.
-
-    Attributes:
-      weighting: the weighting's name.
-      seed: the seed of initial parameters, batches and random numbers.
-      failure: why the run ended early, or ``None``.
-      skipped: the steps that were left out because their update was not finite.
-      train_losses: for each task the mean training loss of every epoch.
-      validation: for each task the metric on the validation split after every epoch.
-      test: for each task the metric on the test split after every epoch.
-      weights: for each task its weight at every step; empty for an aggregator, which has none.
-      measured_at: where the task gradients were measured: at the representation, or over the
-        parameters that the tasks share; ``None`` if they were not.
-      conflict: how the task gradients lie to each other at every step: ``"share"``, the share of
-        the pairs of tasks with a negative cosine, and ``"cosine"``, the mean cosine of the pairs.
-        NaN at a step that did not measure them, or had labels of one task only. Empty if they were
-        not measured.
-      epoch_seconds: the wall time of every epoch's training.
-      compile_seconds: the time that compiling the training took, if this run did.
-    """
-
-    weighting: str
-    seed: int
-    failure: str | None = None
-    skipped: int = 0
-    train_losses: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    validation: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    test: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    weights: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    measured_at: Place | None = None
-    conflict: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    epoch_seconds: list[float] = dataclasses.field(default_factory=list)
-    compile_seconds: float = 0.0
 
 
 class History(NamedTuple):
@@ -65,47 +28,6 @@ class History(NamedTuple):
     losses: dict[str, Array]
     weights: dict[str, Array] | None
     conflict: dict[str, Array] | None
-
-
-class Evaluator:
-    """Computes the metrics of a problem's tasks, compiled once for all runs.
-
-    Args:
-      problem: the problem.
-      batch_size: examples at a time.
-    """
-
-    def __init__(self, problem: Problem, batch_size: int = 500) -> None:
-        self.problem = problem
-        self._sums = jax.jit(self._sum_scores)
-        self._batches = {
-            part: list(_padded_batches(getattr(problem, part), problem.size(part), batch_size))
-            for part in ("validation", "test")
-        }
-
-    def __call__(self, params: PyTree, model_state: PyTree, part: str) -> dict[str, float]:
-        """The metric of each task: the mean score of the split's examples with its label."""
-        sums = [
-            jax.device_get(self._sums(params, model_state, batch, valid))
-            for batch, valid in self._batches[part]
-        ]
-        metrics = {}
-        for task in self.problem.tasks:
-            total = sum(float(batch[task][0]) for batch in sums)
-            count = sum(int(batch[task][1]) for batch in sums)
-            metrics[task] = total / count if count else float("nan")
-        return metrics
-
-    def _sum_scores(
-        self, params: PyTree, model_state: PyTree, batch: Batch, valid: Array
-    ) -> dict[str, tuple[Array, Array]]:
-        scores = self.problem.scores(params, model_state, batch)
-        labelled = None if self.problem.labelled is None else self.problem.labelled(batch)
-        sums = {}
-        for task in self.problem.tasks:
-            counted = valid if labelled is None else valid & labelled[task]
-            sums[task] = jnp.sum(jnp.where(counted, scores[task], 0)), jnp.sum(counted)
-        return sums
 
 
 class Trainer:
@@ -139,10 +61,51 @@ class Trainer:
         self.measured_at: Place | None = _measured_at(problem, weighting, conflict)
         self.steps = steps_per_epoch(problem)
         self.optimizer = problem.optimizer(problem.learning_rate, self.steps * problem.epochs)
+        self._lowered: jax.stages.Lowered | None = None
         self._compiled: Callable[..., Any] | None = None
 
-    def run(self, seed: int) -> Iterator[Run]:
-        """Train with a seed. Yields the run after every epoch, as far as it has come."""
+    def run(self, seed: int, checkpoints: RunCheckpoints | None = None) -> Iterator[Run]:
+        """Train with a seed. Yields the run after every epoch, as far as it has come.
+
+        With checkpoints the run goes on from where they end, which must not be at its end.
+
+        Raises:
+          OtherConfigurationError: if the checkpoints are of a run with another configuration.
+          OSError: if a checkpoint cannot be written.
+        """
+        state, order_key, train = self._start(seed)
+        run = Run(self.name, seed, measured_at=self.measured_at)
+        if checkpoints is not None:
+            fingerprint = self._fingerprint(state, order_key, train)
+            run, state = checkpoints.restore(fingerprint, state) or (run, state)
+        while not self.is_finished(run):
+            key = jax.random.fold_in(order_key, run.epochs)
+            train_epoch = self._compile(run, state, train, key)
+            start = time.perf_counter()
+            state, history = jax.block_until_ready(train_epoch(state, train, key))
+            run.epoch_seconds.append(time.perf_counter() - start)
+            self._record(run, state, jax.device_get(history))
+            if checkpoints is not None:
+                checkpoints.save(run, state, self.is_finished(run))
+            yield run
+
+    def read(self, seed: int, checkpoints: RunCheckpoints) -> Run | None:
+        """The run of a seed as its checkpoints have it; ``None`` if there is no good one.
+
+        Raises:
+          OtherConfigurationError: as :meth:`run`.
+        """
+        state, order_key, train = self._start(seed)
+        with checkpoints:
+            restored = checkpoints.restore(self._fingerprint(state, order_key, train), state)
+        return None if restored is None else restored[0]
+
+    def is_finished(self, run: Run) -> bool:
+        """Whether the run has come to its end, or failed."""
+        return run.failure is not None or run.epochs == self.problem.epochs
+
+    def _start(self, seed: int) -> tuple[TrainState, Array, Batch]:
+        """The first state, the key that the order of the data is drawn from, and the data."""
         init_key, order_key, rng, weighting_key = jax.random.split(jax.random.key(seed), 4)
         params, model_state = jax.jit(self.problem.init)(init_key)
         train = jax.tree.map(jnp.asarray, dict(self.problem.train))
@@ -158,19 +121,21 @@ class Trainer:
             weighting_key=weighting_key,
             shared=self.problem.shared,
         )
-        run = Run(self.name, seed, measured_at=self.measured_at)
-        history = []
-        for epoch in range(self.problem.epochs):
-            key = jax.random.fold_in(order_key, epoch)
-            train_epoch = self._compile(run, state, train, key)
-            start = time.perf_counter()
-            state, epoch_history = jax.block_until_ready(train_epoch(state, train, key))
-            run.epoch_seconds.append(time.perf_counter() - start)
-            history.append(jax.device_get(epoch_history))
-            self._record(run, state, history)
-            yield run
-            if run.failure is not None:
-                return
+        return state, order_key, train
+
+    def _fingerprint(self, state: TrainState, order_key: Array, train: Batch) -> Fingerprint:
+        """What decides the numbers of the run that starts so."""
+        key = jax.random.fold_in(order_key, 0)
+        return {
+            "epochs": self.problem.epochs,
+            "batch_size": self.problem.batch_size,
+            "learning_rate": self.problem.learning_rate,
+            "tasks": self.tasks,
+            "start": digest((state, order_key)),
+            "program": text_digest(self._lower(state, train, key).as_text()),
+            **self.evaluate.digests(state.params, state.model_state),
+            **where_it_runs(),
+        }
 
     def _losses(
         self, params: PyTree, model_state: PyTree, rng: Array, batch: Batch
@@ -214,11 +179,16 @@ class Trainer:
             diagnostics=True,
         )
 
+    def _lower(self, *args: Any) -> jax.stages.Lowered:
+        if self._lowered is None:
+            self._lowered = jax.jit(self._train_epoch, donate_argnums=0).lower(*args)
+        return self._lowered
+
     def _compile(self, run: Run, *args: Any) -> Callable[..., Any]:
         if self._compiled is None:
             start = time.perf_counter()
-            self._compiled = jax.jit(self._train_epoch, donate_argnums=0).lower(*args).compile()
-            run.compile_seconds = time.perf_counter() - start
+            self._compiled = self._lower(*args).compile()
+            run.compile_seconds += time.perf_counter() - start
         return self._compiled
 
     def _train_epoch(
@@ -248,32 +218,27 @@ class Trainer:
 
         return jax.lax.scan(step, state, order.reshape(self.steps, batch_size))
 
-    def _record(
-        self,
-        run: Run,
-        state: TrainState,
-        history: list[History],
-    ) -> None:
+    def _record(self, run: Run, state: TrainState, history: History) -> None:
         skipped = int(state.skipped)
         if skipped - run.skipped == self.steps:
-            run.failure = f"no finite update in epoch {len(history)}"
+            run.failure = f"no finite update in epoch {run.epochs}"
         run.skipped = skipped
         scores = {
             part: self.evaluate(state.params, state.model_state, part)
             for part in ("validation", "test")
         }
         for task in self.tasks:
-            losses = np.asarray(history[-1].losses[task])
+            losses = np.asarray(history.losses[task])
             finite = losses[np.isfinite(losses)]
             mean = float(finite.mean()) if finite.size else float("nan")
             run.train_losses.setdefault(task, []).append(mean)
             run.validation.setdefault(task, []).append(scores["validation"][task])
             run.test.setdefault(task, []).append(scores["test"][task])
-        steps = jax.tree.map(lambda *epochs: np.concatenate(epochs), *history)
-        if steps.weights is not None:
-            run.weights = {task: steps.weights[task] for task in self.tasks}
-        if steps.conflict is not None:
-            run.conflict = steps.conflict
+        if history.weights is not None:
+            for task in self.tasks:
+                _extend(run.weights, task, history.weights[task])
+        for kind, values in (history.conflict or {}).items():
+            _extend(run.conflict, kind, values)
 
 
 def _measured_at(
@@ -317,11 +282,6 @@ def steps_per_epoch(problem: Problem) -> int:
     return size // problem.batch_size
 
 
-def _padded_batches(split: Split, size: int, batch_size: int) -> Iterator[tuple[Batch, Array]]:
-    """The split in batches of one size, the last one filled up, and which examples are real."""
-    for start in range(0, size, batch_size):
-        indices = np.arange(start, start + batch_size)
-        valid = indices < size
-        taken = np.where(valid, indices, 0)
-        batch = {field: jnp.asarray(values[taken]) for field, values in split.items()}
-        yield batch, jnp.asarray(valid)
+def _extend(steps: dict[str, np.ndarray], name: str, values: Array) -> None:
+    more = np.asarray(values)
+    steps[name] = np.concatenate([steps[name], more]) if name in steps else more

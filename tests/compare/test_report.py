@@ -128,6 +128,7 @@ def test_folder_of_results(tmp_path, capsys):
     assert "each task alone" in printed
     names = sorted(path.name for path in (tmp_path / "first").iterdir())
     assert names == [
+        "checkpoints",
         "results.json",
         "timing.json",
         "toy.md",

@@ -2,8 +2,11 @@ import json
 import os
 import pathlib
 import re
+import shlex
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -24,6 +27,8 @@ ROOT = pathlib.Path(__file__).parents[2]
         ),
         (["--problem", "utterances", "--epochs", "0"], r"`epochs` must be at least 1, got 0"),
         (["--problem", "utterances", "--batch-size", "99999"], r"batch size, 99999, is larger"),
+        (["--checkpoint-every", "0"], r"--checkpoint-every must be at least 1, got 0"),
+        (["--checkpoint-every", "None", "--resume"], r"--resume needs checkpoints"),
         (["--problem", "ag_news", "--data-dir", "{tmp}"], r"ag_news_subset.*download_and_prepare"),
     ],
 )
@@ -48,25 +53,55 @@ def test_help_explains_every_option(capsys):
         ("--seeds", "3"),
         ("--epochs", "None"),
         ("--conflict", "False"),
+        ("--checkpoint-every", "1"),
+        ("--resume", "False"),
         ("--data-dir", "None"),
     ):
         assert option in printed
         assert f"(default: {default})" in printed
 
 
-def test_the_program_as_a_user_runs_it(tmp_path):
-    command = [sys.executable, "-m", "experiments.compare", "--problem", "utterances"]
+def test_the_program_as_a_user_runs_interrupts_and_resumes_it(tmp_path):
+    command = ["python", "-m", "experiments.compare", "--problem", "utterances"]
     command += ["--weightings", "adaptive", "upgrad", "--seeds", "2", "--epochs", "2"]
     command += ["--name", "mine", "--runs-dir", str(tmp_path)]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"COLUMNS": "120"}
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    for word in ("adaptive", "equal", "each task alone", "language accuracy, %", "step time"):
-        assert word in done.stdout
     folder = tmp_path / "mine"
+
+    def start(command):
+        return subprocess.Popen(
+            [sys.executable, *command[1:]],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"COLUMNS": "120"},
+        )
+
+    process = start(command)
+    second = folder / "checkpoints" / "utterances" / "adaptive_seed0"
+    while not second.exists() and process.poll() is None:  # the run of equal weights is not done
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate()
+    assert process.returncode == 130, errors
+    assert errors == f"Interrupted. To continue:\n\n    {shlex.join(command)} --resume\n\n"
+    assert "equal" in printed
+    partial = json.loads((folder / "results.json").read_text())["utterances"]
+    assert list(partial["weightings"]) == ["equal"]
+    assert partial["unfinished_runs"] == 11
+    assert "**Interrupted: 11 runs not finished.**" in (folder / "utterances.md").read_text()
+    times = json.loads((folder / "timing.json").read_text())["problems"]["utterances"]["runs"]
+
+    done = start(shlex.split(errors.splitlines()[2]))
+    printed, errors = done.communicate()
+    assert done.returncode == 0, errors
+    assert errors == ""
+    again = json.loads((folder / "timing.json").read_text())["problems"]["utterances"]["runs"]
+    assert again[0] == times[0]  # it was not run again
+    for word in ("adaptive", "equal", "each task alone", "language accuracy, %", "step time"):
+        assert word in printed
     assert {path.name for path in folder.iterdir()} == {
+        "checkpoints",
         "results.json",
         "timing.json",
         "utterances.md",
@@ -76,9 +111,45 @@ def test_the_program_as_a_user_runs_it(tmp_path):
     }
     results = json.loads((folder / "results.json").read_text())["utterances"]
     assert list(results["weightings"]) == ["equal", "adaptive", "upgrad"]
+    assert "unfinished_runs" not in results
     assert len(results["weightings"]["adaptive"][1]["test"]["topic"]) == 2
     conflict = results["weightings"]["upgrad"][0]["conflict"]
     assert conflict["measured_at"] == "representation"
     assert all(0 <= share <= 1 for share in conflict["share"])
     report = (folder / "utterances.md").read_text()
-    assert "--problem utterances --weightings adaptive upgrad --seeds 2 --epochs 2" in report
+    assert f"    {shlex.join(command)}\n" in report
+    assert "Interrupted" not in report
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_both_signals_end_it_alike(number, status, tmp_path, capsys, monkeypatch):
+    def compare_and_report(*args, **kwargs):
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr("experiments.compare.compare_and_report", compare_and_report)
+    monkeypatch.setattr("os._exit", sys.exit)
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    arguments = ["--problem", "utterances", "--name", "my own", "--resume"]
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == status
+    words = "python -m experiments.compare --problem utterances --name 'my own' --resume"
+    assert f"    {words}\n" in capsys.readouterr().err
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "hint"),
+    [(OSError("no space left"), 1, True), (FileExistsError("it is there"), 2, False)],
+)
+def test_what_cannot_be_written_is_said_plainly(error, status, hint, capsys, monkeypatch):
+    def compare_and_report(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("experiments.compare.compare_and_report", compare_and_report)
+    with pytest.raises(SystemExit) as ended:
+        main(["--problem", "utterances"])
+    assert ended.value.code == status
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {error}")
+    assert ("--problem utterances --resume" in printed) == hint

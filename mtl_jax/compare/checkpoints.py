@@ -1,0 +1,253 @@
+"""Checkpoints of the runs of a comparison, by Orbax, each with a digest of what it holds."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import urllib.parse
+import warnings
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from jaxtyping import PyTree
+
+from mtl_jax.compare.fingerprint import (
+    Fingerprint,
+    OtherConfigurationError,
+    difference,
+    digest,
+    text_digest,
+)
+from mtl_jax.compare.run import Run
+
+_ARRAY = "array of the history"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """Where and how often the runs of a comparison are checkpointed.
+
+    A run is checkpointed while it goes on training. What a finished run found is kept, and its
+    parameters and states are not.
+
+    Attributes:
+      folder: the folder for the checkpoints.
+      every: the epochs between two checkpoints of a run.
+      keep: how many checkpoints of a run are kept while it is not finished.
+      resume: whether to go on from the checkpoints that are in the folder. Without it they are an
+        error.
+    """
+
+    folder: str | os.PathLike[str]
+    every: int = 1
+    keep: int = 3
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"`{name}` of the checkpoints must be at least 1, got {getattr(self, name)}."
+                )
+
+    def begin(self, problem: str) -> None:
+        """Make the folder of a problem's runs.
+
+        Raises:
+          FileExistsError: if it is there, and the comparison is not to be resumed.
+        """
+        folder = self._folder(problem)
+        if folder.exists() and not self.resume:
+            raise FileExistsError(
+                f"{folder} holds the checkpoints of another comparison on {problem!r}. Continue it "
+                "with resume=True, or choose another folder, or remove this one."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def of_run(self, problem: str, name: str, seed: int) -> "RunCheckpoints":
+        """The checkpoints of the run of that name and seed, to be used in a ``with`` statement."""
+        return RunCheckpoints(self._folder(problem) / f"{_quoted(name)}_seed{seed}", self)
+
+    def _folder(self, problem: str) -> pathlib.Path:
+        return pathlib.Path(self.folder).absolute() / _quoted(problem)
+
+
+class RunCheckpoints:
+    """The checkpoints of one run: a step of Orbax for each epoch that was saved.
+
+    A step holds the record, which is JSON: what was found up to then, the fingerprint of the run's
+    configuration and the digests of the arrays; ``history``, the arrays of what was found; and
+    ``state``, the state to go on from, if the run is not finished.
+    """
+
+    def __init__(self, folder: pathlib.Path, options: Checkpoints) -> None:
+        self.folder, self._every, self._keep = folder, options.every, options.keep
+        self._fingerprint: Fingerprint = {}
+
+    def __enter__(self) -> Self:
+        import orbax.checkpoint as ocp  # only where checkpoints are used
+
+        self._args = ocp.args
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=self._keep, cleanup_tmp_directories=True
+            ),
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self._manager.close()
+        except Exception as failure:
+            raise self._not_written(failure) from failure
+
+    def restore(self, fingerprint: Fingerprint, state: PyTree) -> tuple[Run, PyTree] | None:
+        """Read the newest good checkpoint. A damaged one is removed, with a warning.
+
+        Args:
+          fingerprint: of the configuration; what is saved later is of this one, too.
+          state: the state that the run would start from, for structure, shapes and placement.
+
+        Returns:
+          The run as it was and its state, which is ``state`` if the run was finished; ``None`` if
+          there is no good checkpoint.
+
+        Raises:
+          OtherConfigurationError: if the checkpoint is of another configuration.
+        """
+        self._fingerprint = fingerprint
+        for epoch in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                return self._read(epoch, state)
+            except OtherConfigurationError:
+                raise
+            except Exception as error:  # damaged files make all kinds
+                warnings.warn(
+                    f"The checkpoint of epoch {epoch} in {self.folder} is damaged and left out: "
+                    f"{_brief(error)}",
+                    stacklevel=2,
+                )
+                self._manager.delete(epoch)
+        return None
+
+    def save(self, run: Run, state: PyTree, finished: bool) -> None:
+        """Save the run and its state after an epoch, if it is one to save after.
+
+        Returns once the arrays are copied to the host; files are written in the background. A
+        finished run is waited for, and what it had saved before is removed.
+
+        Raises:
+          OSError: if this or the previous checkpoint could not be written.
+        """
+        if not finished and run.epochs % self._every:
+            return
+        record, history = _split(run)
+        trees = {} if finished else {"state": state}
+        if history:
+            trees["history"] = history
+        content = {
+            "fingerprint": self._fingerprint,
+            "run": record,
+            "digests": {name: digest(tree) for name, tree in trees.items()},
+        }
+        items: dict[str, Any] = {
+            name: self._args.StandardSave(tree) for name, tree in trees.items()
+        }
+        items["record"] = self._args.JsonSave({"content": content, "digest": _of_json(content)})
+        try:
+            self._manager.save(run.epochs, args=self._args.Composite(**items))
+            if finished:
+                self._manager.wait_until_finished()
+                for epoch in set(self._manager.all_steps()) - {run.epochs}:
+                    self._manager.delete(epoch)
+        except Exception as error:
+            raise self._not_written(error) from error
+
+    def _read(self, epoch: int, state: PyTree) -> tuple[Run, PyTree]:
+        record = self._restore(epoch, record=self._args.JsonRestore())["record"]
+        content = record["content"]
+        _check(_of_json(content) == record["digest"], "record")
+        if changed := difference(self._fingerprint, content["fingerprint"]):
+            raise OtherConfigurationError(
+                f"The checkpoints in {self.folder} are of another configuration: {changed}. "
+                "Go on with the old one, or begin with the new one in another folder."
+            )
+        targets = {"history": None, "state": state}
+        trees = self._restore(
+            epoch,
+            **{name: self._args.StandardRestore(targets[name]) for name in content["digests"]},
+        )
+        for name, expected in content["digests"].items():
+            _check(digest(trees[name]) == expected, name)
+        return _join(content["run"], trees.get("history", {})), trees.get("state", state)
+
+    def _restore(self, epoch: int, **items: Any) -> dict[str, Any]:
+        if not items:
+            return {}
+        return dict(self._manager.restore(epoch, args=self._args.Composite(**items)).items())
+
+    def _not_written(self, error: Exception) -> OSError:
+        return OSError(
+            f"A checkpoint in {self.folder} could not be written, as when the disk is full; those "
+            f"before it are kept. {_brief(error)}"
+        )
+
+
+def problems_in(folder: pathlib.Path) -> set[str]:
+    """The names of the problems that have checkpoints in the folder."""
+    if not folder.exists():
+        return set()
+    return {urllib.parse.unquote(path.name) for path in folder.iterdir() if path.is_dir()}
+
+
+def _quoted(name: str) -> str:
+    return urllib.parse.quote(name, safe=" ")
+
+
+def _split(run: Run) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What JSON can hold of a run, with the names of the arrays in their places, and the arrays."""
+    arrays: dict[str, np.ndarray] = {}
+
+    def take_out(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: take_out(entry) for key, entry in value.items()}
+        if not isinstance(value, np.ndarray):
+            return value
+        name = f"array_{len(arrays)}"
+        arrays[name] = value
+        return {_ARRAY: name}
+
+    return take_out(vars(run)), arrays
+
+
+def _join(record: dict[str, Any], arrays: dict[str, np.ndarray]) -> Run:
+    def put_back(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if _ARRAY in value:
+            return arrays[value[_ARRAY]]
+        return {key: put_back(entry) for key, entry in value.items()}
+
+    return Run(**put_back(record))
+
+
+def _of_json(content: Any) -> str:
+    return text_digest(json.dumps(content, sort_keys=True))
+
+
+def _brief(error: Exception) -> str:
+    """The beginning and the end of a message, which from below can be pages long."""
+    text = " ".join(str(error).split())
+    return text if len(text) < 400 else f"{text[:150]} ... {text[-200:]}"
+
+
+def _check(as_written: bool, name: str) -> None:
+    if not as_written:
+        raise ValueError(f"its {name} is not what was written (the digests differ)")

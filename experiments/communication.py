@@ -113,9 +113,7 @@ def placed(tree: Any, mesh: Mesh, *, spread: bool) -> Any:
     return jax.tree.map(place, tree)
 
 
-def compiled_step(
-    way: str, layout: str, tasks: int, axis_type: AxisType = AxisType.Auto
-) -> str:
+def compiled_step(way: str, layout: str, tasks: int, axis_type: AxisType = AxisType.Auto) -> str:
     """The HLO text of a train step on all devices.
 
     Args:
@@ -146,7 +144,9 @@ def compiled_step(
     state = placed(jax.eval_shape(initial, params), mesh, spread=layout == "fsdp")
     batch = placed(batch, mesh, spread=True)
     with jax.set_mesh(mesh):
-        return jax.jit(step, donate_argnums=0).lower(state, batch).compile().as_text()
+        text = jax.jit(step, donate_argnums=0).lower(state, batch).compile().as_text()
+    assert text is not None
+    return text
 
 
 def _in_encoder(path: str) -> bool:
@@ -212,9 +212,7 @@ def main(arguments: list[str] | None = None) -> None:
         if value < 2:
             print(f"error: {name} must be at least 2, got {value}.", file=sys.stderr)
             sys.exit(2)
-    measured = {
-        devices: measure(devices, config.tasks, tuple(WAYS)) for devices in config.devices
-    }
+    measured = {devices: measure(devices, config.tasks, tuple(WAYS)) for devices in config.devices}
     given = sys.argv[1:] if arguments is None else arguments
     print(markdown_table(measured))
     print(f"\nMade by `{shlex.join(['python', '-m', 'experiments.communication', *given])}`")

@@ -94,8 +94,8 @@ def check_global(losses: Losses, params: PyTree, axes: tuple[str, ...]) -> None:
             raise ValueError(
                 f"The loss {leaf_name(path)!r} differs between the devices along {axis!r}: inside "
                 "shard_map the losses must be those of the whole batch. Take jax.lax.pmean(loss, "
-                f"{axis!r}), or, where labels are missing, divide jax.lax.psum of the devices' sums "
-                "by that of their counts."
+                f"{axis!r}), or, where labels are missing, divide jax.lax.psum of the devices' "
+                "sums by that of their counts."
             )
 
 

@@ -195,6 +195,8 @@ def test_train_steps_give_what_one_device_gives(signal, layout):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 
     jax.tree.map(check, state.params, initial)
+    if signal == "task gradients" and layout == "fsdp, Auto":
+        assert not state.weighting_state.inner.smoothed["encoder"]["mix"].is_fully_replicated
 
 
 @pytest.mark.parametrize("signal", SIGNALS)
@@ -298,7 +300,8 @@ def test_a_gramian_sends_nothing_but_itself(axis_type, axis):
 # Errors in shard_map
 
 
-def spread_call(transform_, weighting, params=PARAMS, spec=P(), **options):
+def spread_call(transform_, weighting, params=PARAMS, spec=None, **options):
+    spec = P() if spec is None else spec
     if isinstance(weighting, mtl_jax.Aggregator):
         state = weighting.init(params, dict.fromkeys(TASKS, 0.0))
     else:

@@ -1,6 +1,7 @@
 """Train on the devices of several processes: start it in each, with the process's number."""
 
 import argparse
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -29,15 +30,16 @@ jax.distributed.initialize(
 
 
 def losses_fn(params, x):
+    """Two errors, of the sum of x and of a product."""
     z = jnp.tanh(x @ params["encoder"])
     targets = {"sum": jnp.sum(x, axis=1), "product": x[:, 0] * x[:, 1]}
     return {task: jnp.mean((z @ params[task] - target) ** 2) for task, target in targets.items()}
 
 
 def initial():
-    normal, keys = jax.random.normal, jax.random.split(jax.random.key(0), 3)
-    params = {"encoder": normal(keys[0], (4, 16)), "sum": normal(keys[1], (16,)) / 4}
-    params["product"] = normal(keys[2], (16,)) / 4
+    """The state before the first step, the same in all processes."""
+    normal = functools.partial(jax.random.normal, jax.random.key(0))
+    params = {"encoder": normal((4, 16)), "sum": normal((16,)), "product": normal((16,))}
     return mtl_jax.TrainState.create(params, optimizer, weighting, {"sum": 0.0, "product": 0.0})
 
 

@@ -1,4 +1,4 @@
-"""The code on the page about many devices runs, and its three ways agree."""
+"""The page about many devices: its code runs, in three ways that agree; its table is complete."""
 
 import pathlib
 import re
@@ -6,11 +6,13 @@ import re
 import jax
 import numpy as np
 
-PAGE = pathlib.Path(__file__).parents[1] / "docs" / "scale.md"
+from experiments.communication import WAYS
+
+PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "scale.md").read_text(encoding="utf-8")
 
 
 def test_code_runs():
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert len(blocks) == 4
     names, states = {}, []
     for block in blocks:
@@ -27,3 +29,9 @@ def test_code_runs():
     in_parts = states[2]
     for leaf in (in_parts.params["encoder"], in_parts.opt_state[0].mu["encoder"]):
         assert leaf.sharding.spec == jax.sharding.PartitionSpec("data")
+
+
+def test_table_is_complete():
+    rows = re.findall(r"^\| (.*?) +\|", PAGE, re.MULTILINE)
+    assert rows == ["step", *WAYS]
+    assert "Made by `python -m experiments.communication`" in PAGE

@@ -94,7 +94,8 @@ def check_golden(name, dtype, tolerance, exponent=0):
         size = np.linalg.norm(J / 10.0**exponent, axis=1).max() if stationary else 0
         size = size or np.linalg.norm(g)
         assert error <= tolerance * size, (case["id"], error / size)
-        assert 0 <= residual <= 0.1 * tolerance + 300 * np.finfo(dtype).eps, case["id"]
+        # In float32 rounding alone is up to 5e-5 in the case of six tasks all in conflict.
+        assert 0 <= residual <= 0.1 * tolerance + 500 * np.finfo(dtype).eps, case["id"]
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -91,19 +91,27 @@ def fair_point(
         return y + size * dy, z + size * dz, now, converged, count + 1
 
     state = (s, s, jnp.asarray(jnp.inf, dtype), jnp.asarray(False), jnp.int32(0))
-    y, *_ = lax.while_loop(lambda state: ~state[3] & (state[4] < 60), newton, state)
+    y, z, *_ = lax.while_loop(lambda state: ~state[3] & (state[4] < 60), newton, state)
 
     # Where 0 is in the hull, y diverges, and C y becomes smaller than its rounding error.
-    z = product(C, y)
-    noise = 2 * math.sqrt(K) * eps * jnp.sum(y)
-    solved = jnp.all((z > noise) & (jnp.abs(z / s * (y / s) ** p - 1) < 0.5)) & ~jnp.any(rows.zero)
+    gains = product(C, y)
+    noise = 2 * math.sqrt(K) * eps
+    balanced = jnp.abs(z / s * (y / s) ** p - 1) < 0.5
+    solved = balanced & (jnp.abs(gains - z) < noise * jnp.sum(y))
+    solved = jnp.all(solved) & ~jnp.any(rows.zero)
+    certain = solved & jnp.all(gains > noise * jnp.sum(y))
     scale = jnp.exp((log_top - 2 * jnp.log(rows.unit)) / (1 + p))
     x = jnp.where(rows.usable, scale * y / rows.lengths, 0)
     wanted = jnp.where(rows.usable, s * (y / s) ** -p, 0)
-    residual = jnp.max(jnp.where(rows.usable, jnp.abs(z - wanted), 0), initial=0)
+    residual = jnp.max(jnp.where(rows.usable, jnp.abs(gains - wanted), 0), initial=0)
     residual = safe_divide(residual, jnp.max(wanted, initial=0))
-    return lax.cond(
-        solved,
-        lambda: Solution(x, residual),
-        lambda: Solution(minimum_norm_point(gramian, present).x, jnp.ones_like(residual)),
-    )
+
+    def other() -> Solution:
+        # The gain of a long gradient can be that small, too; but then 0 is not near the hull.
+        nearest = minimum_norm_point(gramian, present).x
+        share = rows.lengths * nearest
+        apart = jnp.sum(share * product(C, share)) > noise * jnp.sum(share) ** 2
+        found = solved & apart
+        return Solution(jnp.where(found, x, nearest), jnp.where(found, residual, 1))
+
+    return lax.cond(certain, lambda: Solution(x, residual), other)

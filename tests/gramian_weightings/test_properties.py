@@ -275,16 +275,3 @@ def test_no_gradient_flows_through_the_weights(name):
     by_losses, by_gramian = jax.grad(total, (0, 1))(jnp.ones(SIZE), jnp.eye(SIZE))
     np.testing.assert_array_equal(by_losses, 0)
     np.testing.assert_array_equal(by_gramian, 0)
-
-
-@pytest.mark.parametrize(
-    "name", [name for name in GRAMIAN_METHODS if "[" not in name and name != "upgrad"]
-)
-def test_many_tasks_in_float32(name):
-    """128 tasks with 10 parameters, whose Gramian is singular up to rounding."""
-    J = np.random.default_rng(0).normal(size=(128, 10)).astype(np.float32)
-    weighting = gramian_methods.weighting(name)
-    losses = (np.float32(1),) * 128
-    state = weighting.init(losses, key=KEY)
-    weights, _ = jax.jit(weighting.update)(losses, state, gramian=J @ J.T)
-    assert np.all(np.isfinite(np.array(weights) @ J))

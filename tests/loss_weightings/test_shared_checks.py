@@ -266,10 +266,8 @@ def test_no_gradient_flows_through_the_weights(name):
 
 
 @each_method
-@pytest.mark.parametrize("number", [1, 128])
-def test_any_number_of_tasks(name, number):
-    weighting = mtl_jax.constant((1.0,) * number) if name == "constant" else METHODS[name]()
-    losses = tuple(jnp.linspace(0.5, 2.0, number))
-    weights, _ = weighting.update(losses, weighting.init(losses, key=KEY))
-    assert len(weights) == number
-    assert all(jnp.isfinite(weight) for weight in weights)
+def test_one_task(name):
+    weighting = mtl_jax.constant((1.0,)) if name == "constant" else METHODS[name]()
+    losses = (jnp.float32(0.5),)
+    (weight,), _ = weighting.update(losses, weighting.init(losses, key=KEY))
+    assert jnp.isfinite(weight)

@@ -28,27 +28,29 @@ _ARRAY = "array of the history"
 class Checkpoints:
     """Where and how often the runs of a comparison are checkpointed.
 
-    A run is checkpointed while it goes on training. What a finished run found is kept, and its
+    A run is checkpointed after an epoch, and at its end. What a finished run found is kept, and its
     parameters and states are not.
 
     Attributes:
       folder: the folder for the checkpoints.
-      every: the epochs between two checkpoints of a run.
+      seconds: the least time between two checkpoints of a run: saving takes its share of short
+        epochs, and of their measured times. 0 for a checkpoint after every epoch.
       keep: how many checkpoints of a run are kept while it is not finished.
       resume: whether to go on from the checkpoints that are in the folder. Without it they are an
         error.
     """
 
     folder: str | os.PathLike[str]
-    every: int = 1
+    seconds: int = 10
     keep: int = 3
     resume: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("every", "keep"):
-            if getattr(self, name) < 1:
+        for name, least in (("seconds", 0), ("keep", 1)):
+            if getattr(self, name) < least:
                 raise ValueError(
-                    f"`{name}` of the checkpoints must be at least 1, got {getattr(self, name)}."
+                    f"`{name}` of the checkpoints must be at least {least}, got "
+                    f"{getattr(self, name)}."
                 )
 
     def begin(self, problem: str) -> None:
@@ -82,17 +84,25 @@ class RunCheckpoints:
     """
 
     def __init__(self, folder: pathlib.Path, options: Checkpoints) -> None:
-        self.folder, self._every, self._keep = folder, options.every, options.keep
+        self.folder, self._options = folder, options
         self._fingerprint: Fingerprint = {}
 
     def __enter__(self) -> Self:
         import orbax.checkpoint as ocp  # only where checkpoints are used
 
+        when = ocp.checkpoint_managers
+        seconds = self._options.seconds
         self._args = ocp.args
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=self._keep, cleanup_tmp_directories=True
+                max_to_keep=self._options.keep,
+                cleanup_tmp_directories=True,
+                save_decision_policy=when.ContinuousCheckpointingPolicy(
+                    minimum_interval_secs=seconds
+                )
+                if seconds
+                else when.FixedIntervalPolicy(1),
             ),
         )
         return self
@@ -138,7 +148,7 @@ class RunCheckpoints:
         return None
 
     def save(self, run: Run, state: PyTree, finished: bool) -> None:
-        """Save the run and its state after an epoch, if it is one to save after.
+        """Save the run and its state after an epoch, if it is time or the run is finished.
 
         Returns once the arrays are copied to the host; files are written in the background. A
         finished run is waited for, and what it had saved before is removed.
@@ -146,7 +156,7 @@ class RunCheckpoints:
         Raises:
           OSError: if this or the previous checkpoint could not be written.
         """
-        if not finished and run.epochs % self._every:
+        if not finished and not self._manager.should_save(run.epochs):
             return
         record, history = _split(run)
         trees = {} if finished else {"state": state}
@@ -162,7 +172,7 @@ class RunCheckpoints:
         }
         items["record"] = self._args.JsonSave({"content": content, "digest": _of_json(content)})
         try:
-            self._manager.save(run.epochs, args=self._args.Composite(**items))
+            self._manager.save(run.epochs, args=self._args.Composite(**items), force=True)
             if finished:
                 self._manager.wait_until_finished()
                 for epoch in set(self._manager.all_steps()) - {run.epochs}:

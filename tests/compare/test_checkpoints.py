@@ -56,7 +56,7 @@ def make_run(epochs, **changes):
 
 
 def of_run(folder, **options):
-    return Checkpoints(folder, **options).of_run("toy", "the name / of it", 3)
+    return Checkpoints(folder, **({"seconds": 0} | options)).of_run("toy", "the name / of it", 3)
 
 
 def save(folder, *epochs, finished=False, **options):
@@ -121,16 +121,26 @@ def test_the_last_few_are_kept_and_of_a_finished_run_what_it_found(tmp_path):
     def epochs():
         return {int(path.name) for path in (tmp_path / "toy").glob("*/*") if path.name.isdigit()}
 
-    save(tmp_path, *range(1, 8), every=2, keep=2)
-    assert epochs() == {4, 6}
-    save(tmp_path, 7, finished=True, every=2, keep=2)
+    save(tmp_path, *range(1, 7), keep=2)
+    assert epochs() == {5, 6}
+    save(tmp_path, 7, finished=True, keep=2, seconds=1000)
     assert epochs() == {7}
     run, state = restore(tmp_path)
     assert_same(run, make_run(7))
     assert digest(state) == digest(make_state(0))  # as given
     assert not list(tmp_path.rglob("7/state"))
-    for options in ({"every": 0}, {"keep": 0}):
-        with pytest.raises(ValueError, match=r"must be at least 1, got 0"):
+
+
+def test_not_more_often_than_asked_for(tmp_path):
+    for epoch in (1, 2, 3):
+        with of_run(tmp_path, seconds=1000) as checkpoints:
+            checkpoints.save(make_run(epoch), make_state(epoch), finished=False)
+    assert restore(tmp_path, {})[0].epochs == 1
+    for options, message in (
+        ({"seconds": -1}, "`seconds` .* at least 0, got -1"),
+        ({"keep": 0}, "`keep` .* at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
             Checkpoints(tmp_path, **options)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import urllib.parse
 import warnings
 from types import TracebackType
@@ -90,6 +91,10 @@ class RunCheckpoints:
     def __enter__(self) -> Self:
         import orbax.checkpoint as ocp  # only where checkpoints are used
 
+        # What was being written when the process died. Orbax's own option removes it in a thread
+        # that outlives a manager, and so from under the next one.
+        for unfinished in self.folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+            shutil.rmtree(unfinished)
         when = ocp.checkpoint_managers
         seconds = self._options.seconds
         self._args = ocp.args
@@ -97,7 +102,6 @@ class RunCheckpoints:
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=self._options.keep,
-                cleanup_tmp_directories=True,
                 save_decision_policy=when.ContinuousCheckpointingPolicy(
                     minimum_interval_secs=seconds
                 )
@@ -135,7 +139,7 @@ class RunCheckpoints:
         self._fingerprint = fingerprint
         for epoch in sorted(self._manager.all_steps(), reverse=True):
             try:
-                return self._read(epoch, state)
+                run, saved = self._read(epoch, state)
             except OtherConfigurationError:
                 raise
             except Exception as error:  # damaged files make all kinds
@@ -145,6 +149,10 @@ class RunCheckpoints:
                     stacklevel=2,
                 )
                 self._manager.delete(epoch)
+                continue
+            if saved is None:
+                self._keep_only(epoch)
+            return run, state if saved is None else saved
         return None
 
     def save(self, run: Run, state: PyTree, finished: bool) -> None:
@@ -175,12 +183,15 @@ class RunCheckpoints:
             self._manager.save(run.epochs, args=self._args.Composite(**items), force=True)
             if finished:
                 self._manager.wait_until_finished()
-                for epoch in set(self._manager.all_steps()) - {run.epochs}:
-                    self._manager.delete(epoch)
+                self._keep_only(run.epochs)
         except Exception as error:
             raise self._not_written(error) from error
 
-    def _read(self, epoch: int, state: PyTree) -> tuple[Run, PyTree]:
+    def _keep_only(self, last: int) -> None:
+        for epoch in set(self._manager.all_steps()) - {last}:
+            self._manager.delete(epoch)
+
+    def _read(self, epoch: int, state: PyTree) -> tuple[Run, PyTree | None]:
         record = self._restore(epoch, record=self._args.JsonRestore())["record"]
         content = record["content"]
         _check(_of_json(content) == record["digest"], "record")
@@ -196,7 +207,7 @@ class RunCheckpoints:
         )
         for name, expected in content["digests"].items():
             _check(digest(trees[name]) == expected, name)
-        return _join(content["run"], trees.get("history", {})), trees.get("state", state)
+        return _join(content["run"], trees.get("history", {})), trees.get("state")
 
     def _restore(self, epoch: int, **items: Any) -> dict[str, Any]:
         if not items:

@@ -125,9 +125,13 @@ def test_the_last_few_are_kept_and_of_a_finished_run_what_it_found(tmp_path):
     assert epochs() == {5, 6}
     save(tmp_path, 7, finished=True, keep=2, seconds=1000)
     assert epochs() == {7}
+    (folder,) = (tmp_path / "toy").iterdir()
+    shutil.copytree(folder / "7", folder / "6")  # killed before it could remove that
+    shutil.copytree(folder / "7", folder / "8.orbax-checkpoint-tmp")  # while it wrote this
     run, state = restore(tmp_path)
     assert_same(run, make_run(7))
     assert digest(state) == digest(make_state(0))  # as given
+    assert [path.name for path in folder.iterdir()] == ["7"]
     assert not list(tmp_path.rglob("7/state"))
 
 

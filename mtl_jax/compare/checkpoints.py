@@ -170,15 +170,18 @@ class RunCheckpoints:
         trees = {} if finished else {"state": state}
         if history:
             trees["history"] = history
-        content = {
-            "fingerprint": self._fingerprint,
-            "run": record,
-            "digests": {name: digest(tree) for name, tree in trees.items()},
-        }
+        # A text, since the run goes on while it is written.
+        content = json.dumps(
+            {
+                "fingerprint": self._fingerprint,
+                "run": record,
+                "digests": {name: digest(tree) for name, tree in trees.items()},
+            }
+        )
         items: dict[str, Any] = {
             name: self._args.StandardSave(tree) for name, tree in trees.items()
         }
-        items["record"] = self._args.JsonSave({"content": content, "digest": _of_json(content)})
+        items["record"] = self._args.JsonSave({"content": content, "digest": text_digest(content)})
         try:
             self._manager.save(run.epochs, args=self._args.Composite(**items), force=True)
             if finished:
@@ -193,8 +196,8 @@ class RunCheckpoints:
 
     def _read(self, epoch: int, state: PyTree) -> tuple[Run, PyTree | None]:
         record = self._restore(epoch, record=self._args.JsonRestore())["record"]
-        content = record["content"]
-        _check(_of_json(content) == record["digest"], "record")
+        _check(text_digest(record["content"]) == record["digest"], "record")
+        content = json.loads(record["content"])
         if changed := difference(self._fingerprint, content["fingerprint"]):
             raise OtherConfigurationError(
                 f"The checkpoints in {self.folder} are of another configuration: {changed}. "
@@ -257,10 +260,6 @@ def _join(record: dict[str, Any], arrays: dict[str, np.ndarray]) -> Run:
         return {key: put_back(entry) for key, entry in value.items()}
 
     return Run(**put_back(record))
-
-
-def _of_json(content: Any) -> str:
-    return text_digest(json.dumps(content, sort_keys=True))
 
 
 def _brief(error: Exception) -> str:

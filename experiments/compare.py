@@ -65,8 +65,9 @@ class Config:
     """Whether to measure how the tasks' gradients conflict for all weightings, not only for those
     that read them: steps cost a little more, and on a problem without encoder and heads a
     backward pass for each task."""
-    checkpoint_every: int | None = 1
-    """Epochs between two checkpoints of a run; None for no checkpoints."""
+    checkpoint_seconds: int | None = 10
+    """The least time between two checkpoints of a run, each of which is saved after an epoch: 0 for
+    a checkpoint after every epoch, None for no checkpoints."""
     resume: bool = False
     """Whether to continue the comparison in RUNS_DIR/NAME, if there is one: finished runs are not
     run again, and the results are those of a comparison that was never interrupted."""
@@ -129,7 +130,9 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     words = [word for word in given if word not in ("--resume", "--no-resume")]
     command = shlex.join(["python", "-m", "experiments.compare", *words])
-    hint = f"To continue:\n\n    {command} --resume\n" if config.checkpoint_every else ""
+    hint = (
+        f"To continue:\n\n    {command} --resume\n" if config.checkpoint_seconds is not None else ""
+    )
     absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs errors that it also raises
     with _signals_interrupt():
         try:
@@ -146,12 +149,12 @@ def _run(config: Config, command: str, hint: str) -> None:
     try:
         if config.seeds < 1:
             raise ValueError(f"--seeds must be at least 1, got {config.seeds}.")
-        if config.checkpoint_every is not None and config.checkpoint_every < 1:
+        if config.checkpoint_seconds is None and config.resume:
+            raise ValueError("--resume needs checkpoints: give --checkpoint-seconds a number.")
+        if config.checkpoint_seconds is not None and config.checkpoint_seconds < 0:
             raise ValueError(
-                f"--checkpoint-every must be at least 1, got {config.checkpoint_every}."
+                f"--checkpoint-seconds must be at least 0, got {config.checkpoint_seconds}."
             )
-        if config.checkpoint_every is None and config.resume:
-            raise ValueError("--resume needs checkpoints: give --checkpoint-every a number.")
         weightings = named_weightings(list(config.weightings))
         problems = build_problems(config)
         for problem in problems:
@@ -166,7 +169,7 @@ def _run(config: Config, command: str, hint: str) -> None:
             seeds=range(config.seeds),
             alone=config.alone,
             conflict=config.conflict,
-            checkpoint_every=config.checkpoint_every,
+            checkpoint_seconds=config.checkpoint_seconds,
             resume=config.resume,
             command=command,
         )

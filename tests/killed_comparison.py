@@ -20,7 +20,15 @@ def keep_programs(folder: str) -> None:
 def run_comparison(folder: str, resume: bool) -> None:
     weightings = named_weightings(["random_weighting"])
     problem = make_problem(epochs=20)
-    compare_and_report([problem], weightings, folder, seeds=[0], alone=False, resume=resume)
+    compare_and_report(
+        [problem],
+        weightings,
+        folder,
+        seeds=[0],
+        alone=False,
+        checkpoint_seconds=0,
+        resume=resume,
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import urllib.parse
 import warnings
 from types import TracebackType
@@ -28,27 +29,29 @@ _ARRAY = "array of the history"
 class Checkpoints:
     """Where and how often the runs of a comparison are checkpointed.
 
-    A run is checkpointed while it goes on training. What a finished run found is kept, and its
+    A run is checkpointed after an epoch, and at its end. What a finished run found is kept, and its
     parameters and states are not.
 
     Attributes:
       folder: the folder for the checkpoints.
-      every: the epochs between two checkpoints of a run.
+      seconds: the least time between two checkpoints of a run: saving takes its share of short
+        epochs, and of their measured times. 0 for a checkpoint after every epoch.
       keep: how many checkpoints of a run are kept while it is not finished.
       resume: whether to go on from the checkpoints that are in the folder. Without it they are an
         error.
     """
 
     folder: str | os.PathLike[str]
-    every: int = 1
+    seconds: int = 10
     keep: int = 3
     resume: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("every", "keep"):
-            if getattr(self, name) < 1:
+        for name, least in (("seconds", 0), ("keep", 1)):
+            if getattr(self, name) < least:
                 raise ValueError(
-                    f"`{name}` of the checkpoints must be at least 1, got {getattr(self, name)}."
+                    f"`{name}` of the checkpoints must be at least {least}, got "
+                    f"{getattr(self, name)}."
                 )
 
     def begin(self, problem: str) -> None:
@@ -82,17 +85,28 @@ class RunCheckpoints:
     """
 
     def __init__(self, folder: pathlib.Path, options: Checkpoints) -> None:
-        self.folder, self._every, self._keep = folder, options.every, options.keep
+        self.folder, self._options = folder, options
         self._fingerprint: Fingerprint = {}
 
     def __enter__(self) -> Self:
         import orbax.checkpoint as ocp  # only where checkpoints are used
 
+        # What was being written when the process died. Orbax's own option removes it in a thread
+        # that outlives a manager, and so from under the next one.
+        for unfinished in self.folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+            shutil.rmtree(unfinished)
+        when = ocp.checkpoint_managers
+        seconds = self._options.seconds
         self._args = ocp.args
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=self._keep, cleanup_tmp_directories=True
+                max_to_keep=self._options.keep,
+                save_decision_policy=when.ContinuousCheckpointingPolicy(
+                    minimum_interval_secs=seconds
+                )
+                if seconds
+                else when.FixedIntervalPolicy(1),
             ),
         )
         return self
@@ -125,7 +139,7 @@ class RunCheckpoints:
         self._fingerprint = fingerprint
         for epoch in sorted(self._manager.all_steps(), reverse=True):
             try:
-                return self._read(epoch, state)
+                run, saved = self._read(epoch, state)
             except OtherConfigurationError:
                 raise
             except Exception as error:  # damaged files make all kinds
@@ -135,10 +149,14 @@ class RunCheckpoints:
                     stacklevel=2,
                 )
                 self._manager.delete(epoch)
+                continue
+            if saved is None:
+                self._keep_only(epoch)
+            return run, state if saved is None else saved
         return None
 
     def save(self, run: Run, state: PyTree, finished: bool) -> None:
-        """Save the run and its state after an epoch, if it is one to save after.
+        """Save the run and its state after an epoch, if it is time or the run is finished.
 
         Returns once the arrays are copied to the host; files are written in the background. A
         finished run is waited for, and what it had saved before is removed.
@@ -146,34 +164,40 @@ class RunCheckpoints:
         Raises:
           OSError: if this or the previous checkpoint could not be written.
         """
-        if not finished and run.epochs % self._every:
+        if not finished and not self._manager.should_save(run.epochs):
             return
         record, history = _split(run)
         trees = {} if finished else {"state": state}
         if history:
             trees["history"] = history
-        content = {
-            "fingerprint": self._fingerprint,
-            "run": record,
-            "digests": {name: digest(tree) for name, tree in trees.items()},
-        }
+        # A text, since the run goes on while it is written.
+        content = json.dumps(
+            {
+                "fingerprint": self._fingerprint,
+                "run": record,
+                "digests": {name: digest(tree) for name, tree in trees.items()},
+            }
+        )
         items: dict[str, Any] = {
             name: self._args.StandardSave(tree) for name, tree in trees.items()
         }
-        items["record"] = self._args.JsonSave({"content": content, "digest": _of_json(content)})
+        items["record"] = self._args.JsonSave({"content": content, "digest": text_digest(content)})
         try:
-            self._manager.save(run.epochs, args=self._args.Composite(**items))
+            self._manager.save(run.epochs, args=self._args.Composite(**items), force=True)
             if finished:
                 self._manager.wait_until_finished()
-                for epoch in set(self._manager.all_steps()) - {run.epochs}:
-                    self._manager.delete(epoch)
+                self._keep_only(run.epochs)
         except Exception as error:
             raise self._not_written(error) from error
 
-    def _read(self, epoch: int, state: PyTree) -> tuple[Run, PyTree]:
+    def _keep_only(self, last: int) -> None:
+        for epoch in set(self._manager.all_steps()) - {last}:
+            self._manager.delete(epoch)
+
+    def _read(self, epoch: int, state: PyTree) -> tuple[Run, PyTree | None]:
         record = self._restore(epoch, record=self._args.JsonRestore())["record"]
-        content = record["content"]
-        _check(_of_json(content) == record["digest"], "record")
+        _check(text_digest(record["content"]) == record["digest"], "record")
+        content = json.loads(record["content"])
         if changed := difference(self._fingerprint, content["fingerprint"]):
             raise OtherConfigurationError(
                 f"The checkpoints in {self.folder} are of another configuration: {changed}. "
@@ -186,7 +210,7 @@ class RunCheckpoints:
         )
         for name, expected in content["digests"].items():
             _check(digest(trees[name]) == expected, name)
-        return _join(content["run"], trees.get("history", {})), trees.get("state", state)
+        return _join(content["run"], trees.get("history", {})), trees.get("state")
 
     def _restore(self, epoch: int, **items: Any) -> dict[str, Any]:
         if not items:
@@ -236,10 +260,6 @@ def _join(record: dict[str, Any], arrays: dict[str, np.ndarray]) -> Run:
         return {key: put_back(entry) for key, entry in value.items()}
 
     return Run(**put_back(record))
-
-
-def _of_json(content: Any) -> str:
-    return text_digest(json.dumps(content, sort_keys=True))
 
 
 def _brief(error: Exception) -> str:

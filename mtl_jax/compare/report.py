@@ -31,7 +31,7 @@ def compare_and_report(
     seeds: Sequence[int] = (0, 1, 2),
     alone: bool = True,
     conflict: bool = False,
-    checkpoint_every: int | None = 1,
+    checkpoint_seconds: int | None = 10,
     resume: bool = False,
     command: str = "",
 ) -> list[Comparison]:
@@ -51,7 +51,8 @@ def compare_and_report(
       seeds: the seeds.
       alone: whether to train each task alone, too.
       conflict: whether to measure conflicts for all weightings, as in :func:`compare`.
-      checkpoint_every: the epochs between two checkpoints of a run; ``None`` for no checkpoints.
+      checkpoint_seconds: the least time between two checkpoints of a run, each of which is saved
+        after an epoch; ``None`` for no checkpoints.
       resume: whether to continue the comparison that the folder holds, if it holds one. Finished
         runs are not run again; weightings, seeds and problems may be added.
       command: the command that makes these results, for the reader of the tables.
@@ -69,10 +70,10 @@ def compare_and_report(
         make_weightings(problem, weightings)
     folder = pathlib.Path(folder)
     checkpoints = None
-    if checkpoint_every is None and resume:
-        raise ValueError("To resume, `checkpoint_every` must be a number of epochs; it is None.")
-    if checkpoint_every is not None:
-        checkpoints = Checkpoints(folder / "checkpoints", every=checkpoint_every, resume=resume)
+    if checkpoint_seconds is None and resume:
+        raise ValueError("To resume, `checkpoint_seconds` must be a number; it is None.")
+    if checkpoint_seconds is not None:
+        checkpoints = Checkpoints(folder / "checkpoints", checkpoint_seconds, resume=resume)
     _check_folder(folder, [problem.name for problem in problems], resume)
     folder.mkdir(parents=True, exist_ok=True)
     console = rich.console.Console()

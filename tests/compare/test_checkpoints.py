@@ -17,6 +17,16 @@ from mtl_jax.compare import WEIGHTINGS, Checkpoints, OtherConfigurationError, Ru
 from mtl_jax.compare.referee import make_weightings
 from mtl_jax.train import TrainState
 
+# What Orbax leaves behind when it fails warns when it is collected.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(autouse=True)
+def collect():
+    yield
+    gc.collect()
+
+
 FINGERPRINT = {"learning_rate": 0.1, "data": "a digest"}
 
 
@@ -56,7 +66,7 @@ def make_run(epochs, **changes):
 
 
 def of_run(folder, **options):
-    return Checkpoints(folder, **options).of_run("toy", "the name / of it", 3)
+    return Checkpoints(folder, **({"seconds": 0} | options)).of_run("toy", "the name / of it", 3)
 
 
 def save(folder, *epochs, finished=False, **options):
@@ -94,6 +104,22 @@ def other(leaf):
     return ~leaf if leaf.dtype == bool else leaf + 1
 
 
+def test_a_run_goes_on_while_it_is_saved(tmp_path, monkeypatch):
+    run = make_run(1)
+    with of_run(tmp_path) as checkpoints:
+        write, later = checkpoints._manager.save, []
+        monkeypatch.setattr(
+            checkpoints._manager,
+            "save",
+            lambda *args, **options: later.append(lambda: write(*args, **options)),
+        )
+        checkpoints.save(run, make_state(1), finished=False)
+        run.epoch_seconds.append(0.5)
+        run.test["a"].append(0.5)
+        later[0]()
+    assert_same(restore(tmp_path, {})[0], make_run(1))
+
+
 def test_state_of_every_known_weighting_comes_back(tmp_path):
     problem = make_problem(THREE_TARGETS, **IN_PARTS)
     params, model_state = problem.init(jax.random.key(0))
@@ -121,16 +147,30 @@ def test_the_last_few_are_kept_and_of_a_finished_run_what_it_found(tmp_path):
     def epochs():
         return {int(path.name) for path in (tmp_path / "toy").glob("*/*") if path.name.isdigit()}
 
-    save(tmp_path, *range(1, 8), every=2, keep=2)
-    assert epochs() == {4, 6}
-    save(tmp_path, 7, finished=True, every=2, keep=2)
+    save(tmp_path, *range(1, 7), keep=2)
+    assert epochs() == {5, 6}
+    save(tmp_path, 7, finished=True, keep=2, seconds=1000)
     assert epochs() == {7}
+    (folder,) = (tmp_path / "toy").iterdir()
+    shutil.copytree(folder / "7", folder / "6")  # killed before it could remove that
+    shutil.copytree(folder / "7", folder / "8.orbax-checkpoint-tmp")  # while it wrote this
     run, state = restore(tmp_path)
     assert_same(run, make_run(7))
     assert digest(state) == digest(make_state(0))  # as given
+    assert [path.name for path in folder.iterdir()] == ["7"]
     assert not list(tmp_path.rglob("7/state"))
-    for options in ({"every": 0}, {"keep": 0}):
-        with pytest.raises(ValueError, match=r"must be at least 1, got 0"):
+
+
+def test_not_more_often_than_asked_for(tmp_path):
+    for epoch in (1, 2, 3):
+        with of_run(tmp_path, seconds=1000) as checkpoints:
+            checkpoints.save(make_run(epoch), make_state(epoch), finished=False)
+    assert restore(tmp_path, {})[0].epochs == 1
+    for options, message in (
+        ({"seconds": -1}, "`seconds` .* at least 0, got -1"),
+        ({"keep": 0}, "`keep` .* at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
             Checkpoints(tmp_path, **options)
 
 
@@ -144,7 +184,6 @@ def flipped(content):
 
 
 @pytest.mark.parametrize("damage", [cut, flipped])
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_is_left_out_with_a_warning(damage, tmp_path):
     """Whatever file is damaged: what is restored is the last state or the one before, exactly."""
     save(tmp_path / "good", 1, 2)
@@ -176,7 +215,6 @@ def test_a_damaged_checkpoint_is_left_out_with_a_warning(damage, tmp_path):
     with pytest.warns(UserWarning, match="epoch 2 in .* is damaged"):
         save(tmp_path / "good", 2)
     assert_same(restore(tmp_path / "good")[0], make_run(2))
-    gc.collect()  # what Orbax leaves behind when files are damaged warns when it is collected
 
 
 def test_nothing_good_left_is_a_new_start(tmp_path):
@@ -197,7 +235,6 @@ def test_another_configuration_is_an_error_and_leaves_all_there(tmp_path):
     assert_same(restore(tmp_path)[0], make_run(1))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_is_an_error_and_the_last_good_checkpoint_stays(tmp_path):
     """A limit to the size of files stands for the full disk."""
     save(tmp_path, 1)
@@ -208,7 +245,6 @@ def test_a_full_disk_is_an_error_and_the_last_good_checkpoint_stays(tmp_path):
             save(tmp_path, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        gc.collect()
     run, state = restore(tmp_path)
     assert_same(run, make_run(1))
     assert digest(state) == digest(make_state(1))

@@ -9,6 +9,7 @@ from toy_problem import IN_PARTS, make_problem
 import mtl_jax
 from mtl_jax.compare import Task, compare, compare_and_report, named_weightings
 from mtl_jax.compare.pictures import conflict_figure, metrics_figure, thinned, weights_figure
+from mtl_jax.compare.report import results
 from mtl_jax.compare.tables import markdown_report, markdown_table
 from mtl_jax.evaluation import mean_interval
 
@@ -18,9 +19,19 @@ def nothing_finite(settings):
 
 
 @pytest.fixture(scope="module")
-def comparison():
+def stages():
+    """A comparison after each of its runs, as far as it had come."""
     weightings = named_weightings(["adaptive"]) | {"bad": nothing_finite}
-    return compare(make_problem(), weightings, seeds=[0, 1])
+    found = []
+    whole = compare(make_problem(), weightings, seeds=[0, 1], on_run=found.append)
+    assert len(found) == 10
+    assert found[-1] == whole
+    return found
+
+
+@pytest.fixture(scope="module")
+def comparison(stages):
+    return stages[-1]
 
 
 def cells(table):
@@ -50,6 +61,28 @@ def test_table_at_the_best_epoch(comparison):
     values = [run.test["line"][comparison.best_epoch(run)] for run in comparison.runs["equal"]]
     assert rows[2][1].startswith(f"{np.mean(values):.4f} ±")
     assert "step time" not in rows[0]
+
+
+def test_tables_of_an_interrupted_comparison(stages):
+    for number, stage in enumerate(stages, start=1):
+        assert stage.unfinished == 10 - number
+        assert ("Interrupted" in markdown_report(stage)) == (number < 10)
+        assert results(stage).get("unfinished_runs", 0) == 10 - number
+        json.dumps(results(stage), allow_nan=False)
+    assert "**Interrupted: 1 run not finished.**" in markdown_report(stages[8])
+    assert [row[0] for row in cells(markdown_table(stages[0]))[2:]] == ["equal"]
+    # After three weightings and one task alone; after both tasks; with a second seed of equal.
+    tables = [cells(markdown_table(stages[number - 1])) for number in (4, 5, 6)]
+    for table in tables:
+        assert table[0][3] == "change from alone, %"
+        assert table[4][:2] == ["bad", "failed (1 of 1 seeds)"]
+        assert table[5][1]
+    runs = stages[4].runs["equal"]
+    change = f"{100 * stages[4].change_from_alone(runs[0]):+.2f}"
+    assert [table[2][3] for table in tables] == ["", change, change]
+    assert [table[5][2] == "" for table in tables] == [True, False, False]
+    assert "±" in tables[2][2][1]
+    assert np.isnan(stages[5].change_from_alone(stages[5].runs["equal"][1]))
 
 
 def test_one_seed_has_no_interval_and_shares_are_percentages():
@@ -139,14 +172,14 @@ def test_folder_of_results(tmp_path, capsys):
     # Everything in results.json is the same when it is run again.
     first, second = (tmp_path / run / "results.json" for run in ("first", "second"))
     assert first.read_bytes() == second.read_bytes()
-    results = json.loads(first.read_text())["toy"]
-    assert results["settings"]["examples"] == {"train": 200, "validation": 50, "test": 70}
-    assert results["weightings"]["bad"][0]["failure"] == "no finite update in epoch 1"
-    assert results["weightings"]["bad"][0]["weights"]["line"] == [None] * 6
-    weights = results["weightings"]["adaptive"][0]["weights"]
+    found = json.loads(first.read_text())["toy"]
+    assert found["settings"]["examples"] == {"train": 200, "validation": 50, "test": 70}
+    assert found["weightings"]["bad"][0]["failure"] == "no finite update in epoch 1"
+    assert found["weightings"]["bad"][0]["weights"]["line"] == [None] * 6
+    weights = found["weightings"]["adaptive"][0]["weights"]
     np.testing.assert_allclose(np.add(weights["line"], weights["square"]), 2, rtol=1e-5)
-    assert results["weightings"]["adaptive"][0]["conflict"] == {"measured_at": None}
-    aggregated = results["weightings"]["graddrop"][0]
+    assert found["weightings"]["adaptive"][0]["conflict"] == {"measured_at": None}
+    aggregated = found["weightings"]["graddrop"][0]
     assert aggregated["weights"] == {}
     assert aggregated["conflict"]["measured_at"] == "parameters"
     assert aggregated["conflict"]["step"] == list(range(18))

@@ -81,7 +81,7 @@ def test_resumed_is_undisturbed_bit_for_bit(problem, tmp_path):
                 WEIGHTINGS,
                 seeds=[0, 1],
                 alone=False,
-                checkpoints=Checkpoints(tmp_path, every=2, resume=True),
+                checkpoints=Checkpoints(tmp_path, seconds=0, resume=True),
                 on_epoch=stop_at(name, seed, epochs),
                 on_run=interrupted.append,
             )
@@ -91,7 +91,7 @@ def test_resumed_is_undisturbed_bit_for_bit(problem, tmp_path):
         WEIGHTINGS,
         seeds=[0, 1],
         alone=False,
-        checkpoints=Checkpoints(tmp_path, every=2, resume=True),
+        checkpoints=Checkpoints(tmp_path, seconds=0, resume=True),
         on_epoch=lambda run: trained.append((run.weighting, run.seed, run.epochs)),
     )
     assert json.dumps(results(resumed)) == json.dumps(results(undisturbed))
@@ -209,8 +209,8 @@ def test_a_folder_holds_one_comparison(tmp_path, capsys):
     shutil.rmtree(tmp_path / "mine" / "checkpoints")
     with pytest.raises(FileExistsError, match=r"no checkpoints to resume from"):
         compare_and_report([problem], {}, tmp_path / "mine", seeds=[0], alone=False, resume=True)
-    with pytest.raises(ValueError, match="To resume, `checkpoint_every` must be a number"):
-        compare_and_report([problem], {}, tmp_path, checkpoint_every=None, resume=True)
+    with pytest.raises(ValueError, match="To resume, `checkpoint_seconds` must be a number"):
+        compare_and_report([problem], {}, tmp_path, checkpoint_seconds=None, resume=True)
 
 
 def test_killed_again_and_again(tmp_path, programs):

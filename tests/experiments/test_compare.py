@@ -27,8 +27,8 @@ ROOT = pathlib.Path(__file__).parents[2]
         ),
         (["--problem", "utterances", "--epochs", "0"], r"`epochs` must be at least 1, got 0"),
         (["--problem", "utterances", "--batch-size", "99999"], r"batch size, 99999, is larger"),
-        (["--checkpoint-every", "0"], r"--checkpoint-every must be at least 1, got 0"),
-        (["--checkpoint-every", "None", "--resume"], r"--resume needs checkpoints"),
+        (["--checkpoint-seconds", "-1"], r"--checkpoint-seconds must be at least 0, got -1"),
+        (["--checkpoint-seconds", "None", "--resume"], r"--resume needs checkpoints"),
         (["--problem", "ag_news", "--data-dir", "{tmp}"], r"ag_news_subset.*download_and_prepare"),
     ],
 )
@@ -53,7 +53,7 @@ def test_help_explains_every_option(capsys):
         ("--seeds", "3"),
         ("--epochs", "None"),
         ("--conflict", "False"),
-        ("--checkpoint-every", "1"),
+        ("--checkpoint-seconds", "10"),
         ("--resume", "False"),
         ("--data-dir", "None"),
     ):

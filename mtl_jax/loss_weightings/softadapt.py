@@ -88,7 +88,8 @@ def softadapt(
         if variant == "normalized":
             size = jnp.sum(jnp.abs(rates), where=present)
             rates = rates / jnp.where(size == 0, 1, size)
-        scores = beta * rates
+        largest = jnp.finfo(losses.dtype).max
+        scores = jnp.clip(beta * rates, -largest, largest)
         if variant == "loss_weighted":
             average = jnp.mean(state.means, axis=1)
             nothing = jnp.max(average, where=present, initial=0) == 0

@@ -151,3 +151,12 @@ def test_losses_of_any_size_and_sign(name):
     J[1] = 0
     weights, _ = weights_of(name, J, losses=[1.0, 0.0, 1.0, 2.0, 1.0, 1.0], state=state)
     assert np.all(np.isfinite(weights))
+
+
+@pytest.mark.parametrize("name", ["mgda[loss]", "mgda[loss+]"])
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+def test_mgda_of_losses_far_apart(name, scale):
+    """Orthogonal gradients of norm 1, divided by the losses: the weights go with their squares."""
+    losses = np.array([1e-20, 1.0, 2.0]) * scale
+    weights, _ = weights_of(name, np.eye(3, dtype=np.float32), losses=losses)
+    np.testing.assert_allclose(weights, [0, 0.2, 0.8], rtol=1e-5, atol=1e-30)

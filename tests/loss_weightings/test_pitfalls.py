@@ -108,6 +108,11 @@ def test_relobralo_does_not_overflow():
     np.testing.assert_allclose(weights[1], (2, 0), atol=1e-6)
 
 
+def test_softadapt_does_not_overflow():
+    weights, _ = run(mtl_jax.softadapt(1, beta=1e30), [(1.0, 1.0), (1e12, 1.0), (1e12, 1.0)])
+    np.testing.assert_array_equal(weights[2], (1, 0))
+
+
 def test_uncertainty_forms():
     """LibMTL, mtan and nash-mtl take half of what the authors' code takes; one names which."""
     weight = {

@@ -13,7 +13,7 @@ from mtl_jax.compare.referee import Comparison, compare
 from mtl_jax.compare.report import compare_and_report
 from mtl_jax.compare.run import Run
 from mtl_jax.compare.search_space import Choice, Range, Space, TaskWeights
-from mtl_jax.compare.settings import Trial, Tuning
+from mtl_jax.compare.settings import Trial, Tuning, TuningError
 from mtl_jax.compare.tuning import tune
 from mtl_jax.compare.weightings import (
     SPACES,
@@ -39,6 +39,7 @@ __all__ = [
     "TaskWeights",
     "Trial",
     "Tuning",
+    "TuningError",
     "compare",
     "compare_and_report",
     "digest",

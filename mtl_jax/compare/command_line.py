@@ -19,6 +19,7 @@ from mtl_jax.compare.loading import load_problem
 from mtl_jax.compare.problem import Problem
 from mtl_jax.compare.referee import make_weightings
 from mtl_jax.compare.report import compare_and_report
+from mtl_jax.compare.settings import TUNING_SEED, TuningError
 from mtl_jax.compare.training import steps_per_epoch
 from mtl_jax.compare.weightings import WEIGHTINGS, named_weightings
 
@@ -56,6 +57,12 @@ class Options:
     """Whether to measure how the tasks' gradients conflict for all weightings, not only for those
     that read them: steps cost a little more, and on a problem without encoder and heads a
     backward pass for each task."""
+    tune: int | None = None
+    """Number of settings that are tried for each weighting and each task alone, on the validation
+    data: learning rates, and values of the weighting's own parameters. The seeds are then run with
+    the best, and constant weights, tuned, are always compared, too."""
+    prune: bool = False
+    """Whether to end trials of --tune early that fall behind the others."""
     checkpoint_seconds: int | None = 10
     """The least time between two checkpoints of a run, each of which is saved after an epoch: 0 for
     a checkpoint after every epoch, None for no checkpoints."""
@@ -153,11 +160,13 @@ def _run(
             seeds=range(options.seeds),
             alone=options.alone,
             conflict=options.conflict,
+            tune_trials=options.tune,
+            prune=options.prune,
             checkpoint_seconds=options.checkpoint_seconds,
             resume=options.resume,
             command=command,
         )
-    except (OtherConfigurationError, FileExistsError) as error:
+    except (OtherConfigurationError, FileExistsError, TuningError) as error:
         fail(error)
     except OSError as error:
         fail(f"{error}\n{hint}", status=1)
@@ -166,6 +175,12 @@ def _run(
 def _check(options: Options) -> None:
     if options.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {options.seeds}.")
+    if options.tune is not None and options.tune < 1:
+        raise ValueError(f"--tune must be at least 1, got {options.tune}.")
+    if options.prune and options.tune is None:
+        raise ValueError("--prune ends trials of --tune, which is not given.")
+    if options.tune is not None and options.seeds > TUNING_SEED:
+        raise ValueError(f"--seeds must be at most {TUNING_SEED} with --tune, whose seed that is.")
     seconds = options.checkpoint_seconds
     if seconds is None and options.resume:
         raise ValueError("--resume needs checkpoints: give --checkpoint-seconds a number.")

@@ -17,9 +17,18 @@ import rich.progress
 from mtl_jax.compare.checkpoints import Checkpoints, problems_in
 from mtl_jax.compare.pictures import conflict_figure, metrics_figure, thinned, weights_figure
 from mtl_jax.compare.problem import Problem
-from mtl_jax.compare.referee import BASELINE, Comparison, compare, make_weightings
+from mtl_jax.compare.referee import (
+    BASELINE,
+    Comparison,
+    compare,
+    make_weightings,
+    with_baselines,
+)
 from mtl_jax.compare.run import Run
+from mtl_jax.compare.settings import Trial, Tuning
 from mtl_jax.compare.tables import markdown_report, markdown_table
+from mtl_jax.compare.tuning import tune
+from mtl_jax.compare.tuning_report import tuning_results
 from mtl_jax.compare.weightings import MakeWeighting
 
 
@@ -31,6 +40,8 @@ def compare_and_report(
     seeds: Sequence[int] = (0, 1, 2),
     alone: bool = True,
     conflict: bool = False,
+    tune_trials: int | None = None,
+    prune: bool = False,
     checkpoint_seconds: int | None = 10,
     resume: bool = False,
     command: str = "",
@@ -40,7 +51,8 @@ def compare_and_report(
     The folder receives ``results.json`` (all that is the same when run again on the same machine),
     ``timing.json`` (times, versions, machine), and for each problem ``<problem>.md`` (the tables),
     ``<problem>_metrics.png``, ``<problem>_weights.png`` and, if the task gradients were measured,
-    ``<problem>_conflict.png``; its folder ``checkpoints`` holds what is needed to resume. Every
+    ``<problem>_conflict.png``; its folders ``checkpoints`` and, after tuning, ``tuning`` hold what
+    is needed to resume. Every
     file is replaced as a whole. Interrupted or failed, it leaves the tables and the numbers of the
     runs that are finished, without pictures.
 
@@ -51,8 +63,11 @@ def compare_and_report(
       seeds: the seeds.
       alone: whether to train each task alone, too.
       conflict: whether to measure conflicts for all weightings, as in :func:`compare`.
+      tune_trials: the number of trials for each weighting and each task alone with which their
+        settings are chosen first, as in :func:`tune`; ``None`` to run all as shipped.
+      prune: whether trials that fall behind are ended early.
       checkpoint_seconds: the least time between two checkpoints of a run, each of which is saved
-        after an epoch; ``None`` for no checkpoints.
+        after an epoch; ``None`` for no checkpoints. With them finished trials are kept, too.
       resume: whether to continue the comparison that the folder holds, if it holds one. Finished
         runs are not run again; weightings, seeds and problems may be added.
       command: the command that makes these results, for the reader of the tables.
@@ -64,6 +79,7 @@ def compare_and_report(
       ValueError: as :func:`compare`, for any of the problems before the first is trained.
       FileExistsError: if the folder holds a comparison that this is not to continue, or that it
         could not continue.
+      TuningError: as :func:`tune`.
       OtherConfigurationError, OSError: as :func:`compare`.
     """
     for problem in problems:
@@ -82,6 +98,18 @@ def compare_and_report(
     comparisons = []
     for problem in problems:
         finished: list[Comparison] = []  # as far as it has come, the latest last
+        tuning = None
+        if tune_trials is not None:
+            kept = None if checkpoints is None else folder / "tuning" / problem.name
+            tuning = _tune(
+                problem,
+                weightings,
+                console,
+                trials=tune_trials,
+                alone=alone,
+                prune=prune,
+                folder=kept,
+            )
         try:
             comparison = _compare(
                 problem,
@@ -90,6 +118,7 @@ def compare_and_report(
                 seeds=seeds,
                 alone=alone,
                 conflict=conflict,
+                tuning=tuning,
                 checkpoints=checkpoints,
                 on_run=finished.append,
             )
@@ -133,7 +162,8 @@ def _check_folder(folder: pathlib.Path, problems: Sequence[str], resume: bool) -
     """Never mix two comparisons in a folder."""
     checkpoints = folder / "checkpoints"
     ways_out = "choose another folder (--name on the command line), or remove this one"
-    if not resume and ((folder / "results.json").exists() or checkpoints.exists()):
+    kept = (folder / "results.json", checkpoints, folder / "tuning")
+    if not resume and any(path.exists() for path in kept):
         raise FileExistsError(
             f"{folder} holds a comparison already. Continue it with resume=True (--resume on the "
             f"command line), or {ways_out}."
@@ -173,7 +203,9 @@ def results(comparison: Comparison) -> dict[str, Any]:
             task: [_run_results(comparison, run) for run in runs]
             for task, runs in comparison.alone.items()
         },
-    } | ({"unfinished_runs": comparison.unfinished} if comparison.unfinished else {})
+        **({"unfinished_runs": comparison.unfinished} if comparison.unfinished else {}),
+        **({"tuning": tuning_results(comparison.tuning)} if comparison.tuning else {}),
+    }
 
 
 def timing(comparisons: Sequence[Comparison]) -> dict[str, Any]:
@@ -211,6 +243,40 @@ def timing(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     }
 
 
+def _tune(
+    problem: Problem,
+    weightings: Mapping[str, MakeWeighting],
+    console: rich.console.Console,
+    *,
+    trials: int,
+    alone: bool,
+    **options: Any,
+) -> Tuning:
+    number = len(with_baselines(weightings, tuned=True)) + (len(problem.tasks) if alone else 0)
+    done: dict[str, int] = {}  # finished trials
+    with _progress(console) as progress:
+        bar = progress.add_task(problem.name, total=number * trials * problem.epochs)
+
+        def on_epoch(run: Run) -> None:
+            description = f"{problem.name}, tuning: {run.weighting}"
+            epochs = sum(done.values()) * problem.epochs + run.epochs
+            progress.update(bar, completed=epochs, description=description)
+
+        def on_trial(name: str, trials: Sequence[Trial]) -> None:
+            done[name] = len(trials)
+            progress.update(bar, completed=sum(done.values()) * problem.epochs)
+
+        return tune(
+            problem,
+            weightings,
+            trials=trials,
+            alone=alone,
+            on_epoch=on_epoch,
+            on_trial=on_trial,
+            **options,
+        )
+
+
 def _compare(
     problem: Problem,
     weightings: Mapping[str, MakeWeighting],
@@ -218,18 +284,13 @@ def _compare(
     *,
     seeds: Sequence[int],
     alone: bool,
+    tuning: Tuning | None,
     **options: Any,
 ) -> Comparison:
-    number = len({BASELINE, *weightings}) + (len(problem.tasks) if alone else 0)
-    columns = (
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TextColumn("epochs"),
-        rich.progress.TimeRemainingColumn(),
-    )
+    number = len(with_baselines(weightings, tuned=tuning is not None))
+    number += len(problem.tasks) if alone else 0
     done: dict[tuple[str, int], int] = {}
-    with rich.progress.Progress(*columns, console=console) as progress:
+    with _progress(console) as progress:
         bar = progress.add_task(problem.name, total=number * len(seeds) * problem.epochs)
 
         def on_epoch(run: Run) -> None:
@@ -238,10 +299,27 @@ def _compare(
             progress.update(bar, completed=sum(done.values()), description=description)
 
         comparison = compare(
-            problem, weightings, seeds=seeds, alone=alone, on_epoch=on_epoch, **options
+            problem,
+            weightings,
+            seeds=seeds,
+            alone=alone,
+            tuning=tuning,
+            on_epoch=on_epoch,
+            **options,
         )
         progress.update(bar, description=problem.name)
     return comparison
+
+
+def _progress(console: rich.console.Console) -> rich.progress.Progress:
+    return rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TextColumn("epochs"),
+        rich.progress.TimeRemainingColumn(),
+        console=console,
+    )
 
 
 def _run_results(comparison: Comparison, run: Run) -> dict[str, Any]:

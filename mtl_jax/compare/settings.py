@@ -7,6 +7,13 @@ from typing import Any
 TUNING_SEED = 1000
 """The seed of tuning, which no reported run may have."""
 
+PRUNED = "pruned"
+"""The reason of a trial that was ended early since others were better."""
+
+
+class TuningError(ValueError):
+    """There is nothing that trials can be measured against."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Trial:

@@ -8,6 +8,7 @@ import tabulate
 from mtl_jax.compare.problem import Problem
 from mtl_jax.compare.referee import BASELINE, Comparison
 from mtl_jax.compare.run import Run
+from mtl_jax.compare.tuning_report import tuning_section
 from mtl_jax.evaluation import mean_interval
 
 
@@ -68,13 +69,16 @@ def markdown_report(comparison: Comparison, *, command: str = "") -> str:
     sizes = ", ".join(f"{problem.size(part):,} {part}" for part in ("train", "validation", "test"))
     number = len(comparison.seeds)
     missing = comparison.unfinished
+    learning_rate = f"learning rate {problem.learning_rate:g}"
+    if comparison.tuning is not None:
+        learning_rate = "learning rates as tuned"
     lines = [
         f"# {problem.name}",
         "",
         problem.description,
         "",
-        f"{sizes} examples; {problem.epochs} epochs, batch {problem.batch_size}, learning rate "
-        f"{problem.learning_rate:g}; {number} seed{'s' * (number != 1)}. Test metrics, mean ± 95 % "
+        f"{sizes} examples; {problem.epochs} epochs, batch {problem.batch_size}, "
+        f"{learning_rate}; {number} seed{'s' * (number != 1)}. Test metrics, mean ± 95 % "
         "interval over seeds. Step times: fastest epoch, relative to equal weights.",
         "",
         *(
@@ -90,6 +94,8 @@ def markdown_report(comparison: Comparison, *, command: str = "") -> str:
         markdown_table(comparison, best=True, timing=False),
         "",
     ]
+    if comparison.tuning is not None:
+        lines += tuning_section(comparison.tuning)
     if command:
         lines += ["Made by", "", f"    {command}", ""]
     return "\n".join(lines)

@@ -19,7 +19,7 @@ from mtl_jax.compare.problem import Problem
 from mtl_jax.compare.referee import BASELINE, lone_name, make_weighting, with_baselines
 from mtl_jax.compare.run import Run
 from mtl_jax.compare.search_space import Range, Space
-from mtl_jax.compare.settings import TUNING_SEED, Trial, Tuning
+from mtl_jax.compare.settings import PRUNED, TUNING_SEED, Trial, Tuning, TuningError
 from mtl_jax.compare.training import Trainer
 from mtl_jax.compare.weightings import SPACES, WEIGHTINGS, MakeWeighting
 from mtl_jax.evaluation import delta_m
@@ -31,7 +31,6 @@ LEARNING_RATE_FACTOR = 10.0
 """How far the search goes from the shipped learning rate, downwards and upwards."""
 
 _LEARNING_RATE = "learning rate"
-_PRUNED = "pruned"
 
 
 def tune(
@@ -84,7 +83,8 @@ def tune(
 
     Raises:
       ValueError: if ``trials`` is not at least 1, there is a space for an unknown weighting, a
-        weighting cannot run on the problem, or equal weights as shipped fail or score 0 in a task.
+        weighting cannot run on the problem.
+      TuningError: a ``ValueError``; if equal weights as shipped fail, or score 0 in a task.
       OtherConfigurationError: a ``ValueError``; if the folder's trials are of another
         configuration.
     """
@@ -177,7 +177,7 @@ class _Search:
             if trial.score is not None:
                 study.tell(asked, trial.score)
             else:
-                pruned = trial.failure == _PRUNED
+                pruned = trial.failure == PRUNED
                 states = optuna.trial.TrialState
                 study.tell(asked, state=states.PRUNED if pruned else states.FAIL)
             yield trial
@@ -222,7 +222,7 @@ class _Search:
                 if run.epochs < self.problem.epochs and asked.should_prune():
                     pruned = True
                     break
-        score, failure = None, _PRUNED if pruned else run.failure
+        score, failure = None, PRUNED if pruned else run.failure
         if failure is None:
             # The baseline's own trial is a change of 0, or of NaN.
             against = baseline or {task: values[-1] for task, values in run.validation.items()}
@@ -251,7 +251,7 @@ def _last_metrics(problem: Problem, first: Trial) -> dict[str, float]:
     metrics = {task: values[-1] for task, values in first.validation.items()}
     zero = [task for task, value in metrics.items() if value == 0]
     if first.failure is not None or zero:
-        raise ValueError(
+        raise TuningError(
             f"Trials on {problem.name!r} are measured against equal weights at its own learning "
             f"rate, {problem.learning_rate:g}; but there "
             + (first.failure or f"the validation metric of {', '.join(zero)} is 0")

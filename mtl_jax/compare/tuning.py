@@ -224,10 +224,9 @@ class _Search:
                     break
         score, failure = None, PRUNED if pruned else run.failure
         if failure is None:
-            # The baseline's own trial is a change of 0, or of NaN.
-            against = baseline or {task: values[-1] for task, values in run.validation.items()}
-            score = self._score(run.validation, against, -1)
-            if not np.isfinite(score):
+            last = [values[-1] for values in run.validation.values()]
+            score = 0.0 if baseline is None else self._score(run.validation, baseline, -1)
+            if not np.isfinite([score, *last]).all():
                 score, failure = None, "a metric is not finite"
         seconds = time.perf_counter() - start
         return Trial(learning_rate, parameters, run.validation, score, failure, seconds)

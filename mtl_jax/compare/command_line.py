@@ -63,6 +63,10 @@ class Options:
     the best, and constant weights, tuned, are always compared, too."""
     prune: bool = False
     """Whether to end trials of --tune early that fall behind the others."""
+    jobs: int = 1
+    """Number of weightings that --tune searches at once, which saves time where compiling takes
+    long beside training. What is found does not depend on it. Runs follow one another, so that
+    their times can be compared."""
     checkpoint_seconds: int | None = 10
     """The least time between two checkpoints of a run, each of which is saved after an epoch: 0 for
     a checkpoint after every epoch, None for no checkpoints."""
@@ -162,6 +166,7 @@ def _run(
             conflict=options.conflict,
             tune_trials=options.tune,
             prune=options.prune,
+            jobs=options.jobs,
             checkpoint_seconds=options.checkpoint_seconds,
             resume=options.resume,
             command=command,
@@ -175,10 +180,12 @@ def _run(
 def _check(options: Options) -> None:
     if options.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {options.seeds}.")
-    if options.tune is not None and options.tune < 1:
-        raise ValueError(f"--tune must be at least 1, got {options.tune}.")
-    if options.prune and options.tune is None:
-        raise ValueError("--prune ends trials of --tune, which is not given.")
+    for name in ("tune", "jobs"):
+        number = getattr(options, name)
+        if number is not None and number < 1:
+            raise ValueError(f"--{name} must be at least 1, got {number}.")
+    if options.tune is None and (options.prune or options.jobs > 1):
+        raise ValueError("--prune and --jobs are about the trials of --tune, which is not given.")
     if options.tune is not None and options.seeds > TUNING_SEED:
         raise ValueError(f"--seeds must be at most {TUNING_SEED} with --tune, whose seed that is.")
     seconds = options.checkpoint_seconds

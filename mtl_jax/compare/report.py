@@ -42,6 +42,7 @@ def compare_and_report(
     conflict: bool = False,
     tune_trials: int | None = None,
     prune: bool = False,
+    jobs: int = 1,
     checkpoint_seconds: int | None = 10,
     resume: bool = False,
     command: str = "",
@@ -66,6 +67,7 @@ def compare_and_report(
       tune_trials: the number of trials for each weighting and each task alone with which their
         settings are chosen first, as in :func:`tune`; ``None`` to run all as shipped.
       prune: whether trials that fall behind are ended early.
+      jobs: how many weightings are tuned at once.
       checkpoint_seconds: the least time between two checkpoints of a run, each of which is saved
         after an epoch; ``None`` for no checkpoints. With them finished trials are kept, too.
       resume: whether to continue the comparison that the folder holds, if it holds one. Finished
@@ -108,6 +110,7 @@ def compare_and_report(
                 trials=tune_trials,
                 alone=alone,
                 prune=prune,
+                jobs=jobs,
                 folder=kept,
             )
         try:

@@ -1,36 +1,22 @@
 """Tuning: the learning rate and the parameters of every weighting, with one budget for all."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
-import functools
-import json
 import os
 import pathlib
-import time
+import threading
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from mtl_jax.compare.fingerprint import Fingerprint, OtherConfigurationError, difference
 from mtl_jax.compare.metrics import Evaluator
 from mtl_jax.compare.problem import Problem
 from mtl_jax.compare.referee import BASELINE, lone_name, make_weighting, with_baselines
 from mtl_jax.compare.run import Run
-from mtl_jax.compare.search_space import Range, Space
-from mtl_jax.compare.settings import PRUNED, TUNING_SEED, Trial, Tuning, TuningError
-from mtl_jax.compare.training import Trainer
+from mtl_jax.compare.search import Search, last_metrics
+from mtl_jax.compare.search_space import Space
+from mtl_jax.compare.settings import TUNING_SEED, Trial, Tuning
 from mtl_jax.compare.weightings import SPACES, WEIGHTINGS, MakeWeighting
-from mtl_jax.evaluation import delta_m
-
-if TYPE_CHECKING:
-    import optuna
-
-LEARNING_RATE_FACTOR = 10.0
-"""How far the search goes from the shipped learning rate, downwards and upwards."""
-
-_LEARNING_RATE = "learning rate"
 
 
 def tune(
@@ -42,6 +28,7 @@ def tune(
     alone: bool = True,
     spaces: Mapping[str, Space] | None = None,
     prune: bool = False,
+    jobs: int = 1,
     folder: str | os.PathLike[str] | None = None,
     on_epoch: Callable[[Run], None] = lambda run: None,
     on_trial: Callable[[str, Sequence[Trial]], None] = lambda name, trials: None,
@@ -72,6 +59,8 @@ def tune(
         the weightings of ``WEIGHTINGS``, and nothing for others.
       prune: whether to end trials early whose score after an epoch is below the median of the
         trials before (from the sixth trial and the second epoch on).
+      jobs: how many weightings are searched at once, in threads. The trials are the same for any
+        number. Settings of JAX that were made in a ``with`` statement do not hold in threads.
       folder: where finished trials are kept, a file for each weighting. Those that are there
         are not trained again.
       on_epoch: called with the run after every epoch of it.
@@ -82,14 +71,16 @@ def tune(
       All trials; its ``chosen`` gives the best.
 
     Raises:
-      ValueError: if ``trials`` is not at least 1, there is a space for an unknown weighting, a
-        weighting cannot run on the problem.
+      ValueError: if ``trials`` or ``jobs`` is not at least 1, there is a space for an unknown
+        weighting, or a weighting cannot run on the problem.
       TuningError: a ``ValueError``; if equal weights as shipped fail, or score 0 in a task.
       OtherConfigurationError: a ``ValueError``; if the folder's trials are of another
         configuration.
     """
     if trials < 1:
         raise ValueError(f"`trials` must be at least 1, got {trials}.")
+    if jobs < 1:
+        raise ValueError(f"`jobs` must be at least 1, got {jobs}.")
     weightings = with_baselines(weightings, tuned=True)
     if spaces is None:
         known = (name for name in SPACES if weightings.get(name) is WEIGHTINGS[name])
@@ -104,184 +95,73 @@ def tune(
         make_weighting(problem, name, make)
     evaluate = Evaluator(problem)
     searches = {
-        name: _Search(problem, evaluate, seed, name, make, spaces.get(name, {}))
+        name: Search(problem, evaluate, seed, name, make, spaces.get(name, {}))
         for name, make in weightings.items()
     }
     for task in problem.tasks if alone else ():
         name = lone_name(task)
-        searches[name] = _Search(problem, evaluate, seed, name, WEIGHTINGS[BASELINE], {}, [task])
+        searches[name] = Search(problem, evaluate, seed, name, WEIGHTINGS[BASELINE], {}, [task])
     found: dict[str, list[Trial]] = {name: [] for name in searches}
-    baseline: dict[str, float] | None = None
+    at_once = _AtOnce(jobs)
+
+    def add(name: str, trial: Trial) -> None:
+        found[name].append(trial)
+        on_trial(name, found[name])
+
+    def make_trials(name: str, baseline: Mapping[str, float] | None) -> Iterator[Trial]:
+        file = None if folder is None else pathlib.Path(folder) / f"{_quoted(name)}.json"
+        return searches[name].trials(trials, baseline, prune, file, at_once.guard(on_epoch))
+
     with _quiet_optuna():
-        for name, search in searches.items():
-            file = None if folder is None else pathlib.Path(folder) / f"{_quoted(name)}.json"
-            for trial in search.trials(trials, baseline, prune, file, on_epoch):
-                found[name].append(trial)
-                on_trial(name, found[name])
-                baseline = baseline or _last_metrics(problem, trial)
+        streams = {BASELINE: make_trials(BASELINE, None)}
+        first = next(streams[BASELINE])
+        add(BASELINE, first)
+        baseline = last_metrics(problem, first)
+        streams |= {name: make_trials(name, baseline) for name in searches if name != BASELINE}
+        at_once.exhaust(streams, add)
     return Tuning(seed, found)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Search:
-    """The search for one weighting or one task alone."""
+class _AtOnce:
+    """Exhausts several streams of trials at once, in threads; what they call is called in turn."""
 
-    problem: Problem
-    evaluate: Evaluator
-    seed: int
-    name: str
-    make: MakeWeighting
-    space: Space
-    tasks: list[str] | None = None
+    def __init__(self, jobs: int) -> None:
+        self._jobs, self._lock, self._stopped = jobs, threading.Lock(), threading.Event()
 
-    def trials(
-        self,
-        number: int,
-        baseline: Mapping[str, float] | None,
-        prune: bool,
-        file: pathlib.Path | None,
-        on_epoch: Callable[[Run], None],
-    ) -> Iterator[Trial]:
-        """The trials one by one. Without a baseline the first one is it."""
-        import optuna
+    def guard(self, call: Callable[[Run], None]) -> Callable[[Run], None]:
+        """The function, never called by two threads at once nor after an interruption."""
 
-        pruner = optuna.pruners.MedianPruner(5, 1) if prune else optuna.pruners.NopPruner()
-        sampler = optuna.samplers.TPESampler(seed=self.seed)
-        study = optuna.create_study(direction="maximize", sampler=sampler, pruner=pruner)
-        study.enqueue_trial(self._first())
-        kept: list[Trial] = []
-        fingerprint: Fingerprint = {}
-        if file is not None:
-            trainer = self._trainer(self.problem.learning_rate, {})
-            fingerprint = trainer.fingerprint(self.seed) | {
-                "pruning": prune,
-                "optuna": optuna.__version__,
-            }
-            kept = _read(file, fingerprint)
-        for index in range(number):
-            asked = study.ask()
-            learning_rate, parameters = self._draw(asked)
-            if index < len(kept):
-                # The search is gone through again, so that it goes on as it would have.
-                trial = kept[index]
-                if (trial.learning_rate, trial.parameters) != (learning_rate, parameters):
-                    raise _other(file, "what is searched differs")
-                if baseline is not None:
-                    for epoch in range(trial.epochs):
-                        asked.report(self._score(trial.validation, baseline, epoch), epoch)
-            else:
-                trial = self._train(asked, learning_rate, parameters, baseline, on_epoch)
-                kept.append(trial)
-                if file is not None:
-                    _write(file, fingerprint, kept)
-            if trial.score is not None:
-                study.tell(asked, trial.score)
-            else:
-                pruned = trial.failure == PRUNED
-                states = optuna.trial.TrialState
-                study.tell(asked, state=states.PRUNED if pruned else states.FAIL)
-            yield trial
-            baseline = baseline or _last_metrics(self.problem, trial)
+        def guarded(run: Run) -> None:
+            with self._lock:
+                if self._stopped.is_set():
+                    raise concurrent.futures.CancelledError
+                call(run)
 
-    def _first(self) -> dict[str, Any]:
-        first = {_LEARNING_RATE: self.problem.learning_rate}
-        for name, dimension in self.space.items():
-            first |= dimension.first(name, list(self.problem.tasks))
-        return first
+        return guarded
 
-    def _draw(self, asked: "optuna.Trial") -> tuple[float, dict[str, Any]]:
-        shipped = self.problem.learning_rate
-        factor = LEARNING_RATE_FACTOR
-        rates = Range(shipped, shipped / factor, shipped * factor, log=True)
-        tasks = list(self.problem.tasks)
-        learning_rate = rates.draw(asked, _LEARNING_RATE, tasks)
-        return learning_rate, {
-            name: dimension.draw(asked, name, tasks) for name, dimension in self.space.items()
-        }
+    def exhaust(
+        self, streams: Mapping[str, Iterator[Trial]], add: Callable[[str, Trial], None]
+    ) -> None:
+        """Call ``add`` with all that the streams yield; the first exception ends all of them."""
 
-    def _trainer(self, learning_rate: float, parameters: Mapping[str, Any]) -> Trainer:
-        problem = self.problem.with_settings(learning_rate=learning_rate)
-        make = functools.partial(self.make, **parameters)
-        weighting = make_weighting(problem, self.name, make)
-        return Trainer(problem, self.evaluate, weighting, self.name, self.tasks)
+        def follow(name: str) -> None:
+            for trial in streams[name]:
+                with self._lock:
+                    add(name, trial)
 
-    def _train(
-        self,
-        asked: "optuna.Trial",
-        learning_rate: float,
-        parameters: Mapping[str, Any],
-        baseline: Mapping[str, float] | None,
-        on_epoch: Callable[[Run], None],
-    ) -> Trial:
-        start = time.perf_counter()
-        run, pruned = Run(self.name, self.seed), False
-        for run in self._trainer(learning_rate, parameters).run(self.seed):
-            on_epoch(run)
-            if baseline is not None and run.failure is None:
-                asked.report(self._score(run.validation, baseline, run.epochs - 1), run.epochs - 1)
-                if run.epochs < self.problem.epochs and asked.should_prune():
-                    pruned = True
-                    break
-        score, failure = None, PRUNED if pruned else run.failure
-        if failure is None:
-            last = [values[-1] for values in run.validation.values()]
-            score = 0.0 if baseline is None else self._score(run.validation, baseline, -1)
-            if not np.isfinite([score, *last]).all():
-                score, failure = None, "a metric is not finite"
-        seconds = time.perf_counter() - start
-        return Trial(learning_rate, parameters, run.validation, score, failure, seconds)
-
-    def _score(
-        self,
-        validation: Mapping[str, Sequence[float]],
-        baseline: Mapping[str, float],
-        epoch: int,
-    ) -> float:
-        tasks = self.tasks or list(self.problem.tasks)
-        return delta_m(
-            {task: validation[task][epoch] for task in tasks},
-            {task: baseline[task] for task in tasks},
-            {task: self.problem.tasks[task].higher_is_better for task in tasks},
-        )
-
-
-def _last_metrics(problem: Problem, first: Trial) -> dict[str, float]:
-    """What all trials are measured against."""
-    metrics = {task: values[-1] for task, values in first.validation.items()}
-    zero = [task for task, value in metrics.items() if value == 0]
-    if first.failure is not None or zero:
-        raise TuningError(
-            f"Trials on {problem.name!r} are measured against equal weights at its own learning "
-            f"rate, {problem.learning_rate:g}; but there "
-            + (first.failure or f"the validation metric of {', '.join(zero)} is 0")
-            + ". Give the problem a learning rate at which equal weights train."
-        )
-    return metrics
-
-
-def _read(file: pathlib.Path, fingerprint: Fingerprint) -> list[Trial]:
-    if not file.exists():
-        return []
-    content = json.loads(file.read_text(encoding="utf-8"))
-    if changed := difference(fingerprint, content["fingerprint"]):
-        raise _other(file, changed)
-    return [Trial(**trial) for trial in content["trials"]]
-
-
-def _write(file: pathlib.Path, fingerprint: Fingerprint, trials: Sequence[Trial]) -> None:
-    """At every moment the old or the new file is there, whole."""
-    content = {"fingerprint": fingerprint, "trials": [dataclasses.asdict(t) for t in trials]}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(temporary, file)
-
-
-def _other(file: pathlib.Path | None, difference: str) -> OtherConfigurationError:
-    return OtherConfigurationError(
-        f"The trials in {file} are of another configuration: {difference}. Go on with the old one, "
-        "or begin with the new one in another folder."
-    )
+        if self._jobs == 1:
+            for name in streams:
+                follow(name)
+            return
+        with concurrent.futures.ThreadPoolExecutor(self._jobs) as pool:
+            try:
+                done = [pool.submit(follow, name) for name in streams]
+                for one in concurrent.futures.as_completed(done):
+                    one.result()
+            except BaseException:  # an interruption, too
+                self._stopped.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
 
 def _quoted(name: str) -> str:

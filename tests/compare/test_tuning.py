@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -234,6 +235,30 @@ def test_interrupted_and_resumed_with_pruning(tmp_path):
         tune(PROBLEM, {}, folder=tmp_path, spaces=spaces, **options)
 
 
+def test_several_at_once_find_the_same_and_end_together(tmp_path):
+    weightings = named_weightings(["adaptive"])
+    seen = []
+    at_once = tune(
+        PROBLEM, weightings, trials=3, jobs=3, on_trial=lambda name, trials: seen.append(name)
+    )
+    assert without_seconds(at_once) == without_seconds(tuned())
+    assert list(at_once.trials) == list(tuned().trials)
+    assert seen[0] == "equal"
+    assert sorted(seen) == sorted(list(tuned().trials) * 3)
+
+    class StopError(BaseException):
+        """Stands for a signal."""
+
+    def stop(name, trials):
+        if name == "constant":
+            raise StopError
+
+    before = threading.active_count()
+    with pytest.raises(StopError):
+        tune(PROBLEM, weightings, trials=1000, jobs=2, on_trial=stop)
+    assert threading.active_count() == before
+
+
 def test_comparison_runs_with_what_was_chosen():
     weightings = named_weightings(["adaptive"])
     comparison = compare(PROBLEM, weightings, tuning=tuned(), seeds=[0])
@@ -257,6 +282,8 @@ def test_comparison_runs_with_what_was_chosen():
 def test_arguments_are_checked():
     with pytest.raises(ValueError, match="`trials` must be at least 1"):
         tune(PROBLEM, {}, trials=0)
+    with pytest.raises(ValueError, match="`jobs` must be at least 1"):
+        tune(PROBLEM, {}, trials=1, jobs=0)
     with pytest.raises(ValueError, match="spaces for \\['dwa'\\]"):
         tune(PROBLEM, {}, trials=1, spaces={"dwa": {}})
     with pytest.raises(ValueError, match="'krum' cannot run on 'linear'"):

@@ -8,6 +8,7 @@ import pathlib
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from mtl_jax.compare.metrics import Evaluator
 from mtl_jax.compare.problem import Problem
@@ -26,7 +27,7 @@ def tune(
     trials: int,
     seed: int = TUNING_SEED,
     alone: bool = True,
-    spaces: Mapping[str, Space] | None = None,
+    spaces: Mapping[str, Space] = MappingProxyType({}),
     prune: bool = False,
     jobs: int = 1,
     folder: str | os.PathLike[str] | None = None,
@@ -55,8 +56,8 @@ def tune(
       seed: of the search, and of the training runs. Not one of the seeds of the comparison, which
         would be chosen for then: :func:`compare` refuses that.
       alone: whether to tune each task alone, too.
-      spaces: what to search for each weighting besides the learning rate. By default ``SPACES`` for
-        the weightings of ``WEIGHTINGS``, and nothing for others.
+      spaces: what to search for a weighting besides the learning rate: for those of ``WEIGHTINGS``
+        instead of what ``SPACES`` has, for others instead of nothing.
       prune: whether to end trials early whose score after an epoch is below the median of the
         trials before (from the sixth trial and the second epoch on).
       jobs: how many weightings are searched at once, in threads. The trials are the same for any
@@ -82,11 +83,10 @@ def tune(
     if jobs < 1:
         raise ValueError(f"`jobs` must be at least 1, got {jobs}.")
     weightings = with_baselines(weightings, tuned=True)
-    if spaces is None:
-        known = (name for name in SPACES if weightings.get(name) is WEIGHTINGS[name])
-        spaces = {name: SPACES[name] for name in known}
     if unknown := set(spaces) - set(weightings):
         raise ValueError(f"There are spaces for {sorted(unknown)}, and no such weightings.")
+    known = (name for name in SPACES if weightings.get(name) is WEIGHTINGS[name])
+    spaces = {name: SPACES[name] for name in known} | dict(spaces)
     # Without its test split, of which an example stays to have the fields.
     problem = dataclasses.replace(
         problem, test={field: values[:1] for field, values in problem.validation.items()}

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import inspect
 import json
+import pathlib
+import re
 import threading
 
 import jax
@@ -163,7 +165,7 @@ def test_failing_trials_are_counted_and_not_chosen():
     def bad(settings):
         return mtl_jax.vector_weighting(lambda losses, *rest: (losses * jnp.nan, rest[0]))
 
-    spaces = {"brittle": {"broken": Choice("no", "yes")}}
+    spaces = {"brittle": {"broken": Choice("no", "yes")}, "constant": {}}
     tuning = tune(PROBLEM, {"brittle": brittle, "bad": bad}, trials=4, alone=False, spaces=spaces)
     assert [trial.parameters for trial in tuning.trials["constant"]] == [{}] * 4
     trials = tuning.trials["brittle"]
@@ -336,3 +338,28 @@ def test_task_weights_are_orthonormal_log_ratios():
     logs = np.log(weights) - np.log(weights).mean()
     assert np.linalg.norm(logs) == pytest.approx(np.linalg.norm(z), rel=1e-12)
     assert dimension.draw(optuna.trial.FixedTrial({}), "w", ["a"]) == {"a": 1.0}
+
+
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "tuning.md"
+
+
+def row(name):
+    entries = []
+    for parameter, dimension in SPACES[name].items():
+        default = f", {dimension.default:g} by default" if isinstance(dimension, Range) else ""
+        entries.append(f"`{parameter}`: {dimension}{default}")
+    return f"| `{name}` | {'; '.join(entries)} |"
+
+
+def test_page_lists_what_is_searched_and_its_code_runs(capsys):
+    text = PAGE.read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    assert rows == [row(name) for name in SPACES]
+    assert f"All trials have one seed, {TUNING_SEED}," in text
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {"problem": PROBLEM}
+    exec(block, names)
+    chosen = names["tuning"].chosen("focused")
+    assert f"{chosen.parameters} {chosen.score}" in capsys.readouterr().out
+    assert 0.5 <= chosen.parameters["gamma"] <= 5
+    assert list(names["comparison"].runs) == ["equal", "constant", "dwa", "focused"]

@@ -11,11 +11,12 @@ import numpy as np
 
 import mtl_jax
 from mtl_jax.base import Aggregator, Weighting
+from mtl_jax.compare.batches import steps_per_epoch
 from mtl_jax.compare.checkpoints import Checkpoints
 from mtl_jax.compare.metrics import Evaluator
 from mtl_jax.compare.problem import Problem
 from mtl_jax.compare.run import Run
-from mtl_jax.compare.training import Trainer, steps_per_epoch
+from mtl_jax.compare.training import Trainer
 from mtl_jax.compare.weightings import WEIGHTINGS, MakeWeighting, RunSettings
 from mtl_jax.evaluation import delta_m
 from mtl_jax.train import TrainState

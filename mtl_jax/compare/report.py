@@ -19,6 +19,7 @@ from mtl_jax.compare.pictures import conflict_figure, metrics_figure, thinned, w
 from mtl_jax.compare.problem import Problem
 from mtl_jax.compare.referee import BASELINE, Comparison, compare, make_weightings
 from mtl_jax.compare.run import Run
+from mtl_jax.compare.sources import joined
 from mtl_jax.compare.tables import markdown_report, markdown_table
 from mtl_jax.compare.weightings import MakeWeighting
 
@@ -156,10 +157,12 @@ def results(comparison: Comparison) -> dict[str, Any]:
     return {
         "settings": {
             "epochs": problem.epochs,
-            "batch_size": problem.batch_size,
+            "batch_size": joined(problem.batch_sizes()),
             "learning_rate": problem.learning_rate,
             "seeds": list(comparison.seeds),
-            "examples": {part: problem.size(part) for part in ("train", "validation", "test")},
+            "examples": {
+                part: joined(problem.sizes(part)) for part in ("train", "validation", "test")
+            },
         },
         "tasks": {
             name: {"metric": task.metric, "higher_is_better": task.higher_is_better}

@@ -1,13 +1,14 @@
 """The table of a comparison."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import tabulate
 
 from mtl_jax.compare.problem import Problem
 from mtl_jax.compare.referee import BASELINE, Comparison
 from mtl_jax.compare.run import Run
+from mtl_jax.compare.sources import Source
 from mtl_jax.evaluation import mean_interval
 
 
@@ -65,7 +66,8 @@ def markdown_table(comparison: Comparison, *, best: bool = False, timing: bool =
 def markdown_report(comparison: Comparison, *, command: str = "") -> str:
     """The tables of a comparison with what they were measured on, as a Markdown document."""
     problem = comparison.problem
-    sizes = ", ".join(f"{problem.size(part):,} {part}" for part in ("train", "validation", "test"))
+    parts = ("train", "validation", "test")
+    sizes = ", ".join(f"{_by_source(problem.sizes(part))} {part}" for part in parts)
     number = len(comparison.seeds)
     missing = comparison.unfinished
     lines = [
@@ -73,8 +75,9 @@ def markdown_report(comparison: Comparison, *, command: str = "") -> str:
         "",
         problem.description,
         "",
-        f"{sizes} examples; {problem.epochs} epochs, batch {problem.batch_size}, learning rate "
-        f"{problem.learning_rate:g}; {number} seed{'s' * (number != 1)}. Test metrics, mean ± 95 % "
+        f"{sizes} examples; {problem.epochs} epochs, batch {_by_source(problem.batch_sizes())}, "
+        f"learning rate {problem.learning_rate:g}; {number} seed{'s' * (number != 1)}. Test "
+        "metrics, mean ± 95 % "
         "interval over seeds. Step times: fastest epoch, relative to equal weights.",
         "",
         *(
@@ -127,3 +130,11 @@ def _interval(values: Sequence[float], digits: int, sign: str = "") -> str:
 
 def _skipped(runs: Sequence[Run]) -> str:
     return str(sum(run.skipped for run in runs))
+
+
+def _by_source(numbers: Mapping[Source, int]) -> str:
+    """``"5,000"``, or ``"5,000 (news) + 300 (reviews)"``."""
+    return " + ".join(
+        f"{number:,}" if source is None else f"{number:,} ({source})"
+        for source, number in numbers.items()
+    )

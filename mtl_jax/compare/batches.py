@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
+from mtl_jax.compare.devices import number_of_devices
 from mtl_jax.compare.problem import Batch, Problem
 from mtl_jax.compare.sources import Source, by_source, joined
 
@@ -33,6 +35,20 @@ def steps_per_epoch(problem: Problem) -> int:
                 f"{problem.name!r}{of_source}: {size} examples."
             )
     return max(size // batch_sizes[source] for source, size in problem.sizes("train").items())
+
+
+def check_devices(problem: Problem, mesh: Mesh | None) -> None:
+    """Whether the batches can be spread over the devices.
+
+    Raises:
+      ValueError: if not.
+    """
+    for batch_size in problem.batch_sizes().values():
+        if batch_size % number_of_devices(mesh):
+            raise ValueError(
+                f"The batch size of {problem.name!r}, {batch_size}, must be a multiple of the "
+                f"number of devices, {number_of_devices(mesh)}."
+            )
 
 
 def orders(problem: Problem, key: Array) -> dict[Source, Int[Array, "steps batch"]]:

@@ -5,8 +5,10 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
+from mtl_jax.compare.devices import number_of_devices, place, replicated, spread
 from mtl_jax.compare.fingerprint import digest, text_digest
 from mtl_jax.compare.problem import Batch, Problem, Sources, Split
 from mtl_jax.compare.sources import Source, by_source, joined
@@ -17,15 +19,22 @@ class Evaluator:
 
     Args:
       problem: the problem.
-      batch_size: examples at a time.
+      batch_size: examples at a time, or a few more, so that every device has as many.
+      mesh: the devices that a batch is spread over.
     """
 
-    def __init__(self, problem: Problem, batch_size: int = 500) -> None:
+    def __init__(self, problem: Problem, batch_size: int = 500, mesh: Mesh | None = None) -> None:
         self.problem = problem
         self._digests: dict[str, str] | None = None
-        self._sums = jax.jit(self._sum_scores)
+        self._sums = jax.jit(self._sum_scores, out_shardings=replicated(mesh))
+        batch_size += -batch_size % number_of_devices(mesh)
         self._batches = {
-            part: list(_padded_batches(getattr(problem, part), problem.sizes(part), batch_size))
+            part: [
+                place(batch, spread(mesh))
+                for batch in _padded_batches(
+                    getattr(problem, part), problem.sizes(part), batch_size
+                )
+            ]
             for part in ("validation", "test")
         }
 

@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
 from mtl_jax.base import Aggregator, Signal, Weighting
 from mtl_jax.compare.batches import orders, steps_per_epoch, take
 from mtl_jax.compare.checkpoints import RunCheckpoints
+from mtl_jax.compare.devices import number_of_devices, place, replicated, spread
 from mtl_jax.compare.fingerprint import Fingerprint, digest, text_digest, where_it_runs
 from mtl_jax.compare.metrics import Evaluator
 from mtl_jax.compare.problem import Batch, Problem
@@ -46,6 +48,7 @@ class Trainer:
       name: the name of the runs.
       tasks: the tasks to train; all of the problem's by default.
       conflict: whether to measure conflicts also where the weighting does not need it.
+      mesh: the devices that each batch is spread over.
     """
 
     def __init__(
@@ -56,8 +59,9 @@ class Trainer:
         name: str,
         tasks: list[str] | None = None,
         conflict: bool = False,
+        mesh: Mesh | None = None,
     ) -> None:
-        self.problem, self.evaluate = problem, evaluate
+        self.problem, self.evaluate, self.mesh = problem, evaluate, mesh
         self.weighting, self.name = weighting, name
         self.tasks = list(problem.tasks) if tasks is None else tasks
         self.measured_at: Place | None = _measured_at(problem, weighting, conflict)
@@ -124,7 +128,7 @@ class Trainer:
             weighting_key=weighting_key,
             shared=self.problem.shared,
         )
-        return state, order_key, train
+        return place((state, order_key, train), replicated(self.mesh))
 
     def _fingerprint(self, state: TrainState, order_key: Array, train: Batch) -> Fingerprint:
         """What decides the numbers of the run that starts so."""
@@ -138,6 +142,7 @@ class Trainer:
             "program": text_digest(self._lower(state, train, key).as_text()),
             **self.evaluate.digests(state.params, state.model_state),
             **where_it_runs(),
+            "devices": number_of_devices(self.mesh),
         }
 
     def _losses(
@@ -184,7 +189,9 @@ class Trainer:
 
     def _lower(self, *args: Any) -> jax.stages.Lowered:
         if self._lowered is None:
-            self._lowered = jax.jit(self._train_epoch, donate_argnums=0).lower(*args)
+            self._lowered = jax.jit(
+                self._train_epoch, donate_argnums=0, out_shardings=replicated(self.mesh)
+            ).lower(*args)
         return self._lowered
 
     def _compile(self, run: Run, *args: Any) -> Callable[..., Any]:
@@ -209,6 +216,8 @@ class Trainer:
 
         def step(state: TrainState, order: dict[Source, Array]) -> tuple[TrainState, History]:
             batch = take(train, order)
+            if self.mesh is not None:
+                batch = jax.lax.with_sharding_constraint(batch, spread(self.mesh))
             present = self.problem.present(batch)
             mask = None if present is None else {task: present[task] for task in self.tasks}
             state, value = train_step(state, batch, mask=mask)

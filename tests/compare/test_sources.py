@@ -4,7 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_problem import encoder, heads, make_problem, outputs, split
+from toy_problem import (
+    SOURCE_OF,
+    encoder,
+    heads,
+    make_problem,
+    make_two_sources,
+    outputs,
+    source_errors,
+    split,
+)
 
 import mtl_jax
 from mtl_jax.compare import compare, named_weightings
@@ -13,39 +22,9 @@ from mtl_jax.compare.metrics import Evaluator
 from mtl_jax.compare.report import results
 from mtl_jax.compare.tables import markdown_report
 
-SOURCE_OF = {"line": "many", "square": "few"}
-
-
-def in_sources(many, few, seed):
-    return {"many": split(many, seed), "few": split(few, seed + 10)}
-
-
-def errors(params, batch):
-    found = {task: outputs(params, batch[source]["x"])[task] for task, source in SOURCE_OF.items()}
-    return {task: (found[task] - batch[source][task]) ** 2 for task, source in SOURCE_OF.items()}
-
-
-def losses(params, model_state, key, batch):
-    return jax.tree.map(jnp.mean, errors(params, batch)), model_state
-
-
-def make(**changes):
-    settings = {
-        "train": in_sources(100, 24, 0),
-        "validation": in_sources(30, 20, 1),
-        "test": in_sources(70, 30, 2),
-        "losses": losses,
-        "scores": lambda params, model_state, batch: errors(params, batch),
-        "shared": lambda path: path == "encoder",
-        "source_of": SOURCE_OF,
-        "batch_size": {"many": 16, "few": 5},
-        "epochs": 2,
-    }
-    return make_problem(**(settings | changes))
-
 
 def test_an_epoch_passes_over_the_largest_source_and_over_the_others_as_often_as_it_takes():
-    problem = make()
+    problem = make_two_sources()
     assert steps_per_epoch(problem) == 6
     found = orders(problem, jax.random.key(0))
     assert {source: order.shape for source, order in found.items()} == {
@@ -68,7 +47,7 @@ def test_one_source_has_the_order_it_has_without_names():
 
 
 def test_a_batch_has_the_chosen_examples_of_each_source():
-    problem = make()
+    problem = make_two_sources()
     batch = take(problem.train, {"many": np.array([3, 5]), "few": np.array([1])})
     np.testing.assert_array_equal(batch["many"]["line"], problem.train["many"]["line"][[3, 5]])
     np.testing.assert_array_equal(batch["few"]["x"], problem.train["few"]["x"][[1]])
@@ -76,7 +55,7 @@ def test_a_batch_has_the_chosen_examples_of_each_source():
 
 @pytest.mark.parametrize("batch_size", [7, 500])
 def test_a_metric_is_over_all_examples_of_its_own_source(batch_size):
-    problem = make()
+    problem = make_two_sources()
     params, model_state = problem.init(jax.random.key(0))
     metrics = Evaluator(problem, batch_size=batch_size)(params, model_state, "test")
     for task, source in SOURCE_OF.items():
@@ -86,7 +65,7 @@ def test_a_metric_is_over_all_examples_of_its_own_source(batch_size):
 
 
 def test_weightings_of_every_signal_train_on_several_sources():
-    problem = make()
+    problem = make_two_sources()
     weightings = named_weightings(["upgrad", "db_mtl"])
     comparison = compare(problem, weightings, seeds=[0], conflict=True)
     for name, runs in comparison.runs.items():
@@ -106,7 +85,7 @@ def test_weightings_of_every_signal_train_on_several_sources():
 
 def test_pieces_of_sources_in_which_a_task_is_absent():
     """Losses and gradients of a batch in pieces; some pieces have no label of a task at all."""
-    problem = make()
+    problem = make_two_sources()
     batch = {
         "many": jax.tree.map(lambda x: x[:16], problem.train["many"]),
         "few": jax.tree.map(lambda x: x[:8], problem.train["few"]),
@@ -116,7 +95,7 @@ def test_pieces_of_sources_in_which_a_task_is_absent():
     batch["few"]["there"] = there
 
     def losses_fn(params, batch):
-        found = errors(params, batch)
+        found = source_errors(params, batch)
         square = mtl_jax.masked_mean(found["square"], batch["few"]["there"])
         return {"line": jnp.mean(found["line"]), "square": square}
 
@@ -154,4 +133,4 @@ def test_pieces_of_sources_in_which_a_task_is_absent():
 )
 def test_what_does_not_fit_together_is_an_error(changes, message):
     with pytest.raises(ValueError, match=message):
-        steps_per_epoch(make(**changes))
+        steps_per_epoch(make_two_sources(**changes))

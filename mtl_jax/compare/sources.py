@@ -19,3 +19,11 @@ def by_source(data: Mapping[str, Any]) -> dict[Source, Mapping[str, Any]]:
 def joined(sources: Mapping[Source, T]) -> Any:
     """What is given by source in the form of a split: that of the one source, or a mapping."""
     return sources[None] if None in sources else dict(sources)
+
+
+def numbers_text(numbers: Mapping[Source, int]) -> str:
+    """``"5,000"``, or ``"5,000 (news) + 300 (reviews)"``."""
+    return " + ".join(
+        f"{number:,}" if source is None else f"{number:,} ({source})"
+        for source, number in numbers.items()
+    )

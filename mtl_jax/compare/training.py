@@ -68,7 +68,7 @@ class Trainer:
         self.steps = steps_per_epoch(problem)
         self.optimizer = problem.optimizer(problem.learning_rate, self.steps * problem.epochs)
         self._lowered: jax.stages.Lowered | None = None
-        self._compiled: Callable[..., Any] | None = None
+        self._compiled: jax.stages.Compiled | None = None
 
     def run(self, seed: int, checkpoints: RunCheckpoints | None = None) -> Iterator[Run]:
         """Train with a seed. Yields the run after every epoch, as far as it has come.
@@ -199,6 +199,7 @@ class Trainer:
             start = time.perf_counter()
             self._compiled = self._lower(*args).compile()
             run.compile_seconds += time.perf_counter() - start
+        run.memory_bytes = _memory_bytes(self._compiled)
         return self._compiled
 
     def _train_epoch(
@@ -221,10 +222,10 @@ class Trainer:
             present = self.problem.present(batch)
             mask = None if present is None else {task: present[task] for task in self.tasks}
             state, value = train_step(state, batch, mask=mask)
-            losses = value.losses
-            if mask is not None:  # an absent task has no loss
-                losses = jax.tree.map(lambda m, loss: jnp.where(m, loss, jnp.nan), mask, losses)
-            return state, History(losses, value.weights, _conflict(value, mask))
+            losses, weights = value.losses, value.weights
+            if mask is not None:  # an absent task has neither
+                losses, weights = _of_present(losses, mask), weights and _of_present(weights, mask)
+            return state, History(losses, weights, _conflict(value, mask))
 
         return jax.lax.scan(step, state, orders(self.problem, key))
 
@@ -259,6 +260,19 @@ def _measured_at(
     if weighting.needs is Signal.GRAMIAN or conflict:
         return "parameters" if problem.encoder is None else "representation"
     return None
+
+
+def _of_present(values: dict[str, Array], mask: dict[str, Array]) -> dict[str, Array]:
+    return jax.tree.map(lambda value, m: jnp.where(m, value, jnp.nan), values, mask)
+
+
+def _memory_bytes(compiled: jax.stages.Compiled) -> int | None:
+    """The memory of a compiled program: arguments, results and what is temporary."""
+    stats = compiled.memory_analysis()
+    if stats is None:
+        return None
+    kept = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return kept + stats.temp_size_in_bytes
 
 
 def _conflict(value: MultiTaskValue, mask: PyTree | None) -> dict[str, Float[Array, ""]] | None:

@@ -5,19 +5,20 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from mtl_jax.base import Aggregator, Weighting
+from mtl_jax.compare.batches import check_devices, steps_per_epoch
 from mtl_jax.compare.checkpoints import Checkpoints
 from mtl_jax.compare.metrics import Evaluator
 from mtl_jax.compare.problem import Problem
 from mtl_jax.compare.run import Run
 from mtl_jax.compare.settings import Tuning
-from mtl_jax.compare.training import Trainer, steps_per_epoch
+from mtl_jax.compare.training import Trainer
 from mtl_jax.compare.weightings import WEIGHTINGS, MakeWeighting, RunSettings
 from mtl_jax.evaluation import delta_m
 from mtl_jax.train import TrainState
@@ -156,6 +157,17 @@ def make_weighting(problem: Problem, name: str, make: MakeWeighting) -> Weightin
     return weighting
 
 
+def _as_chosen(
+    problem: Problem, name: str, make: MakeWeighting, tuning: Tuning | None
+) -> tuple[Problem, Weighting | Aggregator]:
+    """The problem with the learning rate, and the weighting with the parameters, of a tuning."""
+    if tuning is not None:
+        chosen = tuning.chosen(name)
+        problem = problem.with_settings(learning_rate=chosen.learning_rate)
+        make = functools.partial(make, **chosen.parameters)
+    return problem, make_weighting(problem, name, make)
+
+
 def compare(
     problem: Problem,
     weightings: Mapping[str, MakeWeighting],
@@ -165,6 +177,7 @@ def compare(
     conflict: bool = False,
     tuning: Tuning | None = None,
     checkpoints: str | os.PathLike[str] | Checkpoints | None = None,
+    mesh: Mesh | None = None,
     on_epoch: Callable[[Run], None] = lambda run: None,
     on_run: Callable[[Comparison], None] = lambda comparison: None,
 ) -> Comparison:
@@ -188,6 +201,9 @@ def compare(
         how often they are saved, and whether to resume. Resumed, a comparison comes out as if it
         had never been interrupted, bit for bit: runs that are finished are read, and the one that
         is not goes on from its last checkpoint.
+      mesh: devices that each batch is spread over, the parameters being on all; of several
+        processes, if ``jax.distributed`` is initialised. All of them then call this function
+        alike and, with checkpoints, see one file system. ``None`` for one device.
       on_epoch: called with the run after every epoch of it, and with every run that was read.
       on_run: called with the comparison as far as it has come, after every run and after all that
         is finished was read.
@@ -212,23 +228,23 @@ def compare(
             f"Seed {tuning.seed} is the one of the tuning: its runs are those that were chosen "
             "for. Compare with other seeds."
         )
-    evaluate = Evaluator(problem)
-
-    def make_trainer(name: str, make: MakeWeighting, **options: Any) -> Trainer:
-        own = problem
-        if tuning is not None:
-            chosen = tuning.chosen(name)
-            own = problem.with_settings(learning_rate=chosen.learning_rate)
-            make = functools.partial(make, **chosen.parameters)
-        return Trainer(own, evaluate, make_weighting(own, name, make), name, **options)
-
-    trainers = [
-        make_trainer(name, make, conflict=conflict)
+    made = [
+        (name, *_as_chosen(problem, name, make, tuning))
         for name, make in with_baselines(weightings, tuned=tuning is not None).items()
     ]
-    lone_trainers = [
-        make_trainer(lone_name(task), WEIGHTINGS[BASELINE], tasks=[task])
+    made_alone = [
+        (task, *_as_chosen(problem, lone_name(task), WEIGHTINGS[BASELINE], tuning))
         for task in (problem.tasks if alone else ())
+    ]
+    check_devices(problem, mesh)
+    evaluate = Evaluator(problem, mesh=mesh)
+    trainers = [
+        Trainer(own, evaluate, weighting, name, conflict=conflict, mesh=mesh)
+        for name, own, weighting in made
+    ]
+    lone_trainers = [
+        Trainer(own, evaluate, weighting, lone_name(task), [task], mesh=mesh)
+        for task, own, weighting in made_alone
     ]
     if checkpoints is not None:
         if not isinstance(checkpoints, Checkpoints):

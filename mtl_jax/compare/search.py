@@ -3,14 +3,16 @@
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jax.sharding import Mesh
 
+from mtl_jax.compare.devices import is_first_process
+from mtl_jax.compare.files import write_text
 from mtl_jax.compare.fingerprint import Fingerprint, OtherConfigurationError, difference
 from mtl_jax.compare.metrics import Evaluator
 from mtl_jax.compare.problem import Problem
@@ -43,6 +45,7 @@ class Search:
       make: makes the weighting.
       space: what is searched besides the learning rate.
       tasks: the tasks to train; all of the problem's by default.
+      mesh: the devices that each batch is spread over.
     """
 
     problem: Problem
@@ -52,6 +55,7 @@ class Search:
     make: MakeWeighting
     space: Space
     tasks: list[str] | None = None
+    mesh: Mesh | None = None
 
     def trials(
         self,
@@ -138,7 +142,7 @@ class Search:
         problem = self.problem.with_settings(learning_rate=learning_rate)
         make = functools.partial(self.make, **parameters)
         weighting = make_weighting(problem, self.name, make)
-        return Trainer(problem, self.evaluate, weighting, self.name, self.tasks)
+        return Trainer(problem, self.evaluate, weighting, self.name, self.tasks, mesh=self.mesh)
 
     def _train(
         self,
@@ -204,12 +208,10 @@ def _read(file: pathlib.Path, fingerprint: Fingerprint) -> list[Trial]:
 
 
 def _write(file: pathlib.Path, fingerprint: Fingerprint, trials: Sequence[Trial]) -> None:
-    """At every moment the old or the new file is there, whole."""
-    content = {"fingerprint": fingerprint, "trials": [dataclasses.asdict(t) for t in trials]}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(temporary, file)
+    if is_first_process():
+        content = {"fingerprint": fingerprint, "trials": [vars(trial) for trial in trials]}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(content, indent=1))
 
 
 def _other(file: pathlib.Path | None, difference: str) -> OtherConfigurationError:

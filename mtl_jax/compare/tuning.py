@@ -10,6 +10,9 @@ import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
+from jax.sharding import Mesh
+
+from mtl_jax.compare.batches import check_devices
 from mtl_jax.compare.metrics import Evaluator
 from mtl_jax.compare.problem import Problem
 from mtl_jax.compare.referee import BASELINE, lone_name, make_weighting, with_baselines
@@ -17,6 +20,7 @@ from mtl_jax.compare.run import Run
 from mtl_jax.compare.search import Search, last_metrics
 from mtl_jax.compare.search_space import Space
 from mtl_jax.compare.settings import TUNING_SEED, Trial, Tuning
+from mtl_jax.compare.sources import by_source, joined
 from mtl_jax.compare.weightings import SPACES, WEIGHTINGS, MakeWeighting
 
 
@@ -31,6 +35,7 @@ def tune(
     prune: bool = False,
     jobs: int = 1,
     folder: str | os.PathLike[str] | None = None,
+    mesh: Mesh | None = None,
     on_epoch: Callable[[Run], None] = lambda run: None,
     on_trial: Callable[[str, Sequence[Trial]], None] = lambda name, trials: None,
 ) -> Tuning:
@@ -62,8 +67,10 @@ def tune(
         trials before (from the sixth trial and the second epoch on).
       jobs: how many weightings are searched at once, in threads. The trials are the same for any
         number. Settings of JAX that were made in a ``with`` statement do not hold in threads.
-      folder: where finished trials are kept, a file for each weighting. Those that are there
-        are not trained again.
+      folder: where finished trials are kept, in a folder of the problem's name a file for each
+        weighting. Those that are there are not trained again.
+      mesh: devices to spread each batch over, as in :func:`compare`; for one job only, since all
+        processes must train in the same order.
       on_epoch: called with the run after every epoch of it.
       on_trial: called with the name and its trials after every trial, and with those that were
         read.
@@ -82,25 +89,28 @@ def tune(
         raise ValueError(f"`trials` must be at least 1, got {trials}.")
     if jobs < 1:
         raise ValueError(f"`jobs` must be at least 1, got {jobs}.")
+    if jobs > 1 and mesh is not None:
+        raise ValueError(
+            f"On a mesh one weighting is tuned at a time: `jobs` must be 1, got {jobs}."
+        )
     weightings = with_baselines(weightings, tuned=True)
     if unknown := set(spaces) - set(weightings):
         raise ValueError(f"There are spaces for {sorted(unknown)}, and no such weightings.")
     known = (name for name in SPACES if weightings.get(name) is WEIGHTINGS[name])
     spaces = {name: SPACES[name] for name in known} | dict(spaces)
-    # Without its test split, of which an example stays to have the fields.
-    problem = dataclasses.replace(
-        problem, test={field: values[:1] for field, values in problem.validation.items()}
-    )
+    problem = _without_test_split(problem)
     for name, make in weightings.items():
         make_weighting(problem, name, make)
-    evaluate = Evaluator(problem)
+    check_devices(problem, mesh)
+    evaluate = Evaluator(problem, mesh=mesh)
     searches = {
-        name: Search(problem, evaluate, seed, name, make, spaces.get(name, {}))
+        name: Search(problem, evaluate, seed, name, make, spaces.get(name, {}), mesh=mesh)
         for name, make in weightings.items()
     }
     for task in problem.tasks if alone else ():
         name = lone_name(task)
-        searches[name] = Search(problem, evaluate, seed, name, WEIGHTINGS[BASELINE], {}, [task])
+        make = WEIGHTINGS[BASELINE]
+        searches[name] = Search(problem, evaluate, seed, name, make, {}, [task], mesh)
     found: dict[str, list[Trial]] = {name: [] for name in searches}
     at_once = _AtOnce(jobs)
 
@@ -109,7 +119,9 @@ def tune(
         on_trial(name, found[name])
 
     def make_trials(name: str, baseline: Mapping[str, float] | None) -> Iterator[Trial]:
-        file = None if folder is None else pathlib.Path(folder) / f"{_quoted(name)}.json"
+        file = None
+        if folder is not None:
+            file = pathlib.Path(folder, _quoted(problem.name), f"{_quoted(name)}.json")
         return searches[name].trials(trials, baseline, prune, file, at_once.guard(on_epoch))
 
     with _quiet_optuna():
@@ -120,6 +132,15 @@ def tune(
         streams |= {name: make_trials(name, baseline) for name in searches if name != BASELINE}
         at_once.exhaust(streams, add)
     return Tuning(seed, found)
+
+
+def _without_test_split(problem: Problem) -> Problem:
+    """The problem with an example of the validation split for its test split, for the form."""
+    examples = {
+        source: {field: values[:1] for field, values in fields.items()}
+        for source, fields in by_source(problem.validation).items()
+    }
+    return dataclasses.replace(problem, test=joined(examples))
 
 
 class _AtOnce:

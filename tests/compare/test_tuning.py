@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import inspect
-import json
 import pathlib
 import re
 import threading
@@ -28,12 +27,15 @@ from mtl_jax.compare import (
     TaskWeights,
     TuningError,
     compare,
+    compare_and_report,
     named_weightings,
     tune,
 )
+from mtl_jax.compare.command_line import Options, run
 from mtl_jax.compare.referee import make_weightings
+from mtl_jax.compare.search import Search
 from mtl_jax.compare.settings import TUNING_SEED
-from mtl_jax.compare.tuning_report import tuning_results, tuning_table
+from mtl_jax.compare.tuning_table import tuning_table
 
 TASKS = ("right", "wrong")
 
@@ -176,9 +178,8 @@ def test_failing_trials_are_counted_and_not_chosen():
     assert all((trial.score is None) == (trial in failed) for trial in trials)
     assert tuning.chosen("brittle").parameters == {"broken": "no"}
     assert tuning.chosen("bad") == tuning.trials["bad"][0]
-    assert f"4 ({len(failed)} failed)" in tuning_table(tuning)
-    assert "4 (4 failed)" in tuning_table(tuning)
-    json.dumps(tuning_results(tuning), allow_nan=False)
+    assert f"4 ({len(failed)} failed)" in tuning_table(tuning).markdown()
+    assert "4 (4 failed)" in tuning_table(tuning).markdown()
 
 
 def test_without_a_baseline_there_is_an_error():
@@ -205,7 +206,7 @@ def test_interrupted_and_resumed_with_pruning(tmp_path):
     pruned = [trial for trial in undisturbed.trials["constant"] if trial.failure == "pruned"]
     assert pruned
     assert all(2 <= trial.epochs < PROBLEM.epochs and trial.score is None for trial in pruned)
-    assert f"9 ({len(pruned)} pruned)" in tuning_table(undisturbed)
+    assert f"9 ({len(pruned)} pruned)" in tuning_table(undisturbed).markdown()
 
     class StopError(Exception):
         pass
@@ -227,7 +228,7 @@ def test_interrupted_and_resumed_with_pruning(tmp_path):
     again = tune(PROBLEM, {}, folder=tmp_path, **options)
     assert again == resumed
     for changed, message in (
-        (PROBLEM.with_settings(batch_size=16), "batch_size is 16 and was 32"),
+        (PROBLEM.with_settings(batch_size=16), "batch_size is .*16.* and was .*32"),
         (PROBLEM.with_settings(validation=PROBLEM.test), "the data differ"),
     ):
         with pytest.raises(OtherConfigurationError, match=message):
@@ -363,3 +364,84 @@ def test_page_lists_what_is_searched_and_its_code_runs(capsys):
     assert f"{chosen.parameters} {chosen.score}" in capsys.readouterr().out
     assert 0.5 <= chosen.parameters["gamma"] <= 5
     assert list(names["comparison"].runs) == ["equal", "constant", "dwa", "focused"]
+
+
+def test_report_tells_what_was_chosen_and_resumes(tmp_path):
+    weightings = named_weightings(["equal"])
+    options = {"seeds": [0, 1], "alone": False, "tune_trials": 2}
+    (comparison,) = compare_and_report([PROBLEM], weightings, tmp_path / "whole", **options)
+
+    class StopError(Exception):
+        pass
+
+    written = json.loads((tmp_path / "whole" / "results.json").read_text())["linear"]
+    chosen = comparison.tuning.chosen("constant")
+    found = written["tuning"]["chosen"]["constant"]
+    assert found["learning_rate"] == chosen.learning_rate
+    assert found["parameters"] == chosen.parameters
+    assert found["validation_change"] == chosen.score
+    assert len(written["tuning"]["trials"]["equal"]) == 2
+    assert written["tuning"]["seed"] == TUNING_SEED
+    report = (tmp_path / "whole" / "linear.md").read_text()
+    section = report[report.index("## Chosen by tuning") :]
+    assert f"{chosen.learning_rate:.3g}" in section
+    assert f"{100 * chosen.score:+.2f}" in section
+    assert "learning rate as tuned (shipped: 0.05)" in report
+    assert "Chosen by tuning" in (tmp_path / "whole" / "report.html").read_text()
+
+    with pytest.MonkeyPatch.context() as patch:
+        # Killed in the fourth trial, which is the second of constant weights.
+        trained = []
+
+        def train(self, *args, original=Search._train):
+            trained.append(self.name)
+            if len(trained) == 4:
+                raise StopError
+            return original(self, *args)
+
+        patch.setattr(Search, "_train", train)
+        with pytest.raises(StopError):
+            compare_and_report([PROBLEM], weightings, tmp_path / "killed", **options)
+        with pytest.raises(FileExistsError, match="holds a comparison already"):
+            compare_and_report([PROBLEM], weightings, tmp_path / "killed", **options)
+        compare_and_report([PROBLEM], weightings, tmp_path / "killed", resume=True, **options)
+        assert trained == ["equal", "equal", "constant", "constant", "constant"]
+    results = [(tmp_path / name / "results.json").read_bytes() for name in ("whole", "killed")]
+    assert results[0] == results[1]
+    with pytest.raises(OtherConfigurationError, match="learning_rate is 0.05 and was"):
+        compare_and_report(
+            [PROBLEM], weightings, tmp_path / "killed", resume=True, seeds=[0, 1], alone=False
+        )
+    with pytest.raises(ValueError, match="Seed 1000 is the one of the tuning"):
+        compare_and_report(
+            [PROBLEM], weightings, tmp_path / "new", tune_trials=1, seeds=[TUNING_SEED]
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tune": 0}, "--tune must be at least 1, got 0"),
+        ({"tune": 2, "jobs": 0}, "--jobs must be at least 1, got 0"),
+        ({"prune": True}, "--prune and --jobs are about the trials of --tune"),
+        ({"jobs": 2}, "--prune and --jobs are about the trials of --tune"),
+        ({"tune": 2, "jobs": 2, "data_parallel": True}, "--jobs must be 1"),
+        ({"tune": 2, "seeds": 1001}, "--seeds must be at most 1000 with --tune"),
+        ({"tune": 1, "epochs": 1, "learning_rate": 1e30}, "measured against equal weights"),
+    ],
+)
+def test_command_line_says_what_is_wrong(options, message, tmp_path, capsys):
+    options = Options(weightings=("equal",), alone=False, runs_dir=tmp_path, **options)
+    with pytest.raises(SystemExit) as exit_:
+        run(options, ["linear"], lambda name, data_dir: PROBLEM, ["mtl-jax"])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_command_line_tunes(tmp_path):
+    options = {"tune": 1, "jobs": 2, "prune": True, "seeds": 1, "epochs": 2}
+    options = Options(weightings=("equal",), alone=False, runs_dir=tmp_path, **options)
+    run(options, ["linear"], lambda name, data_dir: PROBLEM, ["mtl-jax"])
+    written = json.loads((tmp_path / "compare" / "results.json").read_text())["linear"]
+    assert list(written["weightings"]) == ["equal", "constant"]
+    assert [len(row) for row in written["tuning"]["trials"].values()] == [1, 1]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import json
 import pathlib
 import re
 import threading
@@ -438,10 +439,12 @@ def test_command_line_says_what_is_wrong(options, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_command_line_tunes(tmp_path):
-    options = {"tune": 1, "jobs": 2, "prune": True, "seeds": 1, "epochs": 2}
-    options = Options(weightings=("equal",), alone=False, runs_dir=tmp_path, **options)
+def test_command_line_passes_the_options_on(tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr(
+        "mtl_jax.compare.command_line.compare_and_report",
+        lambda *args, **options: given.update(options),
+    )
+    options = Options(runs_dir=tmp_path, tune=3, jobs=2, prune=True)
     run(options, ["linear"], lambda name, data_dir: PROBLEM, ["mtl-jax"])
-    written = json.loads((tmp_path / "compare" / "results.json").read_text())["linear"]
-    assert list(written["weightings"]) == ["equal", "constant"]
-    assert [len(row) for row in written["tuning"]["trials"].values()] == [1, 1]
+    assert (given["tune_trials"], given["jobs"], given["prune"]) == (3, 2, True)

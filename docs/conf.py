@@ -1,4 +1,4 @@
-"""The documentation: `make docs` builds it into docs/_build, from these pages and the docstrings."""
+"""The documentation: `make docs` builds docs/_build, from these pages and the docstrings."""
 
 import importlib.metadata
 import importlib.resources
@@ -35,13 +35,13 @@ napoleon_custom_sections = ["Returns", ("Attributes", "params_style")]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
-# Every reference must be found, except the types of other packages, whose pages are elsewhere, and
-# the protocols of functions, which their classes describe.
+# Every reference must be found, except the types of other packages, whose pages are elsewhere; the
+# protocols of functions, which their classes describe; and parts of annotations that are no names.
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:class", r"(collections|jax|jaxlib|jaxtyping|numpy|optax|os)\..*"),
-    ("py:class", r"mtl_jax\.base\.\w+Fn"),
-    ("py:class", r""),  # the shape of a scalar in jaxtyping's annotations
+    ("py:class", r"mtl_jax\.(base\.\w+Fn|compare\.weightings\.T)"),
+    ("py:.*", r"|dict\[str|typing\.Literal\[.*"),
 ]
 
 
@@ -60,6 +60,9 @@ def setup(app):
     """Render mathematics when the pages are built: browsers need no script and no network."""
     app.add_html_math_renderer(
         "mathml",
-        inline_renderers=(lambda translator, node: _append_mathml(translator, node, "inline"), None),
+        inline_renderers=(
+            lambda translator, node: _append_mathml(translator, node, "inline"),
+            None,
+        ),
         block_renderers=(lambda translator, node: _append_mathml(translator, node, "block"), None),
     )

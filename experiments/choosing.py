@@ -5,8 +5,8 @@ import re
 from typing import NamedTuple
 
 import matplotlib
-import matplotlib.axes
 import matplotlib.figure
+import matplotlib.patches
 
 from mtl_jax.compare import WEIGHTINGS
 
@@ -92,7 +92,7 @@ def markdown(methods: dict[str, Measured]) -> str:
         lines.append(f"| *reads {label}* | | | | |")
         for name, row in methods.items():
             if row.form == form:
-                prices = ", ".join(f"{float(price):.2f}" if price else "–" for price in row.prices)
+                prices = ", ".join(f"{float(price):.2f}" if price else "-" for price in row.prices)
                 cells = (prices, row.multimnist, row.utterances, row.topic)
                 lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -107,88 +107,95 @@ def decisions(methods: dict[str, Measured]) -> list[tuple[str, str]]:
     def gain(name: str) -> float:
         return mean(methods[name].topic) - mean(methods["equal"].topic)
 
-    faster = results("utterances", FASTER)["equal"][TOPIC]
-    tuned = mean(faster) - mean(methods["equal"].topic)
-    at_representation = [
-        float(row.prices[-1]) for row in methods.values() if row.form == "representation"
-    ]
+    tuned = mean(results("utterances", FASTER)["equal"][TOPIC]) - mean(methods["equal"].topic)
+    best = max((name for name in methods if methods[name].topic), key=gain)
     return [
         (
             "Are equal weights not tuned yet?",
-            "Tune their learning rate first: it was worth\n"
-            f"{tuned:+.1f} points to the hardest task, more than any method",
+            f"Tune their learning rate first: on utterances it brings the hardest\n"
+            f"task {tuned:+.1f} points, the best method without it, {best}, {gain(best):+.1f}",
         ),
         (
             "Is every task as good as trained alone?",
-            "Keep equal weights: there is nothing to gain",
+            "Keep equal weights",
         ),
         (
-            "Are losses in different units?",
-            "Weights that do not depend on units: constant ones,\n"
-            "adaptive(relative_to='initial'), geometric, db_mtl",
+            "Are the losses in different units?",
+            "What does not depend on units: constant weights chosen for them,\n"
+            "adaptive(relative_to='initial'), db_mtl",
         ),
         (
             "Does the hardest task learn too little?",
-            f"adaptive ({gain('adaptive'):+.1f} points for it, at the price of plain\n"
-            f"training); db_mtl ({gain('db_mtl'):+.1f}, K backward passes)",
+            f"adaptive: {gain('adaptive'):+.1f} points for it, at the price of plain training;\n"
+            f"db_mtl: {gain('db_mtl'):+.1f}, at {float(methods['db_mtl'].prices[1]):.1f} times "
+            f"that price for {SIZES[1]} tasks",
         ),
         (
-            "Do the gradients conflict?\n(diagnostics=True: cosines below 0)",
-            "upgrad, pcgrad, cagrad at the representation:\n"
-            f"a step takes {min(at_representation):.2f} to {max(at_representation):.2f} "
-            f"at {SIZES[-1]} tasks",
+            "Do gradients conflict (cosines below 0)?",
+            "upgrad at the representation, which harms no task there:\n"
+            f"{float(methods['upgrad'].prices[-1]):.2f} times the price for {SIZES[-1]} tasks",
         ),
     ]
 
 
 def decision_figure(questions: list[tuple[str, str]]) -> matplotlib.figure.Figure:
     """The questions one under the other, the answers beside them."""
-    figure = matplotlib.figure.Figure(figsize=(9.5, 1.15 * len(questions) + 0.7))
+    rows = [*questions, ("", "Keep equal weights")]
+    figure = matplotlib.figure.Figure(figsize=(9, 0.9 * len(rows)))
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, 9.5), ylim=(-len(questions) - 0.1, 0.5))
+    axes.set(xlim=(0, 9), ylim=(0.5 - len(rows), 0.5))
     axes.axis("off")
-    arrow = {"arrowstyle": "->", "color": "0.3", "shrinkA": 0, "shrinkB": 0}
-    box = {"boxstyle": "round,pad=0.5", "edgecolor": "0.6"}
-    for i, (question, answer) in enumerate(questions):
-        place = {"ha": "center", "va": "center", "fontsize": 9.5}
-        axes.text(1.8, -i, question, bbox=box | {"facecolor": "#eaf1fb"}, **place)
-        axes.text(6.9, -i, answer, bbox=box | {"facecolor": "#eef7ea"}, **place)
-        axes.annotate("", (4.55, -i), (3.6, -i), arrowprops=arrow)
-        axes.text(4.07, -i + 0.1, "yes", fontsize=9, ha="center")
-        axes.annotate("", (1.8, -i - 0.65), (1.8, -i - 0.35), arrowprops=arrow)
-        axes.text(1.9, -i - 0.55, "no", fontsize=9)
-    axes.text(
-        1.8, -len(questions) + 0.15, "Keep equal weights", ha="center", fontsize=9.5,
-        bbox=box | {"facecolor": "#eef7ea"},
-    )  # fmt: skip
+
+    def box(left: float, row: int, width: float, text: str, color: str) -> None:
+        shape = matplotlib.patches.FancyBboxPatch(
+            (left, -row - 0.3), width, 0.6, "round,pad=0,rounding_size=0.1", fc=color, ec="0.6"
+        )
+        axes.add_patch(shape)
+        axes.text(left + width / 2, -row, text, ha="center", va="center", fontsize=9)
+
+    def arrow(start: tuple[float, float], end: tuple[float, float], label: str) -> None:
+        axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "shrinkA": 0, "shrinkB": 0})
+        x, y = (start[0] + end[0]) / 2, (start[1] + end[1]) / 2
+        axes.annotate(label, (x, y), (4, 3), textcoords="offset points", fontsize=9)
+
+    for i, (question, answer) in enumerate(rows):
+        box(3.9, i, 5, answer, "#eef7ea")
+        if question:
+            box(0.1, i, 3, question, "#eaf1fb")
+            arrow((3.1, -i), (3.9, -i), "yes")
+        if i + 1 < len(questions):
+            arrow((1.6, -i - 0.3), (1.6, -i - 0.7), "no")
+    last = len(rows) - 1
+    axes.plot((1.6, 1.6), (-last, 0.7 - last), color="black", linewidth=1)
+    arrow((1.6, -last), (3.9, -last), "no")
     return figure
 
 
 def price_figure(methods: dict[str, Measured]) -> matplotlib.figure.Figure:
-    """Step time with five tasks against the change from alone on utterances."""
-    figure = matplotlib.figure.Figure(figsize=(9.5, 5), layout="constrained")
+    """The change from alone on utterances, best first, with the price of each method."""
+    rows = [(name, row) for name, row in methods.items() if row.utterances and name != "krum"]
+    rows.sort(key=lambda item: -float(item[1].utterances.split(" ± ")[0]))
+    figure = matplotlib.figure.Figure(figsize=(9, 7), layout="constrained")
     axes = figure.add_subplot()
     for form, (label, color) in FORMS.items():
-        rows = {name: row for name, row in methods.items() if row.form == form}
-        rows = {name: row for name, row in rows.items() if row.utterances and name != "krum"}
-        prices = [float(row.prices[1]) for row in rows.values()]
-        changes = [tuple(map(float, row.utterances.split(" ± "))) for row in rows.values()]
-        means, intervals = zip(*changes, strict=True)
-        axes.errorbar(
-            prices, means, intervals, fmt="o", markersize=4, linewidth=1, color=color,
-            label=f"reads {label}",
-        )  # fmt: skip
-        for name, price, mean in zip(rows, prices, means, strict=True):
-            if form == "rows" or abs(mean - float(methods["equal"].utterances.split()[0])) > 3:
-                axes.annotate(
-                    name, (price, mean), (5, 3), textcoords="offset points", fontsize=8
-                )  # fmt: skip
-    equal = float(methods["equal"].utterances.split()[0])
-    axes.axhline(equal, color="0.6", linewidth=1, linestyle="--")
-    axes.annotate("equal weights", (2.3, equal), (0, 3), textcoords="offset points", fontsize=8)
-    axes.set_xlabel("step time with 5 tasks, relative to plain training (MLP, CPU)")
-    axes.set_ylabel("utterances: mean change from\neach task alone, % (5 seeds)")
-    axes.legend(loc="lower right", fontsize=8)
+        points = [
+            (float(mean), -place, float(interval))
+            for place, (_, row) in enumerate(rows)
+            if row.form == form
+            for mean, interval in [row.utterances.split(" ± ")]
+        ]
+        means, places, intervals = zip(*points, strict=True)
+        style = {"fmt": "o", "markersize": 4, "color": color, "label": f"reads {label}"}
+        axes.errorbar(means, places, xerr=intervals, **style)
+    axes.axvline(
+        float(methods["equal"].utterances.split(" ± ")[0]), color="0.6", linestyle="--", linewidth=1
+    )
+    labels = [f"{name}  {float(row.prices[1]):.2f}" for name, row in rows]
+    axes.set_yticks([-place for place in range(len(rows))], labels, fontsize=8)
+    axes.set_ylim(0.7 - len(rows), 0.7)
+    axes.set_ylabel(f"method, and the time of a step with {SIZES[1]} tasks (plain training: 1)")
+    axes.set_xlabel("utterances: mean change from each task alone, % (5 seeds, not tuned)")
+    axes.legend(loc="upper left")
     return figure
 
 

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.resources
+import re
 
 from docutils import nodes
 from latex2mathml import converter
@@ -46,7 +47,7 @@ nitpick_ignore_regex = [
 
 
 def _append_mathml(translator, node, display):
-    tex = node.astext()
+    tex = re.sub(r"\\[lr]Vert\b", r"\\|", node.astext())  # which would grow with its indices
     if r"\\" in tex and r"\begin" not in tex:
         tex = rf"\begin{{split}} {tex} \end{{split}}"
     mathml = converter.convert(tex, display=display)

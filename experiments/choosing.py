@@ -82,18 +82,17 @@ def measured() -> dict[str, Measured]:
 
 def markdown(methods: dict[str, Measured]) -> str:
     """The table of the page."""
-    sizes = ", ".join(map(str, SIZES))
+    prices = " | ".join(f"K = {size}" for size in SIZES)
     lines = [
-        f"| method | step time, K = {sizes} | multimnist: change from alone, % "
-        "| utterances: change from alone, % | topic, the hardest task, % |",
-        "|---|---|---|---|---|",
+        f"| method | {prices} | multimnist | utterances | topic |",
+        "|---" * (len(SIZES) + 4) + "|",
     ]
     for form, (label, _) in FORMS.items():
-        lines.append(f"| *reads {label}* | | | | |")
+        lines.append(f"| *reads {label}* " + "| " * (len(SIZES) + 3) + "|")
         for name, row in methods.items():
             if row.form == form:
-                prices = ", ".join(f"{float(price):.2f}" if price else "-" for price in row.prices)
-                cells = (prices, row.multimnist, row.utterances, row.topic)
+                prices = [f"{float(price):.2f}" if price else "" for price in row.prices]
+                cells = (*prices, row.multimnist, row.utterances, row.topic)
                 lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -93,7 +93,8 @@ def markdown(methods: dict[str, Measured]) -> str:
             if row.form == form:
                 prices = [f"{float(price):.2f}" if price else "" for price in row.prices]
                 cells = (*prices, row.multimnist, row.utterances, row.topic)
-                lines.append(f"| `{name}` | {' | '.join(cells)} |")
+                unbroken = " | ".join(cells).replace(" ± ", "\u00a0±\u00a0")
+                lines.append(f"| `{name}` | {unbroken} |")
     return "\n".join(lines) + "\n"
 
 

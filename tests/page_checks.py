@@ -40,7 +40,8 @@ def representation(after, tmp_path):
     assert value.gramian.shape == (2, 2)
     assert all(weight >= 0.499 for weight in value.weights.values())  # 1/K and more
     state = mtl_jax.upgrad().init(value.losses)
-    encoder_rows, *_ = after[1]["gradient_fn"](after[1]["params"], state, after[1]["batch"])
+    gradient_fn = jax.jit(after[1]["gradient_fn"])
+    encoder_rows, *_ = gradient_fn(after[1]["params"], state, after[1]["batch"])
     assert not np.allclose(encoder_rows.gramian, value.gramian)
     diagnosed = after[-1]["value"]
     assert diagnosed.weights == {"depth": 1, "normals": 1}

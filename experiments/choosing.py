@@ -73,9 +73,9 @@ def measured() -> dict[str, Measured]:
         found[name] = Measured(
             form,
             [row["step time"].split(" [")[0] if row else "" for row in rows],
-            multimnist.get(name, {}).get(CHANGE, ""),
-            utterances.get(name, {}).get(CHANGE, ""),
-            utterances.get(name, {}).get(TOPIC, ""),
+            multimnist[name][CHANGE] if name in multimnist else "",
+            utterances[name][CHANGE] if name in utterances else "",
+            utterances[name][TOPIC] if name in utterances else "",
         )
     return found
 
@@ -206,8 +206,7 @@ def main() -> None:
     before, rest = page.split(START)
     _, after = rest.split(END)
     PAGE.write_text(before + START + markdown(methods) + END + after, encoding="utf-8")
-    settings = {"svg.hashsalt": "mtl_jax", "svg.fonttype": "none", "font.family": "sans-serif"}
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context({"svg.hashsalt": "mtl_jax", "svg.fonttype": "none"}):
         for name, figure in (
             ("decision", decision_figure(decisions(methods))),
             ("price", price_figure(methods)),

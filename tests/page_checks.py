@@ -11,6 +11,11 @@ import mtl_jax
 from mtl_jax.compare import digest
 
 
+def no_step_was_skipped(after, tmp_path):
+    values = after[-1].values()
+    assert not any(int(v.skipped) for v in values if isinstance(v, mtl_jax.TrainState))
+
+
 def readme(after, tmp_path):
     first, second, third = after
     assert sorted(first["value"].weights) == ["depth", "normals"]

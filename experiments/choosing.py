@@ -68,7 +68,9 @@ def measured() -> dict[str, Measured]:
     utterances = results("utterances", SHIPPED)
     found = {}
     for name in WEIGHTINGS:
-        form = next(form for form in FORMS if f"{name} {form}" in times[-1])
+        form = next((form for form in FORMS if f"{name} {form}" in times[-1]), None)
+        if form is None:  # its price is another one's: constant weights are equal weights
+            continue
         rows = [table.get(f"{name} {form}") for table in times]
         found[name] = Measured(
             form,

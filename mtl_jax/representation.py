@@ -63,8 +63,8 @@ def representation_value_and_grad(
     r"""Differentiate the weighted sum of the task losses, the Gramian taken at a representation.
 
     .. math:: z = \text{encoder}(\theta), \qquad L_k = \text{heads}_k(\theta, z), \qquad
-              G_{ij} = \Big\langle \frac{\partial L_i}{\partial z},
-                       \frac{\partial L_j}{\partial z} \Big\rangle, \qquad
+              G_{ij} = \left\langle \frac{\partial L_i}{\partial z},
+                       \frac{\partial L_j}{\partial z} \right\rangle, \qquad
               w = \text{weighting}(L, G).
 
     Each task is given *its own copy* of z. So one backward pass through the heads finds all K

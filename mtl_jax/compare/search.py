@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import scipy.stats
 from jax.sharding import Mesh
 
 from mtl_jax.compare.devices import is_first_process
@@ -31,6 +32,8 @@ LEARNING_RATE_FACTOR = 10.0
 """How far the search goes from the shipped learning rate, downwards and upwards."""
 
 _LEARNING_RATE = "learning rate"
+_SPREAD = 10
+"""The trials, the shipped setting included, before the search looks at what was found."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +88,11 @@ class Search:
         import optuna
 
         pruner = optuna.pruners.MedianPruner(5, 1) if prune else optuna.pruners.NopPruner()
-        sampler = optuna.samplers.TPESampler(seed=self.seed)
+        sampler = optuna.samplers.TPESampler(n_startup_trials=_SPREAD, seed=self.seed)
         study = optuna.create_study(direction="maximize", sampler=sampler, pruner=pruner)
         study.enqueue_trial(self._first())
+        for rate in self._first_learning_rates():
+            study.enqueue_trial({_LEARNING_RATE: rate})
         kept: list[Trial] = []
         fingerprint: Fingerprint = {}
         if file is not None:
@@ -127,6 +132,16 @@ class Search:
         for name, dimension in self.space.items():
             first |= dimension.first(name, list(self.problem.tasks))
         return first
+
+    def _first_learning_rates(self) -> list[float]:
+        """Those of the first trials but one, spread evenly and the same for every search.
+
+        Drawn at random, a few could all lie low for one weighting and not for another.
+        """
+        # The sequence begins with the end and the middle of the range, 0 and 1/2.
+        places = scipy.stats.qmc.Halton(1, scramble=False).random(_SPREAD + 1)[2:, 0]
+        rates = self.problem.learning_rate * LEARNING_RATE_FACTOR ** (2 * places - 1)
+        return rates.tolist()
 
     def _draw(self, asked: "optuna.Trial") -> tuple[float, dict[str, Any]]:
         shipped = self.problem.learning_rate

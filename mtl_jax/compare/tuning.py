@@ -43,9 +43,10 @@ def tune(
 
     A trial trains the network once with one setting: a learning rate within a factor of 10 of the
     problem's, and values of the weighting's own parameters. The first trial of each is the setting
-    as shipped, so that what is chosen is never worse than that on the validation split. Then Optuna
-    searches, by the tree-structured Parzen estimator. Equal weights, constant weights and each task
-    alone are always tuned besides.
+    as shipped, so that what is chosen is never worse than that on the validation split. The next
+    nine have learning rates that are spread evenly and are the same for all, and parameters drawn
+    at random. Then Optuna searches, by the tree-structured Parzen estimator. Equal weights,
+    constant weights and each task alone are always tuned besides.
 
     What is maximised is the mean relative change of the validation metrics after the last epoch,
     :func:`mtl_jax.evaluation.delta_m`, against equal weights as shipped; for a task alone, of its

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import absl.logging
 import tyro
@@ -62,6 +62,9 @@ class Options:
     resume: bool = False
     """Whether to continue the comparison in RUNS_DIR/NAME, if there is one: finished runs are not
     run again, and the results are those of a comparison that was never interrupted."""
+    log: Literal["tensorboard"] | None = None
+    """Where losses, metrics, weights and conflicts of every run are logged, too: as TensorBoard's
+    event files in RUNS_DIR/NAME/tensorboard."""
     data_dir: str | None = None
     """Folder with the data, for the problems that read it from one."""
     name: str = "compare"
@@ -74,8 +77,8 @@ class Options:
 class Config(Options):
     """Train one network with each of several weightings, beside each task trained alone.
 
-    Prints a table for each problem and leaves tables, pictures and numbers in RUNS_DIR/NAME, and
-    the checkpoints from which --resume continues.
+    Prints tables for each problem and leaves in RUNS_DIR/NAME tables, pictures and numbers, all on
+    one page in report.html, and the checkpoints from which --resume continues.
     """
 
     problem: Annotated[
@@ -156,6 +159,7 @@ def _run(
             checkpoint_seconds=options.checkpoint_seconds,
             resume=options.resume,
             command=command,
+            log=options.log,
         )
     except (OtherConfigurationError, FileExistsError) as error:
         fail(error)

@@ -14,6 +14,7 @@ PROBLEMS = {
     "cifar100_vgg16": True,
     "cifar10_groups": True,
     "ag_news": True,
+    "news_and_utterances": True,
 }
 """The problems by name, and whether their builder takes ``data_dir``."""
 

@@ -14,12 +14,12 @@ from typing import Annotated, Literal, NoReturn
 import absl.logging
 import tyro
 
+from mtl_jax.compare.batches import steps_per_epoch
 from mtl_jax.compare.fingerprint import OtherConfigurationError
 from mtl_jax.compare.loading import load_problem
 from mtl_jax.compare.problem import Problem
 from mtl_jax.compare.referee import make_weightings
 from mtl_jax.compare.report import compare_and_report
-from mtl_jax.compare.training import steps_per_epoch
 from mtl_jax.compare.weightings import WEIGHTINGS, named_weightings
 
 _WEIGHTINGS_HELP = (

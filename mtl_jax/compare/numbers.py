@@ -13,6 +13,7 @@ from mtl_jax.compare.findings import Findings, time_to_reach_equal
 from mtl_jax.compare.plots import thinned
 from mtl_jax.compare.referee import BASELINE, Comparison
 from mtl_jax.compare.run import Run
+from mtl_jax.compare.sources import joined
 from mtl_jax.evaluation import PairedComparison
 
 
@@ -22,10 +23,12 @@ def results(comparison: Comparison) -> dict[str, Any]:
     return {
         "settings": {
             "epochs": problem.epochs,
-            "batch_size": problem.batch_size,
+            "batch_size": joined(problem.batch_sizes()),
             "learning_rate": problem.learning_rate,
             "seeds": list(comparison.seeds),
-            "examples": {part: problem.size(part) for part in ("train", "validation", "test")},
+            "examples": {
+                part: joined(problem.sizes(part)) for part in ("train", "validation", "test")
+            },
         },
         "tasks": {
             name: {"metric": task.metric, "higher_is_better": task.higher_is_better}

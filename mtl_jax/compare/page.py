@@ -10,6 +10,7 @@ import jinja2
 from mtl_jax.compare.numbers import machine, versions
 from mtl_jax.compare.referee import Comparison
 from mtl_jax.compare.sections import interruption_text, sections, settings_text
+from mtl_jax.compare.sources import numbers_text
 from mtl_jax.compare.tables import Table
 
 CAPTIONS = {
@@ -92,9 +93,12 @@ def _configuration(comparison: Comparison) -> Table:
         "gradients measured for": measured or "none",
         "seeds": ", ".join(map(str, comparison.seeds)),
         "epochs": str(problem.epochs),
-        "batch size": str(problem.batch_size),
+        "batch size": numbers_text(problem.batch_sizes()),
         "learning rate": f"{problem.learning_rate:g}",
-    } | {f"{part} examples": f"{problem.size(part):,}" for part in ("train", "validation", "test")}
+    } | {
+        f"{part} examples": numbers_text(problem.sizes(part))
+        for part in ("train", "validation", "test")
+    }
     return Table(["setting", "value"], [[name, value] for name, value in rows.items()])
 
 

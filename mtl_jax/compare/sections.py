@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from mtl_jax.compare.findings import Findings
 from mtl_jax.compare.referee import Comparison
+from mtl_jax.compare.sources import numbers_text
 from mtl_jax.compare.tables import (
     MOST_TASKS,
     Table,
@@ -80,10 +81,12 @@ def sections(comparison: Comparison) -> list[Section]:
 def settings_text(comparison: Comparison) -> str:
     """The settings of the runs, in a sentence."""
     problem = comparison.problem
-    sizes = ", ".join(f"{problem.size(part):,} {part}" for part in ("train", "validation", "test"))
+    parts = ("train", "validation", "test")
+    sizes = ", ".join(f"{numbers_text(problem.sizes(part))} {part}" for part in parts)
     number = len(comparison.seeds)
     return (
-        f"{sizes} examples; {problem.epochs} epochs, batch {problem.batch_size}, learning rate "
+        f"{sizes} examples; {problem.epochs} epochs, "
+        f"batch {numbers_text(problem.batch_sizes())}, learning rate "
         f"{problem.learning_rate:g}; {number} seed{'s' * (number != 1)}."
     )
 

@@ -12,9 +12,11 @@ from types import FrameType
 from typing import Annotated, Literal, NoReturn
 
 import absl.logging
+import jax
 import tyro
 
 from mtl_jax.compare.batches import steps_per_epoch
+from mtl_jax.compare.devices import all_devices
 from mtl_jax.compare.fingerprint import OtherConfigurationError
 from mtl_jax.compare.loading import load_problem
 from mtl_jax.compare.problem import Problem
@@ -65,6 +67,20 @@ class Options:
     log: Literal["tensorboard"] | None = None
     """Where losses, metrics, weights and conflicts of every run are logged, too: as TensorBoard's
     event files in RUNS_DIR/NAME/tensorboard."""
+    data_parallel: bool = False
+    """Whether to spread each batch over all devices of this machine."""
+    distributed: bool = False
+    """Whether this is one of several processes that train together, on the devices of all, each
+    started with the same command. All must see the same files. If one is lost, the others end with
+    an error; start all again, with --resume."""
+    coordinator: str | None = None
+    """HOST:PORT where process 0 listens; found out under Slurm, Open MPI, Kubernetes and on TPU."""
+    processes: int | None = None
+    """Number of processes; found out there, too."""
+    process: int | None = None
+    """Number of this process, from 0; found out there, too."""
+    peer_timeout: int = 100
+    """Seconds for which the processes wait for one that does not come or does not answer."""
     data_dir: str | None = None
     """Folder with the data, for the problems that read it from one."""
     name: str = "compare"
@@ -114,6 +130,8 @@ def run(
     absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs errors that it also raises
     with _signals_interrupt():
         try:
+            if options.distributed:
+                _meet(options)
             _run(options, names, build, command, hint)
         except Interrupted as interruption:
             print(f"Interrupted. {hint}", file=sys.stderr)
@@ -160,11 +178,34 @@ def _run(
             resume=options.resume,
             command=command,
             log=options.log,
+            mesh=all_devices() if options.data_parallel or options.distributed else None,
         )
     except (OtherConfigurationError, FileExistsError) as error:
         fail(error)
     except OSError as error:
         fail(f"{error}\n{hint}", status=1)
+
+
+def _meet(options: Options) -> None:
+    """Wait for the other processes; before JAX is used for anything else."""
+    try:
+        if options.peer_timeout < 1:
+            raise ValueError(f"--peer-timeout must be at least 1, got {options.peer_timeout}.")
+        jax.distributed.initialize(
+            options.coordinator,
+            options.processes,
+            options.process,
+            initialization_timeout=options.peer_timeout,
+            heartbeat_timeout_seconds=options.peer_timeout,
+            shutdown_timeout_seconds=options.peer_timeout,
+        )
+    except ValueError as error:
+        fail(
+            f"{error} Give --coordinator HOST:PORT, --processes and --process, unless a system "
+            "that JAX knows starts the processes."
+        )
+    except RuntimeError as error:
+        fail(f"the processes did not meet: {error}", status=1)
 
 
 def _check(options: Options) -> None:

@@ -4,12 +4,14 @@ import contextlib
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import rich.console
 import rich.markdown
+from jax.sharding import Mesh
 
 from mtl_jax.compare.checkpoints import Checkpoints
+from mtl_jax.compare.devices import is_first_process, wait_for_all
 from mtl_jax.compare.files import check_folder, replace, write_json, write_text
 from mtl_jax.compare.findings import Findings
 from mtl_jax.compare.numbers import results, timing
@@ -17,7 +19,7 @@ from mtl_jax.compare.page import page
 from mtl_jax.compare.pictures import figures
 from mtl_jax.compare.problem import Problem
 from mtl_jax.compare.progress import compare_with_progress
-from mtl_jax.compare.referee import Comparison, make_weightings
+from mtl_jax.compare.referee import Comparison, compare, make_weightings
 from mtl_jax.compare.sections import markdown_report
 from mtl_jax.compare.tables import cost_table, main_table, seeds_note
 from mtl_jax.compare.tensorboard import TensorBoard
@@ -34,6 +36,7 @@ def compare_and_report(
     conflict: bool = False,
     checkpoint_seconds: int | None = 10,
     resume: bool = False,
+    mesh: Mesh | None = None,
     command: str = "",
     log: Literal["tensorboard"] | None = None,
 ) -> list[Comparison]:
@@ -59,6 +62,8 @@ def compare_and_report(
         after an epoch; ``None`` for no checkpoints.
       resume: whether to continue the comparison that the folder holds, if it holds one. Finished
         runs are not run again; weightings, seeds and problems may be added.
+      mesh: devices to spread each batch over, as in :func:`compare`. Of several processes, the
+        first prints and writes; all must see the folder.
       command: the command that makes these results, for the reader of the tables.
       log: ``"tensorboard"`` to write losses, metrics, weights and conflicts of every run also as
         TensorBoard's event files, after every epoch, into the folder ``tensorboard``.
@@ -84,6 +89,16 @@ def compare_and_report(
     if checkpoint_seconds is not None:
         checkpoints = Checkpoints(folder / "checkpoints", checkpoint_seconds, resume=resume)
     check_folder(folder, [problem.name for problem in problems], resume)
+    wait_for_all("the folder is looked at")
+    options: dict[str, Any] = {
+        "seeds": seeds,
+        "alone": alone,
+        "conflict": conflict,
+        "checkpoints": checkpoints,
+        "mesh": mesh,
+    }
+    if not is_first_process():
+        return [compare(problem, weightings, **options) for problem in problems]
     folder.mkdir(parents=True, exist_ok=True)
     console = rich.console.Console()
     if not console.is_terminal:  # a file or a pipe does not limit the width
@@ -98,10 +113,7 @@ def compare_and_report(
                     problem,
                     weightings,
                     console,
-                    seeds=seeds,
-                    alone=alone,
-                    conflict=conflict,
-                    checkpoints=checkpoints,
+                    **options,
                     on_run=finished.append,
                     on_epoch=None if events is None else events.write,
                 )

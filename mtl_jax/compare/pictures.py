@@ -156,13 +156,10 @@ def front_figure(comparison: Comparison) -> Figure | None:
     """
     tasks = comparison.problem.tasks
     found = Findings(comparison)
-    rows = {
-        name: points
-        for name, row in found.values.items()
-        if len(tasks) == 2
-        if np.isfinite(points := np.array([_scale(tasks[t]) * row[t] for t in tasks])).any()
-    }
-    if not rows:
+    scales = np.array([[_scale(task)] for task in tasks.values()])
+    rows = {name: scales * list(row.values()) for name, row in found.values.items()}
+    rows = {name: row for name, row in rows.items() if np.isfinite(row).any(axis=1).all()}
+    if len(tasks) != 2 or not rows:
         return None
     figure, (axis,) = panels(1, 6.0, height=4.8)
     for number, (name, points) in enumerate(rows.items()):

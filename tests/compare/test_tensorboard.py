@@ -6,6 +6,7 @@ from made_runs import made_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toy_problem import make_problem
 
+from mtl_jax.__main__ import main
 from mtl_jax.compare import compare_and_report
 from mtl_jax.compare.tensorboard import TensorBoard
 
@@ -83,3 +84,14 @@ def test_a_comparison_is_logged(tmp_path):
             expected = list(enumerate(values[task], start=1))
             np.testing.assert_allclose(found[f"{kind}/{task}"], expected, rtol=1e-6)
     assert found["weight/line"] == [(step, 1.0) for step in range(12)]
+
+
+def test_the_command_line_has_it(monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        "mtl_jax.compare.command_line.compare_and_report",
+        lambda *args, **options: given.append(options["log"]),
+    )
+    for more in ([], ["--log", "tensorboard"]):
+        main(["compare", "toy_problem:make_problem", "--weightings", "equal", *more])
+    assert given == [None, "tensorboard"]

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from mtl_jax.arguments import leaf_type, read_array
 
 Losses = PyTree
-"""A pytree of scalars, one for each task: ``{"depth": ..., "normals": ...}``."""
+"""A pytree of scalars, one for each task, such as ``{"depth": ..., "normals": ...}``."""
 
 Weights = PyTree
 """A pytree of scalars with the structure of the losses."""

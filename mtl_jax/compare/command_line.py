@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import absl.logging
 import jax
@@ -75,6 +75,9 @@ class Options:
     resume: bool = False
     """Whether to continue the comparison in RUNS_DIR/NAME, if there is one: finished runs are not
     run again, and the results are those of a comparison that was never interrupted."""
+    log: Literal["tensorboard"] | None = None
+    """Where losses, metrics, weights and conflicts of every run are logged, too: as TensorBoard's
+    event files in RUNS_DIR/NAME/tensorboard."""
     data_parallel: bool = False
     """Whether to spread each batch over all devices of this machine."""
     distributed: bool = False
@@ -101,8 +104,8 @@ class Options:
 class Config(Options):
     """Train one network with each of several weightings, beside each task trained alone.
 
-    Prints a table for each problem and leaves tables, pictures and numbers in RUNS_DIR/NAME, and
-    the checkpoints from which --resume continues.
+    Prints tables for each problem and leaves in RUNS_DIR/NAME tables, pictures and numbers, all on
+    one page in report.html, and the checkpoints from which --resume continues.
     """
 
     problem: Annotated[
@@ -188,6 +191,7 @@ def _run(
             checkpoint_seconds=options.checkpoint_seconds,
             resume=options.resume,
             command=command,
+            log=options.log,
             mesh=all_devices() if options.data_parallel or options.distributed else None,
         )
     except (OtherConfigurationError, FileExistsError, TuningError) as error:

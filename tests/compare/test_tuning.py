@@ -5,7 +5,6 @@ import functools
 import inspect
 import json
 import pathlib
-import re
 import threading
 
 import jax
@@ -354,18 +353,11 @@ def row(name):
     return f"| `{name}` | {'; '.join(entries)} |"
 
 
-def test_page_lists_what_is_searched_and_its_code_runs(capsys):
+def test_page_lists_what_is_searched():
     text = PAGE.read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("| `")]
     assert rows == [row(name) for name in SPACES]
     assert f"All trials have one seed, {TUNING_SEED}," in text
-    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    names = {"problem": PROBLEM}
-    exec(block, names)
-    chosen = names["tuning"].chosen("focused")
-    assert f"{chosen.parameters} {chosen.score}" in capsys.readouterr().out
-    assert 0.5 <= chosen.parameters["gamma"] <= 5
-    assert list(names["comparison"].runs) == ["equal", "constant", "dwa", "focused"]
 
 
 def test_report_tells_what_was_chosen_and_resumes(tmp_path):

@@ -65,6 +65,7 @@ def _node(program: str, *arguments: str, **environment: str) -> None:
         env=os.environ | environment,
         capture_output=True,
         text=True,
+        timeout=300,  # where no registry is reached npm would go on trying
     )
     if done.returncode:
         raise RuntimeError(f"{program} {' '.join(arguments)}: {done.stdout}{done.stderr}")

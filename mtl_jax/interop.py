@@ -5,12 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from mtl_jax.arguments import leaf_type
 from mtl_jax.base import Weighting
 from mtl_jax.checks import check_weighting, read_key
 from mtl_jax.jacobian import gramian_of
+from mtl_jax.pytree import PyTree
 from mtl_jax.rows import leading_axis, weighted_sum
 from mtl_jax.tasks import Losses, at_least_float32, leaf_name, read_tasks, stack_tasks
 

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from mtl_jax.compare.fingerprint import digest, text_digest
 from mtl_jax.compare.problem import Batch, Problem, Split
+from mtl_jax.pytree import PyTree
 
 
 class Evaluator:

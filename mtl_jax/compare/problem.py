@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 from mtl_jax.jacobian import Shared
+from mtl_jax.pytree import PyTree
 
 Batch = Mapping[str, Array]
 """A mapping from field to array, the examples along the leading axis."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from mtl_jax.base import Aggregator, Signal, Weighting
 from mtl_jax.compare.checkpoints import RunCheckpoints
@@ -15,6 +15,7 @@ from mtl_jax.compare.fingerprint import Fingerprint, digest, text_digest, where_
 from mtl_jax.compare.metrics import Evaluator
 from mtl_jax.compare.problem import Batch, Problem
 from mtl_jax.compare.run import Place, Run
+from mtl_jax.pytree import PyTree
 from mtl_jax.representation import representation_value_and_grad
 from mtl_jax.tasks import read_mask, read_tasks
 from mtl_jax.train import TrainState, make_train_step

@@ -4,7 +4,6 @@ Two tasks on the same inputs, a regression and a classification. Their losses ar
 sizes and kinds; `uncertainty` learns how much each counts.
 """
 
-import argparse
 from typing import Any
 
 import flax.linen as nn
@@ -83,7 +82,7 @@ def main(steps: int = 300) -> dict[str, float]:
 
     test = make_batch(keys[2], 1000)
     variables = {"params": state.params, "batch_stats": state.model_state}
-    outputs = network.apply(variables, test["x"], train=False)
+    outputs: Any = network.apply(variables, test["x"], train=False)
     error = jnp.mean(jnp.abs(outputs["radius"] - test["radius"]))
     accuracy = jnp.mean(jnp.argmax(outputs["quadrant"], axis=1) == test["quadrant"])
     print(f"test: radius off by {error:.2f} on average, quadrant right for {accuracy:.1%}")
@@ -96,6 +95,4 @@ def rounded(values: dict[str, jax.Array]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=300)
-    main(parser.parse_args().steps)
+    main()

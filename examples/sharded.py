@@ -41,7 +41,7 @@ def losses_fn(params: Params, x: jax.Array) -> dict[str, jax.Array]:
 
 def train(mesh: jax.sharding.Mesh, steps: int) -> list[dict[str, float]]:
     """The losses of all steps, on the devices of a mesh."""
-    optimizer, weighting = optax.adam(1e-2), mtl_jax.mgda()
+    optimizer, weighting = optax.adam(1e-2), mtl_jax.aligned_mtl()
     gradient_fn = mtl_jax.value_and_grad(losses_fn, weighting)
     train_step = mtl_jax.make_train_step(gradient_fn, optimizer, weighting)
     params = init(jax.random.key(0))

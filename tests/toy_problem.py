@@ -88,3 +88,34 @@ def make_problem(targets=TARGETS, **changes):
         "batch_size": 32,
     }
     return Problem(**(settings | changes))
+
+
+SOURCE_OF = {"line": "many", "square": "few"}
+
+
+def in_sources(many, few, seed):
+    return {"many": split(many, seed), "few": split(few, seed + 10)}
+
+
+def source_errors(params, batch):
+    found = {task: outputs(params, batch[source]["x"])[task] for task, source in SOURCE_OF.items()}
+    return {task: (found[task] - batch[source][task]) ** 2 for task, source in SOURCE_OF.items()}
+
+
+def source_losses(params, model_state, key, batch):
+    return jax.tree.map(jnp.mean, source_errors(params, batch)), model_state
+
+
+def make_two_sources(**changes):
+    settings = {
+        "train": in_sources(100, 24, 0),
+        "validation": in_sources(30, 20, 1),
+        "test": in_sources(70, 30, 2),
+        "losses": source_losses,
+        "scores": lambda params, model_state, batch: source_errors(params, batch),
+        "shared": lambda path: path == "encoder",
+        "source_of": SOURCE_OF,
+        "batch_size": {"many": 16, "few": 5},
+        "epochs": 2,
+    }
+    return make_problem(**(settings | changes))

@@ -2,6 +2,7 @@
 
 import html
 import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -54,19 +55,31 @@ def ag_news(data_dir: str | None = None) -> Problem:
       Zhang et al., `Character-level Convolutional Networks for Text Classification
       <https://arxiv.org/abs/1509.01626>`_, 2015
     """
-    splits = prepared_examples("ag_news_subset", data_dir)
-    train, validation = hold_out(_read(splits["train"]))
     return classification(
         name="ag_news",
         description="A news story; what is it about, and which agency wrote it?",
         classes={"topic": 4, "agency": len(AGENCIES)},
-        splits={"train": train, "validation": validation, "test": _read(splits["test"])},
+        splits=stories(data_dir, lambda texts: hashed_ids(map(words, texts), BUCKETS, MAX_WORDS)),
         inputs=lambda batch: batch["ids"],
         encoder=ConvTextEncoder(BUCKETS, embedding=32, width=64, window=3),
         learning_rate=5e-3,
         epochs=3,
         batch_size=128,
     )
+
+
+def stories(
+    data_dir: str | None, to_ids: Callable[[Iterable[str]], np.ndarray]
+) -> dict[str, dict[str, np.ndarray]]:
+    """The splits of the data, with the fields ``ids``, ``topic`` and ``agency``.
+
+    Args:
+      data_dir: as in :func:`ag_news`.
+      to_ids: makes the ids of the plain texts.
+    """
+    splits = prepared_examples("ag_news_subset", data_dir)
+    train, validation = hold_out(_read(splits["train"], to_ids))
+    return {"train": train, "validation": validation, "test": _read(splits["test"], to_ids)}
 
 
 def split_tag(title: str, description: str) -> tuple[str, str | None]:
@@ -117,7 +130,9 @@ def _restored(match: re.Match[str]) -> str:
     return match[0] if html.unescape(entity) == entity else entity
 
 
-def _read(examples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+def _read(
+    examples: list[dict[str, Any]], to_ids: Callable[[Iterable[str]], np.ndarray]
+) -> dict[str, np.ndarray]:
     texts, agencies = zip(
         *(
             split_tag(example["title"].decode(), example["description"].decode())
@@ -126,7 +141,7 @@ def _read(examples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
         strict=True,
     )
     return {
-        "ids": hashed_ids(map(words, texts), BUCKETS, MAX_WORDS),
+        "ids": to_ids(texts),
         "topic": np.array([example["label"] for example in examples], np.int32),
         "agency": np.array(
             [MISSING if agency is None else AGENCIES.index(agency) for agency in agencies],

@@ -107,7 +107,7 @@ def classification(
         params: PyTree, zs: Mapping[str, PyTree], batch: Batch
     ) -> dict[str, Float[Array, ""]]:
         logits = predict(params, zs)
-        return {task: _cross_entropy(logits[task], batch[task]) for task in classes}
+        return {task: cross_entropy(logits[task], batch[task]) for task in classes}
 
     def scores(
         params: PyTree, model_state: PyTree, batch: Batch
@@ -143,7 +143,8 @@ def classification(
     )
 
 
-def _cross_entropy(logits: Float[Array, "batch classes"], labels: Array) -> Float[Array, ""]:
+def cross_entropy(logits: Float[Array, "batch classes"], labels: Array) -> Float[Array, ""]:
+    """The mean cross entropy of the examples whose label is not :data:`MISSING`."""
     present = labels != MISSING
     values = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(present, labels, 0))
     return masked_mean(values, present)

@@ -2,7 +2,7 @@
 
 import collections
 import importlib.resources
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -49,6 +49,25 @@ def utterances(*, max_texts: int | None = None) -> Problem:
       The problem, with the tasks ``language``, ``topic`` and ``role`` (the utterance opens a
       conversation or replies).
     """
+    splits, classes = utterance_splits(max_texts)
+    return classification(
+        name="utterances",
+        description="Utterances of chatterbots in many languages: which language, which topic, and "
+        "does it open a conversation or reply?",
+        classes=classes,
+        splits=splits,
+        inputs=lambda batch: batch["ids"],
+        encoder=BagEncoder(BUCKETS, width=32),
+        learning_rate=1e-2,
+        epochs=6,
+        batch_size=256,
+    )
+
+
+def utterance_splits(
+    max_texts: int | None = None,
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, int]]:
+    """The splits of the data, with the fields ``ids`` and the tasks', and each task's classes."""
     texts = distinct_texts()
     names = [sorted({labels[task] for labels in texts.values()}) for task in range(3)]
     order = np.random.default_rng(0).permutation(len(texts))[:max_texts]
@@ -62,23 +81,17 @@ def utterances(*, max_texts: int | None = None) -> Problem:
     splits = {}
     for split, rows in parts.items():
         chosen = [keys[row] for row in rows]
-        ngrams = (character_ngrams(text, NGRAM_LENGTHS) for text in chosen)
-        splits[split] = {"ids": hashed_ids(ngrams, BUCKETS, MAX_NGRAMS)} | {
+        splits[split] = {"ids": ngram_ids(chosen, MAX_NGRAMS)} | {
             task: np.array([names[i].index(texts[text][i]) for text in chosen], np.int32)
             for i, task in enumerate(("language", "topic", "role"))
         }
-    return classification(
-        name="utterances",
-        description="Utterances of chatterbots in many languages: which language, which topic, and "
-        "does it open a conversation or reply?",
-        classes={"language": len(names[0]), "topic": len(names[1]), "role": len(names[2])},
-        splits=splits,
-        inputs=lambda batch: batch["ids"],
-        encoder=BagEncoder(BUCKETS, width=32),
-        learning_rate=1e-2,
-        epochs=6,
-        batch_size=256,
-    )
+    return splits, {"language": len(names[0]), "topic": len(names[1]), "role": len(names[2])}
+
+
+def ngram_ids(texts: Iterable[str], max_ngrams: int) -> np.ndarray:
+    """The ids of the texts' n-grams of characters."""
+    ngrams = (character_ngrams(text, NGRAM_LENGTHS) for text in texts)
+    return hashed_ids(ngrams, BUCKETS, max_ngrams)
 
 
 def distinct_texts() -> dict[str, Labels]:

@@ -7,6 +7,7 @@ numbers in a folder. Nothing else in mtl_jax imports it.
 
 from mtl_jax.compare.checkpoints import Checkpoints
 from mtl_jax.compare.fingerprint import OtherConfigurationError, digest
+from mtl_jax.compare.loading import load_problem
 from mtl_jax.compare.problem import Problem, Task
 from mtl_jax.compare.referee import Comparison, compare
 from mtl_jax.compare.report import compare_and_report
@@ -25,6 +26,7 @@ __all__ = [
     "compare",
     "compare_and_report",
     "digest",
+    "load_problem",
     "look_up",
     "named_weightings",
 ]

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from mtl_jax.compare.devices import is_first_process, wait_for_all
 from mtl_jax.compare.fingerprint import (
     Fingerprint,
     OtherConfigurationError,
@@ -66,6 +67,7 @@ class Checkpoints:
                 f"{folder} holds the checkpoints of another comparison on {problem!r}. Continue it "
                 "with resume=True, or choose another folder, or remove this one."
             )
+        wait_for_all("the folder of the checkpoints is looked at")
         folder.mkdir(parents=True, exist_ok=True)
 
     def of_run(self, problem: str, name: str, seed: int) -> "RunCheckpoints":
@@ -93,8 +95,10 @@ class RunCheckpoints:
 
         # What was being written when the process died. Orbax's own option removes it in a thread
         # that outlives a manager, and so from under the next one.
-        for unfinished in self.folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-            shutil.rmtree(unfinished)
+        if is_first_process():
+            for unfinished in self.folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(unfinished)
+        wait_for_all("what was being written is removed")
         when = ocp.checkpoint_managers
         seconds = self._options.seconds
         self._args = ocp.args

@@ -5,10 +5,13 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array
 
+from mtl_jax.compare.devices import number_of_devices, place, replicated, spread
 from mtl_jax.compare.fingerprint import digest, text_digest
-from mtl_jax.compare.problem import Batch, Problem, Split
+from mtl_jax.compare.problem import Batch, Problem, Sources, Split
+from mtl_jax.compare.sources import Source, by_source, joined
 from mtl_jax.pytree import PyTree
 
 
@@ -17,15 +20,22 @@ class Evaluator:
 
     Args:
       problem: the problem.
-      batch_size: examples at a time.
+      batch_size: examples at a time, or a few more, so that every device has as many.
+      mesh: the devices that a batch is spread over.
     """
 
-    def __init__(self, problem: Problem, batch_size: int = 500) -> None:
+    def __init__(self, problem: Problem, batch_size: int = 500, mesh: Mesh | None = None) -> None:
         self.problem = problem
         self._digests: dict[str, str] | None = None
-        self._sums = jax.jit(self._sum_scores)
+        self._sums = jax.jit(self._sum_scores, out_shardings=replicated(mesh))
+        batch_size += -batch_size % number_of_devices(mesh)
         self._batches = {
-            part: list(_padded_batches(getattr(problem, part), problem.size(part), batch_size))
+            part: [
+                place(batch, spread(mesh))
+                for batch in _padded_batches(
+                    getattr(problem, part), problem.sizes(part), batch_size
+                )
+            ]
             for part in ("validation", "test")
         }
 
@@ -48,28 +58,36 @@ class Evaluator:
             parts = ("train", "validation", "test")
             arguments = (params, model_state, *self._batches["test"][0])
             self._digests = {
-                "data": digest({part: dict(getattr(self.problem, part)) for part in parts}),
+                "data": digest({part: by_source(getattr(self.problem, part)) for part in parts}),
                 "metrics": text_digest(self._sums.lower(*arguments).as_text()),
             }
         return self._digests
 
     def _sum_scores(
-        self, params: PyTree, model_state: PyTree, batch: Batch, valid: Array
+        self, params: PyTree, model_state: PyTree, batch: Batch, valid: dict[Source, Array]
     ) -> dict[str, tuple[Array, Array]]:
         scores = self.problem.scores(params, model_state, batch)
         labelled = None if self.problem.labelled is None else self.problem.labelled(batch)
         sums = {}
         for task in self.problem.tasks:
-            counted = valid if labelled is None else valid & labelled[task]
+            own = valid[None if self.problem.source_of is None else self.problem.source_of[task]]
+            counted = own if labelled is None else own & labelled[task]
             sums[task] = jnp.sum(jnp.where(counted, scores[task], 0)), jnp.sum(counted)
         return sums
 
 
-def _padded_batches(split: Split, size: int, batch_size: int) -> Iterator[tuple[Batch, Array]]:
-    """The split in batches of one size, the last one filled up, and which examples are real."""
-    for start in range(0, size, batch_size):
+def _padded_batches(
+    split: Split | Sources, sizes: dict[Source, int], batch_size: int
+) -> Iterator[tuple[Batch, dict[Source, Array]]]:
+    """The split in batches of one size, filled up, and which examples of each source are real."""
+    for start in range(0, max(sizes.values()), batch_size):
         indices = np.arange(start, start + batch_size)
-        valid = indices < size
-        taken = np.where(valid, indices, 0)
-        batch = {field: jnp.asarray(values[taken]) for field, values in split.items()}
-        yield batch, jnp.asarray(valid)
+        valid = {source: indices < size for source, size in sizes.items()}
+        batch = {
+            source: {
+                field: jnp.asarray(values[np.where(valid[source], indices, 0)])
+                for field, values in fields.items()
+            }
+            for source, fields in by_source(split).items()
+        }
+        yield joined(batch), jax.tree.map(jnp.asarray, valid)

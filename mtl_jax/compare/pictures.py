@@ -1,13 +1,27 @@
-"""Pictures of a comparison: test metrics per epoch; weights and conflicts over the steps."""
+"""Pictures of a comparison: curves over the training, trade-offs, difficulty against weight."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib.figure
-import matplotlib.ticker
 import numpy as np
-from matplotlib.axes import Axes
+import scipy.stats
 
-from mtl_jax.compare.referee import Comparison
+from mtl_jax.compare.findings import Findings
+from mtl_jax.compare.plots import (
+    SMALL,
+    complete,
+    finish,
+    line,
+    log_if_wide,
+    over_seeds,
+    panels,
+    style,
+    thinned,
+    whole_epochs,
+)
+from mtl_jax.compare.problem import Task
+from mtl_jax.compare.referee import BASELINE, Comparison
 from mtl_jax.compare.run import Place, Run
 
 PLACES: dict[Place, str] = {
@@ -18,56 +32,83 @@ CONFLICT = (("share", "conflicting pairs (%)", 100), ("cosine", "mean cosine", 1
 """What is shown of a run's conflicts: name, label and scale."""
 CONFLICT_POINTS = 25
 """Points of a curve of conflicts, which are noisier than weights: of two tasks, 0 or 1 a step."""
-LEGEND_LINE = 0.24
-"""The height of a line of the legend, in inches."""
+
+Figure = matplotlib.figure.Figure
 
 
-def metrics_figure(comparison: Comparison) -> matplotlib.figure.Figure:
+def figures(comparison: Comparison) -> dict[str, Figure]:
+    """All pictures that there is something to show in, by name."""
+    makers: dict[str, Callable[[Comparison], Figure | None]] = {
+        "metrics": metrics_figure,
+        "losses": losses_figure,
+        "weights": weights_figure,
+        "difficulty": difficulty_figure,
+        "front": front_figure,
+        "conflict": conflict_figure,
+    }
+    made = {name: make(comparison) for name, make in makers.items()}
+    return {name: figure for name, figure in made.items() if figure is not None}
+
+
+def metrics_figure(comparison: Comparison) -> Figure:
     """Test metric of each task after every epoch: mean over seeds, band of one deviation."""
-    problem = comparison.problem
-    figure, axes = _panels(len(problem.tasks), 4.2)
-    for axis, (task, description) in zip(axes, problem.tasks.items(), strict=True):
-        scale = 100 if description.percent else 1
-        lines = [
-            (name, runs, *_style(number))
-            for number, (name, runs) in enumerate(comparison.runs.items())
-        ]
-        if comparison.alone:
-            lines.append(("task alone", comparison.alone[task], "black", "--"))
-        for name, runs, color, style in lines:
-            values = _over_seeds([run.test[task] for run in runs if run.failure is None])
-            epochs = np.arange(1, values.shape[1] + 1)
-            _line(axis, epochs, scale * values, name, color, style)
-        axis.set_title(task)
-        axis.set_xlabel("epoch")
-        axis.set_ylabel(f"test {description.metric}" + (" (%)" if description.percent else ""))
-        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
-    _finish(figure, axes, f"{problem.name}: test metrics", comparison)
+
+    def label(task: Task) -> str:
+        return f"test {task.metric}" + (" (%)" if task.percent else "")
+
+    figure, axes = _over_epochs(
+        comparison,
+        lambda run, task: np.asarray(run.test[task]) * _scale(comparison.problem.tasks[task]),
+        label,
+    )
+    finish(figure, axes, f"{comparison.problem.name}: test metrics", comparison)
     return figure
 
 
-def weights_figure(comparison: Comparison) -> matplotlib.figure.Figure:
-    """Weight of each task over the steps, a panel for each weighting: mean over seeds, band.
+def losses_figure(comparison: Comparison) -> Figure:
+    """Mean training loss of each task in every epoch: mean over seeds, band of one deviation."""
+    figure, axes = _over_epochs(
+        comparison, lambda run, task: run.train_losses[task], lambda task: "training loss"
+    )
+    for axis in axes:
+        log_if_wide(axis)
+    finish(figure, axes, f"{comparison.problem.name}: training losses", comparison)
+    return figure
 
-    Aggregators, which have no weights, are left out.
+
+def weights_figure(comparison: Comparison) -> Figure | None:
+    """Weight of each task over the steps: mean over seeds, band of one deviation.
+
+    A panel for each weighting, and for more than six tasks a panel for each task. Aggregators,
+    which have no weights, are left out.
+
+    Returns:
+      The figure; ``None`` if there are aggregators only.
     """
     weighted = {name: runs for name, runs in comparison.runs.items() if runs[0].weights}
-    figure, axes = _panels(len(weighted), 3.4)
-    for axis, (name, runs) in zip(axes, weighted.items(), strict=True):
-        for number, task in enumerate(comparison.problem.tasks):
+    if not weighted:
+        return None
+    tasks, names = list(comparison.problem.tasks), list(comparison.runs)
+    many = len(tasks) > SMALL
+    figure, axes = panels(len(tasks) if many else len(weighted), 3.4)
+    for column, (name, runs) in enumerate(weighted.items()):
+        for number, task in enumerate(tasks):
             centres, _ = thinned(runs[0].weights[task])
-            values = _over_seeds([thinned(run.weights[task])[1] for run in _complete(runs)])
-            _line(axis, centres[: values.shape[1]], values, task, f"C{number}", "-")
-        axis.set_title(name)
+            values = over_seeds([thinned(run.weights[task])[1] for run in complete(runs)])
+            axis, label = (axes[number], name) if many else (axes[column], task)
+            color, kind = style(names.index(name)) if many else style(number)
+            line(axis, centres[: values.shape[1]], values, label, color, kind)
+            axis.set_title(task if many else name)
+    for axis in axes:
         axis.set_xlabel("step")
         axis.set_ylabel("weight")
-        if not any((np.asarray(line.get_ydata()) < 0).any() for line in axis.lines):
+        if not any((np.asarray(of.get_ydata()) < 0).any() for of in axis.lines):
             axis.set_ylim(bottom=0)
-    _finish(figure, axes, f"{comparison.problem.name}: weight of each task", comparison)
+    finish(figure, axes, f"{comparison.problem.name}: weight of each task", comparison)
     return figure
 
 
-def conflict_figure(comparison: Comparison) -> matplotlib.figure.Figure | None:
+def conflict_figure(comparison: Comparison) -> Figure | None:
     """Share of conflicting pairs of tasks, and their mean cosine, over the steps.
 
     A row of panels for each place where task gradients were measured, since those at the
@@ -87,93 +128,161 @@ def conflict_figure(comparison: Comparison) -> matplotlib.figure.Figure | None:
             rows.append((where, measured))
     if not rows:
         return None
-    figure, axes = _panels(2 * len(rows), 5.2, columns=2)
+    figure, axes = panels(2 * len(rows), 5.2, columns=2)
     for row, (where, measured) in enumerate(rows):
         for axis, (kind, label, scale) in zip(axes[2 * row :], CONFLICT, strict=False):
             for name, runs in measured.items():
-                thin = [thinned(run.conflict[kind], CONFLICT_POINTS) for run in _complete(runs)]
-                values = _over_seeds([means for _, means in thin])
+                thin = [thinned(run.conflict[kind], CONFLICT_POINTS) for run in complete(runs)]
+                values = over_seeds([means for _, means in thin])
                 centres = thin[0][0][: values.shape[1]]
-                _line(axis, centres, scale * values, name, *_style(names.index(name)))
+                line(axis, centres, scale * values, name, *style(names.index(name)))
             axis.set_title(where)
             axis.set_xlabel("step")
             axis.set_ylabel(label)
         axes[2 * row].set_ylim(0, 100)
         axes[2 * row + 1].axhline(0, color="black", linewidth=0.8)
-    _finish(figure, axes, f"{comparison.problem.name}: conflicts of the tasks", comparison)
+    finish(figure, axes, f"{comparison.problem.name}: conflicts of the tasks", comparison)
     return figure
 
 
-def thinned(values: np.ndarray, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
-    """Means over at most ``points`` consecutive pieces, and the middle step of each piece.
+def front_figure(comparison: Comparison) -> Figure | None:
+    """The test metrics of two tasks against each other after the last epoch.
 
-    What is not finite does not count; a piece of nothing else is NaN.
+    A small point for each seed and a large one for their mean; a line joins the means on the Pareto
+    front.
+
+    Returns:
+      The figure; ``None`` if there are not two tasks, or every weighting failed.
     """
-    pieces = np.array_split(np.arange(len(values)), min(points, len(values)))
-    finite = [values[piece][np.isfinite(values[piece])] for piece in pieces]
-    means = [np.mean(part, dtype=np.float64) if part.size else np.nan for part in finite]
-    return np.array([piece.mean() for piece in pieces]), np.array(means)
+    tasks = comparison.problem.tasks
+    found = Findings(comparison)
+    rows = {
+        name: points
+        for name, row in found.values.items()
+        if len(tasks) == 2
+        if np.isfinite(points := np.array([_scale(tasks[t]) * row[t] for t in tasks])).any()
+    }
+    if not rows:
+        return None
+    figure, (axis,) = panels(1, 6.0)
+    for number, (name, points) in enumerate(rows.items()):
+        color = style(number)[0] if name in comparison.runs else "black"
+        marker = "o" if name in comparison.runs else "x"
+        axis.scatter(*points, s=14, color=color, alpha=0.45, marker=marker, linewidths=1)
+        mean = np.nanmean(points, axis=1)
+        axis.scatter(*mean, s=90, color=color, label=name, marker=marker)
+    front = np.array([rows[name].mean(axis=1) for name, on_it in found.front.items() if on_it])
+    if len(front):
+        front = front[np.argsort(front[:, 0])]
+        axis.plot(*front.T, "--", color="gray", linewidth=1, label="Pareto front", zorder=0)
+    for (task, of), label in zip(tasks.items(), (axis.set_xlabel, axis.set_ylabel), strict=True):
+        direction = "higher" if of.higher_is_better else "lower"
+        unit = ", %" if of.percent else ""
+        label(f"{task}: test {of.metric}{unit} ({direction} is better)")
+    title = f"{comparison.problem.name}: one task against the other"
+    finish(figure, [axis], title, comparison, "small: each seed, large: mean of")
+    return figure
 
 
-def _complete(runs: Sequence[Run]) -> list[Run]:
-    """The runs that did not fail, or all if all failed."""
-    return [run for run in runs if run.failure is None] or list(runs)
+def difficulty_figure(comparison: Comparison) -> Figure | None:
+    """How hard each task is against the weight that it got: whether harder tasks got more.
+
+    A task is the harder, the more of its first epoch's training loss is left in the last epoch:
+    where it was trained alone, since a weighting changes what is left, or with equal weights if
+    that was not done. Its weight is the mean over all steps, relative to the mean of the tasks. For
+    three tasks and more the titles have the rank correlation of the two, Spearman's.
+
+    Returns:
+      The figure; ``None`` if there is one task, one epoch, no weights, or losses that are not
+      positive.
+    """
+    tasks = list(comparison.problem.tasks)
+    weighted = {name: runs for name, runs in comparison.runs.items() if runs[0].weights}
+    of_task = comparison.alone or dict.fromkeys(tasks, comparison.runs.get(BASELINE, ()))
+    left = {task: _left(of_task.get(task, ()), task) for task in tasks}
+    if len(tasks) < 2 or not weighted or not all(len(of) for of in left.values()):
+        return None
+    figure, axes = panels(len(weighted), 3.4)
+    for axis, (name, runs) in zip(axes, weighted.items(), strict=True):
+        weights = {task: _relative_weights(complete(runs), tasks, task) for task in tasks}
+        for number, (task, of) in enumerate(weights.items()):
+            if not of.size:
+                continue
+            axis.errorbar(
+                left[task].mean(),
+                of.mean(),
+                xerr=left[task].std(),
+                yerr=of.std(),
+                fmt="o",
+                color=style(number)[0] if len(tasks) <= SMALL else "C0",
+                label=task if len(tasks) <= SMALL else None,
+                elinewidth=1,
+            )
+        axis.axhline(1, color="gray", linewidth=0.8, zorder=0)
+        axis.set_title(name + _correlation(left, weights))
+        axis.set_xlabel("share of the first loss left")
+        axis.set_ylabel("weight, relative to the mean")
+        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+    how = "trained alone" if comparison.alone else "with equal weights"
+    title = f"{comparison.problem.name}: weight against difficulty {how}"
+    finish(figure, axes, title, comparison)
+    return figure
 
 
-def _over_seeds(values: Sequence[Sequence[float] | np.ndarray]) -> np.ndarray:
-    """The values as ``[seeds, points]``, cut to the shortest; empty if there are none."""
-    shortest = min((len(value) for value in values), default=0)
-    return np.array([value[:shortest] for value in values]).reshape(len(values), shortest)
+def _over_epochs(
+    comparison: Comparison,
+    values_of: Callable[[Run, str], Sequence[float] | np.ndarray],
+    label: Callable[[Task], str],
+) -> tuple[Figure, list]:
+    """A panel for each task, a line for each weighting and for the task alone."""
+    problem = comparison.problem
+    figure, axes = panels(len(problem.tasks))
+    for axis, (task, description) in zip(axes, problem.tasks.items(), strict=True):
+        lines = [
+            (name, runs, *style(number))
+            for number, (name, runs) in enumerate(comparison.runs.items())
+        ]
+        if comparison.alone:
+            lines.append(("task alone", comparison.alone[task], "black", "--"))
+        for name, runs, color, kind in lines:
+            values = over_seeds([values_of(run, task) for run in runs if run.failure is None])
+            line(axis, np.arange(1, values.shape[1] + 1), values, name, color, kind)
+        axis.set_title(task)
+        axis.set_ylabel(label(description))
+        whole_epochs(axis)
+    return figure, axes
 
 
-def _style(number: int) -> tuple[str, str]:
-    """Color and line style of a weighting: ten colors, then again with other lines."""
-    return f"C{number % 10}", ("-", "-.", ":")[number // 10 % 3]
+def _left(runs: Sequence[Run], task: str) -> np.ndarray:
+    """The share of the first epoch's loss that is left in the last one, of each run."""
+    losses = [run.train_losses[task] for run in runs if run.failure is None and run.epochs > 1]
+    shares = [of[-1] / of[0] for of in losses if min(of[0], of[-1]) > 0]
+    return np.array([share for share in shares if math.isfinite(share)])
 
 
-def _panels(
-    number: int, width: float, columns: int = 4
-) -> tuple[matplotlib.figure.Figure, list[Axes]]:
-    columns = min(number, columns)
-    rows = -(-number // columns)
-    figure = matplotlib.figure.Figure(figsize=(width * columns, 3.4 * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes[number:]:
-        axis.remove()
-    return figure, axes[:number]
+def _relative_weights(runs: Sequence[Run], tasks: Sequence[str], task: str) -> np.ndarray:
+    """The mean weight of a task over the steps that have it, relative to all tasks', of each run.
+
+    Runs that never gave it a weight are left out.
+    """
+    found = []
+    for run in runs:
+        finite = {name: run.weights[name][np.isfinite(run.weights[name])] for name in tasks}
+        means = {name: float(of.mean()) for name, of in finite.items() if of.size}
+        if task in means and sum(means.values()):
+            found.append(means[task] / np.mean(list(means.values())))
+    return np.array(found)
 
 
-def _line(
-    axis: Axes, x: np.ndarray, values: np.ndarray, label: str, color: str, style: str
-) -> None:
-    known = np.isfinite(values).any(axis=0)
-    if not known.any():
-        return
-    x, values = x[known], values[:, known]
-    mean, deviation = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
-    axis.plot(x, mean, style, color=color, label=label, linewidth=1.5)
-    axis.fill_between(x, mean - deviation, mean + deviation, color=color, linewidth=0)
+def _correlation(difficulty: Mapping[str, np.ndarray], weights: Mapping[str, np.ndarray]) -> str:
+    """Spearman's correlation of the means, for a title; empty where it says nothing."""
+    of_both = [task for task, of in weights.items() if of.size]
+    pairs = np.array([(difficulty[task].mean(), weights[task].mean()) for task in of_both])
+    if len(pairs) < 3 or (np.ptp(pairs, axis=0) < 1e-6).any():
+        return ""
+    correlation, _ = scipy.stats.spearmanr(*pairs.T)
+    return f" ({correlation:+.2f})"
 
 
-def _finish(
-    figure: matplotlib.figure.Figure, axes: Sequence[Axes], title: str, comparison: Comparison
-) -> None:
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-        for band in axis.collections:  # many bands over each other would hide the lines
-            band.set_alpha(min(0.15, 0.6 / len(axis.collections)))
-    labelled = {}
-    for axis in axes:
-        handles, labels = axis.get_legend_handles_labels()
-        labelled |= dict(zip(labels, handles, strict=True))
-    figure.legend(
-        labelled.values(),
-        labelled,
-        loc="outside right center",
-        frameon=False,
-        ncols=-(-len(labelled) // int(figure.get_figheight() / LEGEND_LINE)),
-    )
-    number = len(comparison.seeds)
-    seeds = "one seed" if number == 1 else f"mean and standard deviation over {number} seeds"
-    figure.suptitle(f"{title} ({seeds})")
+def _scale(task: Task) -> int:
+    return 100 if task.percent else 1

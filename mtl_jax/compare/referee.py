@@ -8,14 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import mtl_jax
 from mtl_jax.base import Aggregator, Weighting
+from mtl_jax.compare.batches import check_devices, steps_per_epoch
 from mtl_jax.compare.checkpoints import Checkpoints
 from mtl_jax.compare.metrics import Evaluator
 from mtl_jax.compare.problem import Problem
 from mtl_jax.compare.run import Run
-from mtl_jax.compare.training import Trainer, steps_per_epoch
+from mtl_jax.compare.training import Trainer
 from mtl_jax.compare.weightings import WEIGHTINGS, MakeWeighting, RunSettings
 from mtl_jax.evaluation import delta_m
 from mtl_jax.train import TrainState
@@ -138,6 +140,7 @@ def compare(
     alone: bool = True,
     conflict: bool = False,
     checkpoints: str | os.PathLike[str] | Checkpoints | None = None,
+    mesh: Mesh | None = None,
     on_epoch: Callable[[Run], None] = lambda run: None,
     on_run: Callable[[Comparison], None] = lambda comparison: None,
 ) -> Comparison:
@@ -159,6 +162,9 @@ def compare(
         how often they are saved, and whether to resume. Resumed, a comparison comes out as if it
         had never been interrupted, bit for bit: runs that are finished are read, and the one that
         is not goes on from its last checkpoint.
+      mesh: devices that each batch is spread over, the parameters being on all; of several
+        processes, if ``jax.distributed`` is initialised. All of them then call this function
+        alike and, with checkpoints, see one file system. ``None`` for one device.
       on_epoch: called with the run after every epoch of it, and with every run that was read.
       on_run: called with the comparison as far as it has come, after every run and after all that
         is finished was read.
@@ -178,13 +184,14 @@ def compare(
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"At least one seed is needed, and none twice; got {list(seeds)}.")
     made = make_weightings(problem, weightings)
-    evaluate = Evaluator(problem)
+    check_devices(problem, mesh)
+    evaluate = Evaluator(problem, mesh=mesh)
     trainers = [
-        Trainer(problem, evaluate, weighting, name, conflict=conflict)
+        Trainer(problem, evaluate, weighting, name, conflict=conflict, mesh=mesh)
         for name, weighting in made.items()
     ]
     lone_trainers = [
-        Trainer(problem, evaluate, mtl_jax.equal(), f"{task} alone", [task])
+        Trainer(problem, evaluate, mtl_jax.equal(), f"{task} alone", [task], mesh=mesh)
         for task in (problem.tasks if alone else ())
     ]
     if checkpoints is not None:

@@ -1,25 +1,28 @@
-"""Runs comparisons with a progress bar and leaves their results in a folder."""
+"""Runs comparisons and leaves their results in a folder."""
 
-import importlib.metadata
-import json
+import contextlib
 import os
 import pathlib
-import platform
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
-import jax
-import numpy as np
 import rich.console
 import rich.markdown
-import rich.progress
+from jax.sharding import Mesh
 
-from mtl_jax.compare.checkpoints import Checkpoints, problems_in
-from mtl_jax.compare.pictures import conflict_figure, metrics_figure, thinned, weights_figure
+from mtl_jax.compare.checkpoints import Checkpoints
+from mtl_jax.compare.devices import is_first_process, wait_for_all
+from mtl_jax.compare.files import check_folder, replace, write_json, write_text
+from mtl_jax.compare.findings import Findings
+from mtl_jax.compare.numbers import results, timing
+from mtl_jax.compare.page import page
+from mtl_jax.compare.pictures import figures
 from mtl_jax.compare.problem import Problem
-from mtl_jax.compare.referee import BASELINE, Comparison, compare, make_weightings
-from mtl_jax.compare.run import Run
-from mtl_jax.compare.tables import markdown_report, markdown_table
+from mtl_jax.compare.progress import compare_with_progress
+from mtl_jax.compare.referee import Comparison, compare, make_weightings
+from mtl_jax.compare.sections import markdown_report
+from mtl_jax.compare.tables import cost_table, main_table, seeds_note
+from mtl_jax.compare.tensorboard import TensorBoard
 from mtl_jax.compare.weightings import MakeWeighting
 
 
@@ -33,16 +36,20 @@ def compare_and_report(
     conflict: bool = False,
     checkpoint_seconds: int | None = 10,
     resume: bool = False,
+    mesh: Mesh | None = None,
     command: str = "",
+    log: Literal["tensorboard"] | None = None,
 ) -> list[Comparison]:
     """Compare the weightings on every problem, print the tables and write the results.
 
-    The folder receives ``results.json`` (all that is the same when run again on the same machine),
-    ``timing.json`` (times, versions, machine), and for each problem ``<problem>.md`` (the tables),
-    ``<problem>_metrics.png``, ``<problem>_weights.png`` and, if the task gradients were measured,
-    ``<problem>_conflict.png``; its folder ``checkpoints`` holds what is needed to resume. Every
-    file is replaced as a whole. Interrupted or failed, it leaves the tables and the numbers of the
-    runs that are finished, without pictures.
+    The folder receives ``report.html`` (all that follows on one page), ``results.json`` (all that
+    is the same when run again on the same machine), ``timing.json`` (times, memory, versions,
+    machine), and for each problem ``<problem>.md`` (the tables) and pictures,
+    ``<problem>_<picture>.png``: ``metrics``, ``losses``, ``weights``, ``difficulty`` (against
+    weight), ``front`` (of two tasks) and, if the task gradients were measured, ``conflict``; its
+    folder ``checkpoints`` holds what is needed to resume. Every file is replaced as a whole.
+    Interrupted or failed, it leaves the tables and the numbers of the runs that are finished,
+    without pictures.
 
     Args:
       problems: the problems.
@@ -55,13 +62,18 @@ def compare_and_report(
         after an epoch; ``None`` for no checkpoints.
       resume: whether to continue the comparison that the folder holds, if it holds one. Finished
         runs are not run again; weightings, seeds and problems may be added.
+      mesh: devices to spread each batch over, as in :func:`compare`. Of several processes, the
+        first prints and writes; all must see the folder.
       command: the command that makes these results, for the reader of the tables.
+      log: ``"tensorboard"`` to write losses, metrics, weights and conflicts of every run also as
+        TensorBoard's event files, after every epoch, into the folder ``tensorboard``.
 
     Returns:
       The comparison on each problem.
 
     Raises:
-      ValueError: as :func:`compare`, for any of the problems before the first is trained.
+      ValueError: as :func:`compare`, for any of the problems before the first is trained; or if
+        there is no such ``log``.
       FileExistsError: if the folder holds a comparison that this is not to continue, or that it
         could not continue.
       OtherConfigurationError, OSError: as :func:`compare`.
@@ -72,9 +84,21 @@ def compare_and_report(
     checkpoints = None
     if checkpoint_seconds is None and resume:
         raise ValueError("To resume, `checkpoint_seconds` must be a number; it is None.")
+    if log not in (None, "tensorboard"):
+        raise ValueError(f"`log` must be 'tensorboard' or None, got {log!r}.")
     if checkpoint_seconds is not None:
         checkpoints = Checkpoints(folder / "checkpoints", checkpoint_seconds, resume=resume)
-    _check_folder(folder, [problem.name for problem in problems], resume)
+    check_folder(folder, [problem.name for problem in problems], resume)
+    wait_for_all("the folder is looked at")
+    options: dict[str, Any] = {
+        "seeds": seeds,
+        "alone": alone,
+        "conflict": conflict,
+        "checkpoints": checkpoints,
+        "mesh": mesh,
+    }
+    if not is_first_process():
+        return [compare(problem, weightings, **options) for problem in problems]
     folder.mkdir(parents=True, exist_ok=True)
     console = rich.console.Console()
     if not console.is_terminal:  # a file or a pipe does not limit the width
@@ -82,33 +106,24 @@ def compare_and_report(
     comparisons = []
     for problem in problems:
         finished: list[Comparison] = []  # as far as it has come, the latest last
+        events = TensorBoard(folder / "tensorboard" / problem.name) if log else None
         try:
-            comparison = _compare(
-                problem,
-                weightings,
-                console,
-                seeds=seeds,
-                alone=alone,
-                conflict=conflict,
-                checkpoints=checkpoints,
-                on_run=finished.append,
-            )
+            with events or contextlib.nullcontext():
+                comparison = compare_with_progress(
+                    problem,
+                    weightings,
+                    console,
+                    **options,
+                    on_run=finished.append,
+                    on_epoch=None if events is None else events.write,
+                )
         except BaseException:  # an interruption, too
             if finished:
                 _write(folder, [*comparisons, finished[-1]], command, console)
             raise
         comparisons.append(comparison)
         _write(folder, comparisons, command, console)
-        for name, figure in (
-            ("metrics", metrics_figure(comparison)),
-            ("weights", weights_figure(comparison)),
-            ("conflict", conflict_figure(comparison)),
-        ):
-            if figure is None:
-                continue
-            picture = folder / f"{problem.name}_{name}.png"
-            _replace(picture, lambda path, figure=figure: figure.savefig(path, dpi=120))
-    console.print(f"Tables, pictures and numbers: {folder}")
+    console.print(f"Everything on one page: {folder / 'report.html'}")
     return comparisons
 
 
@@ -118,183 +133,20 @@ def _write(
     command: str,
     console: rich.console.Console,
 ) -> None:
-    """Print the table of the last comparison, write its report, and the numbers of all."""
+    """Print the tables of the last comparison, write its report, and the numbers of all."""
     last = comparisons[-1]
     name = last.problem.name
     interrupted = f" ({last.unfinished} runs not finished)" if last.unfinished else ""
     console.print(f"\n[bold]{name}[/bold]: test metrics after the last epoch{interrupted}")
-    console.print(rich.markdown.Markdown(markdown_table(last)))
-    _write_text(folder / f"{name}.md", markdown_report(last, command=command))
-    _write_json(folder / "results.json", {c.problem.name: results(c) for c in comparisons})
-    _write_json(folder / "timing.json", timing(comparisons))
-
-
-def _check_folder(folder: pathlib.Path, problems: Sequence[str], resume: bool) -> None:
-    """Never mix two comparisons in a folder."""
-    checkpoints = folder / "checkpoints"
-    ways_out = "choose another folder (--name on the command line), or remove this one"
-    if not resume and ((folder / "results.json").exists() or checkpoints.exists()):
-        raise FileExistsError(
-            f"{folder} holds a comparison already. Continue it with resume=True (--resume on the "
-            f"command line), or {ways_out}."
-        )
-    if not checkpoints.exists() and (folder / "results.json").exists():
-        raise FileExistsError(
-            f"{folder} holds results and no checkpoints to resume from: {ways_out}."
-        )
-    others = problems_in(checkpoints) - set(problems)
-    if others:
-        raise FileExistsError(
-            f"{folder} holds a comparison on {', '.join(sorted(others))}, too. To continue it, "
-            f"give all its problems; else {ways_out}."
-        )
-
-
-def results(comparison: Comparison) -> dict[str, Any]:
-    """All that a comparison found and that is the same when it is run again."""
-    problem = comparison.problem
-    return {
-        "settings": {
-            "epochs": problem.epochs,
-            "batch_size": problem.batch_size,
-            "learning_rate": problem.learning_rate,
-            "seeds": list(comparison.seeds),
-            "examples": {part: problem.size(part) for part in ("train", "validation", "test")},
-        },
-        "tasks": {
-            name: {"metric": task.metric, "higher_is_better": task.higher_is_better}
-            for name, task in problem.tasks.items()
-        },
-        "weightings": {
-            name: [_run_results(comparison, run) for run in runs]
-            for name, runs in comparison.runs.items()
-        },
-        "alone": {
-            task: [_run_results(comparison, run) for run in runs]
-            for task, runs in comparison.alone.items()
-        },
-    } | ({"unfinished_runs": comparison.unfinished} if comparison.unfinished else {})
-
-
-def timing(comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """How long it took, with which versions and on what machine."""
-    packages = ("mtl-jax", "jax", "jaxlib", "optax", "flax", "numpy")
-    return {
-        "machine": {
-            "platform": platform.platform(),
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "devices": [device.device_kind for device in jax.devices()],
-        },
-        "versions": {"python": platform.python_version()}
-        | {name: version for name in packages if (version := _version(name)) is not None},
-        "problems": {
-            comparison.problem.name: {
-                "step_seconds": {name: comparison.step_seconds(name) for name in comparison.runs},
-                "step_time_relative_to_equal": {
-                    name: comparison.step_seconds(name) / comparison.step_seconds(BASELINE)
-                    for name in comparison.runs
-                },
-                "runs": [
-                    {
-                        "run": run.weighting,
-                        "seed": run.seed,
-                        "compile_seconds": run.compile_seconds,
-                        "epoch_seconds": run.epoch_seconds,
-                    }
-                    for runs in (*comparison.runs.values(), *comparison.alone.values())
-                    for run in runs
-                ],
-            }
-            for comparison in comparisons
-        },
-    }
-
-
-def _compare(
-    problem: Problem,
-    weightings: Mapping[str, MakeWeighting],
-    console: rich.console.Console,
-    *,
-    seeds: Sequence[int],
-    alone: bool,
-    **options: Any,
-) -> Comparison:
-    number = len({BASELINE, *weightings}) + (len(problem.tasks) if alone else 0)
-    columns = (
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TextColumn("epochs"),
-        rich.progress.TimeRemainingColumn(),
-    )
-    done: dict[tuple[str, int], int] = {}
-    with rich.progress.Progress(*columns, console=console) as progress:
-        bar = progress.add_task(problem.name, total=number * len(seeds) * problem.epochs)
-
-        def on_epoch(run: Run) -> None:
-            done[run.weighting, run.seed] = run.epochs if run.failure is None else problem.epochs
-            description = f"{problem.name}: {run.weighting}, seed {run.seed}"
-            progress.update(bar, completed=sum(done.values()), description=description)
-
-        comparison = compare(
-            problem, weightings, seeds=seeds, alone=alone, on_epoch=on_epoch, **options
-        )
-        progress.update(bar, description=problem.name)
-    return comparison
-
-
-def _run_results(comparison: Comparison, run: Run) -> dict[str, Any]:
-    return {
-        "seed": run.seed,
-        "failure": run.failure,
-        "skipped_steps": run.skipped,
-        "best_epoch": comparison.best_epoch(run) + 1,
-        "train_loss": _rounded(run.train_losses),
-        "validation": _rounded(run.validation),
-        "test": _rounded(run.test),
-        "weights": _thinned(run.weights),
-        "conflict": {"measured_at": run.measured_at} | _thinned(run.conflict),
-    }
-
-
-def _thinned(steps: Mapping[str, np.ndarray]) -> dict[str, list[float | None]]:
-    """Values by step, thinned, and the middle step of each piece; empty if there are none."""
-    if not steps:
-        return {}
-    thin = {name: thinned(values) for name, values in steps.items()}
-    centres = next(iter(thin.values()))[0]
-    return {"step": centres.tolist()} | _rounded({name: means for name, (_, means) in thin.items()})
-
-
-def _rounded(values: Mapping[str, Sequence[float] | np.ndarray]) -> dict[str, list[float | None]]:
-    """Six significant digits; ``None`` for what is not finite, as JSON has no word for it."""
-    return {
-        name: [float(f"{value:.6g}") if np.isfinite(value) else None for value in row]
-        for name, row in values.items()
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-    _write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _replace(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
-    """Write a file so that at every moment the old or the new one is there, whole."""
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    findings = Findings(last)
+    for text in (main_table(findings).markdown(), seeds_note(findings)):
+        console.print(rich.markdown.Markdown(text))
+    console.print(rich.markdown.Markdown(cost_table(last).markdown()))
+    write_text(folder / f"{name}.md", markdown_report(last, command=command))
+    write_json(folder / "results.json", {c.problem.name: results(c) for c in comparisons})
+    write_json(folder / "timing.json", timing(comparisons))
+    if not last.unfinished:
+        for kind, figure in figures(last).items():
+            picture = folder / f"{name}_{kind}.png"
+            replace(picture, lambda path, figure=figure: figure.savefig(path, dpi=120))
+    write_text(folder / "report.html", page(comparisons, folder, command=command))

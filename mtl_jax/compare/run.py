@@ -30,6 +30,8 @@ class Run:
         not measured.
       epoch_seconds: the wall time of every epoch's training.
       compile_seconds: the time that compiling the training took, if this run did.
+      memory_bytes: the memory that the compiled training of an epoch takes: the training data, the
+        state and all that is temporary; ``None`` where the backend does not say.
     """
 
     weighting: str
@@ -44,6 +46,7 @@ class Run:
     conflict: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     epoch_seconds: list[float] = dataclasses.field(default_factory=list)
     compile_seconds: float = 0.0
+    memory_bytes: int | None = None
 
     @property
     def epochs(self) -> int:

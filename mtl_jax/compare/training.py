@@ -7,14 +7,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from mtl_jax.base import Aggregator, Signal, Weighting
+from mtl_jax.compare.batches import orders, steps_per_epoch, take
 from mtl_jax.compare.checkpoints import RunCheckpoints
+from mtl_jax.compare.devices import number_of_devices, place, replicated, spread
 from mtl_jax.compare.fingerprint import Fingerprint, digest, text_digest, where_it_runs
 from mtl_jax.compare.metrics import Evaluator
 from mtl_jax.compare.problem import Batch, Problem
 from mtl_jax.compare.run import Place, Run
+from mtl_jax.compare.sources import Source, by_source, joined
 from mtl_jax.pytree import PyTree
 from mtl_jax.representation import representation_value_and_grad
 from mtl_jax.tasks import read_mask, read_tasks
@@ -45,6 +49,7 @@ class Trainer:
       name: the name of the runs.
       tasks: the tasks to train; all of the problem's by default.
       conflict: whether to measure conflicts also where the weighting does not need it.
+      mesh: the devices that each batch is spread over.
     """
 
     def __init__(
@@ -55,15 +60,16 @@ class Trainer:
         name: str,
         tasks: list[str] | None = None,
         conflict: bool = False,
+        mesh: Mesh | None = None,
     ) -> None:
-        self.problem, self.evaluate = problem, evaluate
+        self.problem, self.evaluate, self.mesh = problem, evaluate, mesh
         self.weighting, self.name = weighting, name
         self.tasks = list(problem.tasks) if tasks is None else tasks
         self.measured_at: Place | None = _measured_at(problem, weighting, conflict)
         self.steps = steps_per_epoch(problem)
         self.optimizer = problem.optimizer(problem.learning_rate, self.steps * problem.epochs)
         self._lowered: jax.stages.Lowered | None = None
-        self._compiled: Callable[..., Any] | None = None
+        self._compiled: jax.stages.Compiled | None = None
 
     def run(self, seed: int, checkpoints: RunCheckpoints | None = None) -> Iterator[Run]:
         """Train with a seed. Yields the run after every epoch, as far as it has come.
@@ -109,8 +115,9 @@ class Trainer:
         """The first state, the key that the order of the data is drawn from, and the data."""
         init_key, order_key, rng, weighting_key = jax.random.split(jax.random.key(seed), 4)
         params, model_state = jax.jit(self.problem.init)(init_key)
-        train = jax.tree.map(jnp.asarray, dict(self.problem.train))
-        batch = jax.tree.map(lambda field: field[: self.problem.batch_size], train)
+        sources = by_source(self.problem.train)
+        train = joined(jax.tree.map(jnp.asarray, {s: dict(sources[s]) for s in sources}))
+        batch = take(train, {s: slice(n) for s, n in self.problem.batch_sizes().items()})
         losses, _ = jax.eval_shape(self._losses, params, model_state, rng, batch)
         state = TrainState.create(
             params,
@@ -122,20 +129,21 @@ class Trainer:
             weighting_key=weighting_key,
             shared=self.problem.shared,
         )
-        return state, order_key, train
+        return place((state, order_key, train), replicated(self.mesh))
 
     def _fingerprint(self, state: TrainState, order_key: Array, train: Batch) -> Fingerprint:
         """What decides the numbers of the run that starts so."""
         key = jax.random.fold_in(order_key, 0)
         return {
             "epochs": self.problem.epochs,
-            "batch_size": self.problem.batch_size,
+            "batch_size": joined(self.problem.batch_sizes()),
             "learning_rate": self.problem.learning_rate,
             "tasks": self.tasks,
             "start": digest((state, order_key)),
             "program": text_digest(self._lower(state, train, key).as_text()),
             **self.evaluate.digests(state.params, state.model_state),
             **where_it_runs(),
+            "devices": number_of_devices(self.mesh),
         }
 
     def _losses(
@@ -182,7 +190,9 @@ class Trainer:
 
     def _lower(self, *args: Any) -> jax.stages.Lowered:
         if self._lowered is None:
-            self._lowered = jax.jit(self._train_epoch, donate_argnums=0).lower(*args)
+            self._lowered = jax.jit(
+                self._train_epoch, donate_argnums=0, out_shardings=replicated(self.mesh)
+            ).lower(*args)
         return self._lowered
 
     def _compile(self, run: Run, *args: Any) -> Callable[..., Any]:
@@ -190,14 +200,13 @@ class Trainer:
             start = time.perf_counter()
             self._compiled = self._lower(*args).compile()
             run.compile_seconds += time.perf_counter() - start
+        run.memory_bytes = _memory_bytes(self._compiled)
         return self._compiled
 
     def _train_epoch(
         self, state: TrainState, train: Batch, key: Array
     ) -> tuple[TrainState, History]:
         """One pass over the training split, in a random order, within one `scan`."""
-        size, batch_size = self.problem.size("train"), self.problem.batch_size
-        order = jax.random.permutation(key, size)[: self.steps * batch_size]
         in_parts = self.measured_at == "representation"
         train_step = make_train_step(
             self.gradient_fn(),
@@ -207,17 +216,19 @@ class Trainer:
             new_model_state=lambda aux: aux[0] if in_parts else aux,
         )
 
-        def step(state: TrainState, indices: Array) -> tuple[TrainState, History]:
-            batch = jax.tree.map(lambda field: field[indices], train)
+        def step(state: TrainState, order: dict[Source, Array]) -> tuple[TrainState, History]:
+            batch = take(train, order)
+            if self.mesh is not None:
+                batch = jax.lax.with_sharding_constraint(batch, spread(self.mesh))
             present = self.problem.present(batch)
             mask = None if present is None else {task: present[task] for task in self.tasks}
             state, value = train_step(state, batch, mask=mask)
-            losses = value.losses
-            if mask is not None:  # an absent task has no loss
-                losses = jax.tree.map(lambda m, loss: jnp.where(m, loss, jnp.nan), mask, losses)
-            return state, History(losses, value.weights, _conflict(value, mask))
+            losses, weights = value.losses, value.weights
+            if mask is not None:  # an absent task has neither
+                losses, weights = _of_present(losses, mask), weights and _of_present(weights, mask)
+            return state, History(losses, weights, _conflict(value, mask))
 
-        return jax.lax.scan(step, state, order.reshape(self.steps, batch_size))
+        return jax.lax.scan(step, state, orders(self.problem, key))
 
     def _record(self, run: Run, state: TrainState, history: History) -> None:
         skipped = int(state.skipped)
@@ -252,6 +263,19 @@ def _measured_at(
     return None
 
 
+def _of_present(values: dict[str, Array], mask: dict[str, Array]) -> dict[str, Array]:
+    return jax.tree.map(lambda value, m: jnp.where(m, value, jnp.nan), values, mask)
+
+
+def _memory_bytes(compiled: jax.stages.Compiled) -> int | None:
+    """The memory of a compiled program: arguments, results and what is temporary."""
+    stats = compiled.memory_analysis()
+    if stats is None:
+        return None
+    kept = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return kept + stats.temp_size_in_bytes
+
+
 def _conflict(value: MultiTaskValue, mask: PyTree | None) -> dict[str, Float[Array, ""]] | None:
     """The share of conflicting pairs of present tasks and their mean cosine; NaN without a pair."""
     if value.diagnostics is None:
@@ -262,25 +286,6 @@ def _conflict(value: MultiTaskValue, mask: PyTree | None) -> dict[str, Float[Arr
     cosine = jnp.sum(jnp.where(pairs, value.diagnostics.cosines, 0)) / jnp.maximum(number, 1)
     found = {"share": value.diagnostics.conflicting, "cosine": cosine}
     return jax.tree.map(lambda x: jnp.where(number > 0, x, jnp.nan), found)
-
-
-def steps_per_epoch(problem: Problem) -> int:
-    """The number of training steps in an epoch of the problem.
-
-    Raises:
-      ValueError: if the batch size or the epochs are not at least 1, or the batch is larger than
-        the training split.
-    """
-    size = problem.size("train")
-    for name in ("epochs", "batch_size"):
-        if getattr(problem, name) < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {getattr(problem, name)}.")
-    if problem.batch_size > size:
-        raise ValueError(
-            f"The batch size, {problem.batch_size}, is larger than the training data of "
-            f"{problem.name!r}: {size} examples."
-        )
-    return size // problem.batch_size
 
 
 def _extend(steps: dict[str, np.ndarray], name: str, values: Array) -> None:

@@ -2,42 +2,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 
 from experiments.networks.text import hashed_ids
 from experiments.problems.ag_news import AGENCIES, BUCKETS, ag_news, plain_text, split_tag, words
-from tests.experiments.tfds_folders import write
-
-STORIES = [
-    ("Oil Prices Soar (AP)", "AP - Oil rose, AP found.", "AP"),
-    ("Stocks End Up (Reuters)", "Reuters - Stocks rose\\on Friday.", "Reuters"),
-    ("Vote Nears (AFP)", "AFP - Voters #39; mood.", "AFP"),
-    ("Cadet Wins", " NEW YORK (Reuters) - A cadet won, reuters.com said.", "Reuters"),
-    ("Piracy Curbed", "By ALEX VEIGA    LOS ANGELES (AP) -- Reports show.", "AP"),
-    ("Rebels killed", "BANDA ACEH, Aug 24 (AFP): Seven killed.", "AFP"),
-    ("Peace Voted (Canadian Press)", "Canadian Press - ADDIS ABABA (AP) - A vote.", "AP"),
-    ("Comet Seen (SPACE.com)", "SPACE.com - A comet.", None),
-    ("Aetna buys", "Aetna agreed to buy, the Associated Press said.", None),
-    ("A plain title", "WASHINGTON - A plain story about AFP.", None),
-]
+from tests.experiments.tfds_folders import STORIES, write_stories
 
 
 @pytest.fixture(scope="module")
 def problem(tmp_path_factory):
-    features = tfds.features.FeaturesDict(
-        {
-            "title": tfds.features.Text(),
-            "description": tfds.features.Text(),
-            "label": tfds.features.ClassLabel(num_classes=4),
-        }
-    )
-    examples = [
-        {"title": title, "description": description, "label": i % 4}
-        for i, (title, description, _) in enumerate(STORIES)
-    ]
-    splits = {"train": examples * 4, "test": examples}
-    folder = tmp_path_factory.mktemp("tfds")
-    return ag_news(data_dir=str(write(folder, "ag_news_subset", "1.0.0", features, splits)))
+    return ag_news(data_dir=str(write_stories(tmp_path_factory.mktemp("tfds"), copies=4)))
 
 
 @pytest.mark.parametrize(("title", "description", "agency"), STORIES)

@@ -126,7 +126,7 @@ def test_both_signals_end_it_alike(number, status, tmp_path, capsys, monkeypatch
     def compare_and_report(*args, **kwargs):
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr("experiments.compare.compare_and_report", compare_and_report)
+    monkeypatch.setattr("mtl_jax.compare.command_line.compare_and_report", compare_and_report)
     monkeypatch.setattr("os._exit", sys.exit)
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     arguments = ["--problem", "utterances", "--name", "my own", "--resume"]
@@ -146,7 +146,7 @@ def test_what_cannot_be_written_is_said_plainly(error, status, hint, capsys, mon
     def compare_and_report(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("experiments.compare.compare_and_report", compare_and_report)
+    monkeypatch.setattr("mtl_jax.compare.command_line.compare_and_report", compare_and_report)
     with pytest.raises(SystemExit) as ended:
         main(["--problem", "utterances"])
     assert ended.value.code == status

@@ -6,6 +6,20 @@ import numpy as np
 import PIL.Image
 import tensorflow_datasets as tfds
 
+STORIES = [
+    ("Oil Prices Soar (AP)", "AP - Oil rose, AP found.", "AP"),
+    ("Stocks End Up (Reuters)", "Reuters - Stocks rose\\on Friday.", "Reuters"),
+    ("Vote Nears (AFP)", "AFP - Voters #39; mood.", "AFP"),
+    ("Cadet Wins", " NEW YORK (Reuters) - A cadet won, reuters.com said.", "Reuters"),
+    ("Piracy Curbed", "By ALEX VEIGA    LOS ANGELES (AP) -- Reports show.", "AP"),
+    ("Rebels killed", "BANDA ACEH, Aug 24 (AFP): Seven killed.", "AFP"),
+    ("Peace Voted (Canadian Press)", "Canadian Press - ADDIS ABABA (AP) - A vote.", "AP"),
+    ("Comet Seen (SPACE.com)", "SPACE.com - A comet.", None),
+    ("Aetna buys", "Aetna agreed to buy, the Associated Press said.", None),
+    ("A plain title", "WASHINGTON - A plain story about AFP.", None),
+]
+"""Titles and descriptions as AG News has them, and the agency that they name."""
+
 
 def write(data_dir, name, version, features, splits):
     """Write the examples of each split as tensorflow-datasets prepares them."""
@@ -56,3 +70,20 @@ def _png(array):
     PIL.Image.fromarray(array).save(file, "png")
     file.seek(0)
     return file
+
+
+def write_stories(data_dir, copies):
+    """Write AG News with each story once in the test split and so many times in the other."""
+    features = tfds.features.FeaturesDict(
+        {
+            "title": tfds.features.Text(),
+            "description": tfds.features.Text(),
+            "label": tfds.features.ClassLabel(num_classes=4),
+        }
+    )
+    examples = [
+        {"title": title, "description": description, "label": i % 4}
+        for i, (title, description, _) in enumerate(STORIES)
+    ]
+    splits = {"train": examples * copies, "test": examples}
+    return write(data_dir, "ag_news_subset", "1.0.0", features, splits)

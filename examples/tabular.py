@@ -1,0 +1,66 @@
+"""Your own problem for the referee: ``mtl-jax compare examples.tabular:problem --seeds 5``.
+
+442 patients with diabetes (Efron et al., 2004, from scikit-learn): from age, sex and six blood
+values, how far will the disease go in a year, what is the body mass index, what the blood pressure?
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from sklearn.datasets import load_diabetes
+from sklearn.model_selection import train_test_split
+
+from mtl_jax.compare import Problem, Task
+
+TASKS = ("progression", "bmi", "pressure")
+
+
+def read_splits() -> list[dict[str, np.ndarray]]:
+    """Training, validation and test patients; everything in units of its standard deviation."""
+    table, progression = load_diabetes(return_X_y=True)
+    columns = {"x": np.delete(table, [2, 3], axis=1)}
+    columns |= {"progression": progression, "bmi": table[:, 2], "pressure": table[:, 3]}
+    data = {n: ((c - c.mean(0)) / c.std(0)).astype(np.float32) for n, c in columns.items()}
+    train, rest = train_test_split(np.arange(len(progression)), test_size=0.4, random_state=0)
+    parts = (train, rest[::2], rest[1::2])
+    return [{name: column[part] for name, column in data.items()} for part in parts]
+
+
+def init(key):
+    """The parameters, and a model state, which this network does not have."""
+    keys = jax.random.split(key, 1 + len(TASKS))
+    heads = {t: jax.random.normal(k, (32,)) / 6 for t, k in zip(TASKS, keys[1:], strict=True)}
+    return {"encoder": jax.random.normal(keys[0], (8, 32)) / 3, "heads": heads}, {}
+
+
+def encoder(params, model_state, key, batch):
+    """What all tasks share. ``key`` would be for dropout."""
+    return jnp.tanh(batch["x"] @ params["encoder"]), model_state
+
+
+def squared_errors(params, zs, batch):
+    """The squared error of each patient, for each task."""
+    return {t: (zs[t] @ params["heads"][t] - batch[t]) ** 2 for t in TASKS}
+
+
+def problem() -> Problem:
+    """The problem."""
+    train, validation, test = read_splits()
+    return Problem(
+        name="diabetes",
+        tasks=dict.fromkeys(TASKS, Task("squared error", higher_is_better=False, percent=False)),
+        train=train,
+        validation=validation,
+        test=test,
+        init=init,
+        encoder=encoder,
+        heads=lambda *args: jax.tree.map(jnp.mean, squared_errors(*args)),
+        scores=lambda params, model_state, batch: squared_errors(
+            params, dict.fromkeys(TASKS, encoder(params, {}, None, batch)[0]), batch
+        ),
+        optimizer=lambda learning_rate, num_steps: optax.adam(learning_rate),
+        learning_rate=3e-3,
+        epochs=30,
+        batch_size=32,
+    )

@@ -1,0 +1,97 @@
+import inspect
+import json
+import pathlib
+import re
+import sys
+
+import pytest
+
+import mtl_jax
+from mtl_jax.__main__ import main
+from mtl_jax.compare import load_problem
+from mtl_jax.compare.listing import methods
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "A problem is needed, as package.module:name"),
+        (["math"], "named as package.module:name; got 'math'"),
+        ([":problem"], "named as package.module:name; got ':problem'"),
+        (["no_such_module:problem"], "'no_such_module:problem': No module named 'no_such_module'"),
+        (["math:taw"], "The module 'math' has no 'taw'"),
+        (["math:tau"], "'math:tau' is a float; a Problem is wanted"),
+        (["toy_problem:make_problem", "--weightings", "dvwa"], "no weighting 'dvwa'.*'dwa'"),
+    ],
+)
+def test_a_wrong_problem_is_said_plainly(arguments, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["compare", *arguments])
+    assert error.value.code == 2
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "Traceback" not in printed
+    assert re.match(f"error: .*{message}", printed), printed
+
+
+@pytest.mark.parametrize("arguments", [[], ["nothing"], ["compare", "--no-such-option"]])
+def test_a_wrong_command_is_an_error(arguments, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_problem_in_the_working_folder_is_compared(tmp_path, monkeypatch, capsys):
+    """The example for tables, shortened by the command line's own options."""
+    module = (ROOT / "examples" / "tabular.py").read_text()
+    assert len(module.splitlines()) < 70
+    (tmp_path / "my_problem.py").write_text(module)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    words = "compare my_problem:problem --seeds 1 --weightings adaptive --epochs 5 --name mine"
+    main(words.split())
+    results = json.loads((tmp_path / "runs" / "mine" / "results.json").read_text())["diabetes"]
+    for run in (*results["weightings"]["adaptive"], *results["alone"]["bmi"]):
+        for errors in run["test"].values():
+            assert errors[-1] < 0.8  # the mean predicts it with 1
+    report = (tmp_path / "runs" / "mine" / "diabetes.md").read_text()
+    assert f"    mtl-jax {words}" in report
+    assert "adaptive" in capsys.readouterr().out
+
+
+def test_the_folder_of_the_data_is_handed_on(tmp_path, monkeypatch):
+    text = "from toy_problem import make_problem\n\n\ndef build(data_dir):\n"
+    (tmp_path / "of_data.py").write_text(text + "    return make_problem(name=data_dir)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert load_problem("of_data:build", "my_data").name == "my_data"
+
+
+def test_list_shows_every_method_with_all_its_parameters(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    main(["list"])
+    printed = capsys.readouterr().out
+    for method in methods():
+        assert re.search(rf"^\s*{method.name}\b", printed, re.MULTILINE)
+        for parameter in inspect.signature(getattr(mtl_jax, method.name)).parameters:
+            assert re.search(rf"\b{parameter}\b", method.parameters)
+    folders = pathlib.Path(mtl_jax.__file__).parent.glob("*_*/*.py")
+    public = {path.stem for path in folders} & set(mtl_jax.__all__)
+    assert {method.name for method in methods()} == public
+    assert len(public) == 32
+
+
+def test_every_method_names_its_source():
+    without = {method.name for method in methods() if not (method.authors and method.link)}
+    assert without == {"adaptive"}
+
+
+def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    monkeypatch.delitem(sys.modules, "mtl_jax.compare.console", raising=False)
+    with pytest.raises(SystemExit) as error:
+        main(["list"])
+    assert error.value.code == 2
+    assert "pip install 'mtl-jax[compare]'" in capsys.readouterr().err

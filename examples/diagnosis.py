@@ -6,6 +6,7 @@
 # two. We train with equal weights and look at the gradients, then let some weightings decide.
 
 # %%
+import functools
 from typing import Any
 
 import jax
@@ -67,8 +68,8 @@ def train(
 
     params = init(jax.random.key(0))
     states = params, optimizer.init(params), weighting.init(dict.fromkeys(TASKS, 0.0))
-    keys = jax.random.split(jax.random.key(1), steps)
-    states, values = jax.jit(lambda states, keys: jax.lax.scan(step, states, keys))(states, keys)
+    run = jax.jit(functools.partial(jax.lax.scan, step))
+    states, values = run(states, jax.random.split(jax.random.key(1), steps))
     return states[0], values
 
 
@@ -95,8 +96,8 @@ plt.show()
 
 # %% [markdown]
 # At first the gradient of `large` is five times as long as the others, and the sum points where it
-# wants to go; later that of `noisy` is, whose loss cannot fall any further. The cosines are close to
-# 0: the tasks do not pull against each other, so what there is to decide is lengths, not conflicts.
+# wants to go; later that of `noisy` is, whose loss cannot fall any further. The cosines are close
+# to 0: the tasks do not pull against each other; what there is to decide is lengths, not conflicts.
 #
 # Now some weightings, one for each idea: the higher loss counts more (`adaptive`), as it is or
 # relative to where it began; a learned variance for each task (`uncertainty`); the same angle to
@@ -123,8 +124,8 @@ rows[0].legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# `adaptive` follows the higher loss: first `large`, for its units, then `noisy`, whose noise it takes
-# for difficulty; relative to the first losses the units no longer matter, but the noise still does.
+# `adaptive` follows the higher loss: first `large`, for its units, then `noisy`, whose noise it
+# takes for difficulty; relative to the first losses the units no longer matter, but the noise does.
 # `uncertainty` goes where a loss gets small; `conflict_free` lets no gradient's length count.
 #
 # What came of it: the share of each task's variance that the network leaves unexplained.
@@ -151,6 +152,6 @@ axes.legend(fontsize=8, ncols=2)
 plt.show()
 
 # %% [markdown]
-# Here, on one seed, what looks at gradients or at a learned variance serves `hard` better than equal
-# weights do, and what looks at the size of the losses serves it worse. On a problem whose hardest
-# task is also its least noisy, with losses in the same units, that turns round: look first.
+# Here, on one seed, what looks at gradients or learns a variance serves `hard` a little better than
+# equal weights do, and what looks at the size of the losses serves it worse: a loss can be high
+# because its task is hard, but also for its units or its noise. So look first.

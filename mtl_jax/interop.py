@@ -1,6 +1,6 @@
 """Gramian weightings for those who already hold task gradients."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,13 @@ from mtl_jax.pytree import PyTree
 from mtl_jax.rows import leading_axis, weighted_sum
 from mtl_jax.tasks import Losses, at_least_float32, leaf_name, read_tasks, stack_tasks
 
+if TYPE_CHECKING:
+    from optax.experimental import aggregating
 
-def as_aggregator(weighting: Weighting, num_tasks: int, *, key: Array | None = None):
+
+def as_aggregator(
+    weighting: Weighting, num_tasks: int, *, key: Array | None = None
+) -> "aggregating.Aggregator":
     r"""A weighting as an ``optax.experimental.aggregating.Aggregator`` of stacked task gradients.
 
     .. math:: d = \sum_k w_k g_k, \qquad w = \text{weighting}(G), \qquad

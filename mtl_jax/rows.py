@@ -68,6 +68,22 @@ def rows_aggregator(
         parameters, or a state unlike that of ``init``.
       TypeError: if a function is none; in ``init``, if an array of the state has not the tasks as
         its leading axis; in ``update``, if the function of that name does not return a pair.
+
+    Example:
+      The mean of the present tasks, every gradient cut at 1 in each coordinate:
+
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import mtl_jax
+      >>> def update(rows, state, present, steps):
+      ...     number = jnp.maximum(jnp.sum(present, dtype=jnp.float32), 1)
+      ...     return jax.tree.map(lambda g: jnp.sum(jnp.clip(g, -1, 1), axis=0) / number, rows), state
+      >>> aggregator = mtl_jax.rows_aggregator(update)
+      >>> task_gradients = jnp.array([[0.5, -9.0], [1.5, 1.0]])
+      >>> state = aggregator.init(task_gradients[0], losses=(0.0, 0.0))
+      >>> gradient, _ = aggregator.update(task_gradients, state)
+      >>> gradient.tolist()
+      [0.75, 0.0]
     """
     for name, function in (("update", update), ("init", init)):
         check_function(function, f"rows_aggregator: `{name}`")

@@ -77,7 +77,8 @@ def rows_aggregator(
       >>> import mtl_jax
       >>> def update(rows, state, present, steps):
       ...     number = jnp.maximum(jnp.sum(present, dtype=jnp.float32), 1)
-      ...     return jax.tree.map(lambda g: jnp.sum(jnp.clip(g, -1, 1), axis=0) / number, rows), state
+      ...     mean = lambda leaf: jnp.sum(jnp.clip(leaf, -1, 1), axis=0) / number
+      ...     return jax.tree.map(mean, rows), state
       >>> aggregator = mtl_jax.rows_aggregator(update)
       >>> task_gradients = jnp.array([[0.5, -9.0], [1.5, 1.0]])
       >>> state = aggregator.init(task_gradients[0], losses=(0.0, 0.0))

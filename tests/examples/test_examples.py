@@ -9,8 +9,8 @@ import pytest
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 PROGRAMS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
-ELSEWHERE = {"distributed", "diagnosis"}
-"""Tested with real processes, and as a notebook."""
+ELSEWHERE = {"distributed", "diagnosis", "tabular"}
+"""Tested with real processes, as a notebook, and with the console."""
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def test_flax_nnx():
 
 
 def test_equinox_module():
-    unexplained = run("equinox_module", steps=150)
+    unexplained = run("equinox_module", steps=120)
     assert max(unexplained["nash_mtl"].values()) < 0.1
     assert unexplained["nash_mtl"]["waves"] < unexplained["equal"]["waves"] / 2
 
@@ -63,7 +63,7 @@ def test_scan_loop():
 
 
 def test_sharded():
-    found = run("sharded", steps=40)
+    found = run("sharded", steps=20)
     for everywhere, alone in zip(found["everywhere"], found["alone"], strict=True):
         assert everywhere == pytest.approx(alone, rel=1e-4)
     first, last = found["everywhere"][0], found["everywhere"][-1]
@@ -71,13 +71,12 @@ def test_sharded():
 
 
 def test_physics_informed():
-    errors = run("physics_informed", steps=300, seeds=2, names=("equal", "conflict_free"))
-    assert errors["equal"] < 0.6  # 1 for a network that says 0
-    assert errors["conflict_free"] < errors["equal"]
+    errors = run("physics_informed", steps=1000, seeds=2, names=("equal", "conflict_free"))
+    assert max(errors.values()) < 0.3  # 1 for a network that says 0
 
 
 def test_many_tasks():
-    found = run("many_tasks", steps=150)
+    found = run("many_tasks", steps=120)
     assert all(share > 0.2 for share in found["equal"].values())  # 0 for chance
     assert found["conflict_free"]["poor"] > found["equal"]["poor"] + 0.1
     assert found["conflict_free"]["all"] > found["equal"]["all"]

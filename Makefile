@@ -6,10 +6,14 @@ LOWEST := .venv-lowest
 CORE_TESTS := $(addprefix tests/, loss_weightings/test_golden.py gramian_weightings/test_solved.py \
 	test_tasks.py test_transforms.py test_train.py test_representation.py test_interop.py)
 
-.PHONY: demo notebook test test-lowest setup clean
+.PHONY: demo docs notebook test test-lowest setup clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m experiments.compare --resume
+
+# The documentation, into docs/_build: open docs/_build/index.html.
+docs: $(VENV)/installed
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build
 
 # Executes the script again; its outputs are kept in the notebook.
 notebook: $(VENV)/installed
@@ -45,4 +49,4 @@ $(LOWEST)/installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) runs
+	rm -rf $(VENV) $(LOWEST) docs/_build runs

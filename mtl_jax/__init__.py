@@ -23,6 +23,7 @@ from mtl_jax.gramian_weightings.mgda import mgda
 from mtl_jax.gramian_weightings.nash_mtl import nash_mtl
 from mtl_jax.gramian_weightings.pcgrad import pcgrad
 from mtl_jax.gramian_weightings.upgrad import upgrad
+from mtl_jax.heads import check_heads
 from mtl_jax.interop import as_aggregator
 from mtl_jax.loss_weightings.adaptive import adaptive
 from mtl_jax.loss_weightings.constant import constant
@@ -40,7 +41,7 @@ from mtl_jax.loss_weightings.stch import stch
 from mtl_jax.loss_weightings.uncertainty import uncertainty
 from mtl_jax.masking import masked_mean
 from mtl_jax.microbatching import microbatched, microbatched_encoder
-from mtl_jax.representation import check_heads, representation_value_and_grad
+from mtl_jax.representation import representation_value_and_grad
 from mtl_jax.rows import rows_aggregator
 from mtl_jax.tasks import Losses, Tasks, Weights
 from mtl_jax.train import TrainState, TrainStep, make_train_step

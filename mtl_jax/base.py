@@ -10,14 +10,17 @@ from mtl_jax.tasks import Losses, Weights
 
 
 class Signal(enum.Enum):
-    """What a weighting reads at every step, and so what a step costs."""
+    """What a weighting reads at every step, and so what a step costs.
+
+    Attributes:
+      LOSSES: the task losses: one forward and one backward pass, as plain training.
+      GRAMIAN: the K x K inner products of the task gradients, too. Taken at a representation they
+        cost about as much as plain training; over the parameters, one forward and K backward
+        passes.
+    """
 
     LOSSES = "losses"
-    """The task losses: one forward and one backward pass, as plain training."""
-
     GRAMIAN = "gramian"
-    """The K x K inner products of the task gradients, too. Taken at a representation they cost
-    about as much as plain training; over the parameters, one forward and K backward passes."""
 
 
 class InitFn(Protocol):

@@ -16,8 +16,8 @@ class Diagnostics(NamedTuple):
       norms: the norm of each task's gradient; 0 for an absent task.
       cosines: the cosine of the angle between each two gradients; 0 where one of them is zero or
         absent.
-      magnitude_similarity: for each two gradients 2 |g_i| |g_j| / (|g_i|^2 + |g_j|^2): 1 if they
-        are equally long, near 0 if one dwarfs the other; 0 where one is zero or absent.
+      magnitude_similarity: for each two gradients ``2 |g_i| |g_j| / (|g_i|^2 + |g_j|^2)``: 1 if
+        they are equally long, near 0 if one dwarfs the other; 0 where one is zero or absent.
       conflicting: the share of the pairs of present tasks whose gradients point away from each
         other, that is with a negative cosine; 0 if there is no pair.
     """

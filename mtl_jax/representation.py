@@ -1,15 +1,16 @@
 """The Gramian at a representation, for about the price of plain training."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mtl_jax.arguments import check_flag, check_function, check_option, leaf_type
+from mtl_jax.arguments import check_flag, check_function, check_option
 from mtl_jax.base import Weighting
 from mtl_jax.checks import check_weighting
+from mtl_jax.heads import Heads, check_representation, check_tasks, read_names
 from mtl_jax.jacobian import (
     Partition,
     RowsMode,
@@ -28,7 +29,6 @@ from mtl_jax.sharding import AxisName, check_global, read_axis_name
 from mtl_jax.tasks import (
     Losses,
     Weights,
-    leaf_name,
     read_mask,
     read_tasks,
     stack_tasks,
@@ -45,7 +45,6 @@ from mtl_jax.weighing import (
 )
 
 Encoder = Callable[..., Any]
-Heads = Callable[..., Any]
 
 
 def representation_value_and_grad(
@@ -65,8 +64,8 @@ def representation_value_and_grad(
     r"""Differentiate the weighted sum of the task losses, the Gramian taken at a representation.
 
     .. math:: z = \text{encoder}(\theta), \qquad L_k = \text{heads}_k(\theta, z), \qquad
-              G_{ij} = \Big\langle \frac{\partial L_i}{\partial z},
-                       \frac{\partial L_j}{\partial z} \Big\rangle, \qquad
+              G_{ij} = \left\langle \frac{\partial L_i}{\partial z},
+                       \frac{\partial L_j}{\partial z} \right\rangle, \qquad
               w = \text{weighting}(L, G).
 
     Each task is given *its own copy* of z. So one backward pass through the heads finds all K
@@ -144,7 +143,7 @@ def representation_value_and_grad(
     check_flag(has_aux, "representation_value_and_grad: `has_aux`")
     check_flag(diagnostics, "representation_value_and_grad: `diagnostics`")
     check_weighting(weighting)
-    tasks = _read_names(tasks)
+    tasks = read_names(tasks)
     check_option(head_gradient, ("weighted", "unweighted"), "`head_gradient`")
     check_option(gramian, ("representation", "encoder"), "`gramian`")
     choose_rows(rows, number=1)
@@ -155,12 +154,12 @@ def representation_value_and_grad(
         def encode(params: PyTree) -> tuple[PyTree, Any]:
             output = encoder(params, *args)
             z, aux = split_aux(output, "`encoder`", "z") if has_aux else (output, None)
-            _check_representation(z)
+            check_representation(z)
             return z, aux
 
         def decode(params: PyTree, zs: dict[str, PyTree]) -> tuple[Losses, Any]:
             losses, aux = read_output(heads(params, zs, *args), has_aux, "`heads`")
-            _check_tasks(losses, tasks)
+            check_tasks(losses, tasks)
             return losses, aux
 
         axes = read_axis_name(axis_name)
@@ -253,93 +252,3 @@ def _low_memory_gramian(
 
     products = jax.lax.map(row, rows_at_z)
     return (products + products.T) / 2
-
-
-def check_heads(
-    heads: Heads, params: PyTree, z: PyTree, *args: Any, tasks: Sequence[str], has_aux: bool = False
-) -> None:
-    """Check that each task's loss depends on its own copy of the representation only.
-
-    For a test of one's own heads, on values at which no derivative happens to vanish.
-
-    Args:
-      heads: as for :func:`mtl_jax.representation_value_and_grad`.
-      params: the parameters.
-      z: a representation, as the encoder returns it.
-      *args: the further arguments of ``heads``.
-      tasks: the tasks' names.
-      has_aux: whether ``heads`` returns auxiliary output.
-
-    Raises:
-      ValueError: if the loss of a task changes with another one's copy; the message names both.
-        And as :func:`mtl_jax.representation_value_and_grad`, for ``heads``, ``z``, ``tasks`` and
-        losses that it cannot take.
-      TypeError: as :func:`mtl_jax.representation_value_and_grad`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import mtl_jax
-      >>> def heads(params, zs):
-      ...     return {"a": jnp.sum(zs["a"] ** 2), "b": jnp.sum(zs["a"] * zs["b"])}
-      >>> mtl_jax.check_heads(heads, {}, jnp.ones(3), tasks=("a", "b"))
-      Traceback (most recent call last):
-      ...
-      ValueError: The loss of 'b' depends on the representation of 'a'; each task must use its own.
-    """
-    check_function(heads, "check_heads: `heads`")
-    check_flag(has_aux, "check_heads: `has_aux`")
-    tasks = _read_names(tasks)
-    _check_representation(z)
-
-    def losses_fn(zs: dict[str, PyTree]) -> Losses:
-        return read_output(heads(params, zs, *args), has_aux, "`heads`")[0]
-
-    losses, pullback = jax.vjp(losses_fn, dict.fromkeys(tasks, z))
-    _check_tasks(losses, tasks)
-    for task in tasks:
-        unit = {name: jnp.full_like(loss, name == task) for name, loss in losses.items()}
-        (gradients,) = pullback(unit)
-        for other in tasks:
-            changes = any(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(gradients[other]))
-            if other != task and changes:
-                raise ValueError(
-                    f"The loss of {task!r} depends on the representation of {other!r}; each task "
-                    "must use its own."
-                )
-
-
-def _read_names(tasks: Sequence[str]) -> tuple[str, ...]:
-    """The tasks' names, checked."""
-    array = hasattr(tasks, "dtype")  # whose iterator may refuse to iterate
-    if isinstance(tasks, str) or not isinstance(tasks, Iterable) or array:
-        raise TypeError(f"`tasks` must be a sequence of names, got {tasks!r}.")
-    tasks = tuple(tasks)
-    for name in tasks:
-        if not isinstance(name, str):
-            raise TypeError(f"`tasks` must hold names, strings; got {name!r}.")
-    if not tasks or len(set(tasks)) != len(tasks):
-        raise ValueError(f"`tasks` must name at least one task, and none twice; got {tasks}.")
-    return tasks
-
-
-def _check_representation(z: PyTree) -> None:
-    leaves = jax.tree_util.tree_leaves_with_path(z)
-    if not leaves:
-        raise ValueError("The representation is empty: expected a pytree with at least one array.")
-    for path, leaf in leaves:
-        name = f"The representation's leaf {leaf_name(path)!r}"
-        _, dtype = leaf_type(leaf, name)
-        if not jnp.issubdtype(dtype, jnp.inexact):
-            raise TypeError(
-                f"{name} has dtype {dtype}, by which nothing can be differentiated. Let the heads "
-                "compute it from their own arguments."
-            )
-
-
-def _check_tasks(losses: Losses, tasks: tuple[str, ...]) -> None:
-    if not isinstance(losses, dict) or set(losses) != set(tasks):
-        got = sorted(losses, key=str) if isinstance(losses, dict) else type(losses).__name__
-        raise ValueError(
-            f"`heads` must return a dictionary with the losses of the tasks {sorted(tasks)}, got "
-            f"{got}."
-        )

@@ -10,7 +10,7 @@ from mtl_jax.arguments import leaf_type, read_array
 from mtl_jax.pytree import PyTree
 
 Losses = PyTree
-"""A pytree of scalars, one for each task: ``{"depth": ..., "normals": ...}``."""
+"""A pytree of scalars, one for each task, such as ``{"depth": ..., "normals": ...}``."""
 
 Weights = PyTree
 """A pytree of scalars with the structure of the losses."""

@@ -14,8 +14,8 @@ import tyro
 
 from experiments.speed.child import ask
 from experiments.speed.methods import METHODS, check_methods
-from experiments.speed.records import NETWORKS, Request
-from experiments.speed.report import Speed, markdown_report
+from experiments.speed.records import NETWORKS, Request, Speed
+from experiments.speed.report import markdown_report
 from mtl_jax.compare import look_up
 
 _NETWORKS_HELP = f"The networks: any of {', '.join(NETWORKS)}."

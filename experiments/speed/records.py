@@ -1,6 +1,9 @@
 """What is measured, and what was found: read by every process, whatever its framework."""
 
 import dataclasses
+import os
+import pathlib
+import platform
 from collections.abc import Mapping
 from typing import Any
 
@@ -153,3 +156,52 @@ class FrameworkResult:
             network["measured"] = [Measured(**one) for one in network["measured"]]
         value["networks"] = [NetworkResult(**network) for network in value["networks"]]
         return cls(**value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """All that a run measured, and on what.
+
+    Attributes:
+      machine: the processor and what else a reader of times wants to know.
+      ours: what was measured in JAX.
+      peers: what was measured in PyTorch, if it was.
+      request: what was asked for.
+      command: the command that did it.
+    """
+
+    machine: dict[str, str]
+    ours: FrameworkResult
+    peers: FrameworkResult | None
+    request: Request
+    command: str
+
+    @classmethod
+    def of_this_machine(
+        cls, ours: FrameworkResult, peers: FrameworkResult | None, request: Request, command: str
+    ) -> "Speed":
+        """The results with a description of this machine."""
+        machine = {
+            "processor": processor(),
+            "cores": str(os.cpu_count()),
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+        }
+        return cls(machine, ours, peers, request, command)
+
+    def peer(self, network: str) -> NetworkResult | None:
+        """What was measured in PyTorch on this network, with one call a step."""
+        twin = dataclasses.replace(NETWORKS[network], scanned=1)
+        peers = self.peers.networks if self.peers else []
+        found = [one for one in peers if NETWORKS[one.network] == twin]
+        return found[0] if found else None
+
+
+def processor() -> str:
+    """The processor's model, where the system says it."""
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -197,8 +197,8 @@ def _meet(options: Options) -> None:
         )
     except ValueError as error:
         fail(
-            f"{error} Give --coordinator HOST:PORT, --processes and --process, unless the processes "
-            "are started by a system that JAX knows."
+            f"{error} Give --coordinator HOST:PORT, --processes and --process, unless a system "
+            "that JAX knows starts the processes."
         )
     except RuntimeError as error:
         fail(f"the processes did not meet: {error}", status=1)

@@ -1,13 +1,14 @@
 """The devices of a comparison: one, or those of a mesh, which can be of several processes."""
 
-from typing import TypeVar
-
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
-T = TypeVar("T")
+from mtl_jax.pytree import PyTree
 
 
 def all_devices() -> Mesh:
@@ -30,9 +31,20 @@ def spread(mesh: Mesh | None) -> NamedSharding | None:
     return None if mesh is None else NamedSharding(mesh, P(mesh.axis_names))
 
 
-def place(tree: T, sharding: NamedSharding | None) -> T:
+def place(tree: PyTree, sharding: NamedSharding | None) -> PyTree:
     """The arrays, which all processes have alike, placed so; as they are for ``None``."""
-    return tree if sharding is None else jax.device_put(tree, sharding)
+    if sharding is None:
+        return tree
+
+    def placed(leaf: Array) -> Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = placed(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        # Not `device_put`, which wants all devices to be of this process.
+        values = np.asarray(leaf)
+        return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+    return jax.tree.map(placed, tree)
 
 
 def is_first_process() -> bool:

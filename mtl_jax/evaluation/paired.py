@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 Verdict = Literal[
     "better", "worse", "undecided", "undecided: too few seeds", "undecided: failed seeds"
 ]
+"""What a comparison with the baseline says."""
 
 FEWEST_SEEDS = 3
 """With fewer nothing is decided: two differences that lie close together look free of noise."""

@@ -29,8 +29,8 @@ def graddrop(leak: PyTree = 0.0) -> Aggregator:
     r"""GradDrop: in every coordinate one sign is drawn, and the gradients of the other are dropped.
 
     .. math:: g = \sum_k \big(\ell_k + (1 - \ell_k) M_k\big) \odot g_k, \qquad
-              M_k = \begin{cases} [g_k > 0] & \text{where } U < P \\
-                                  [g_k < 0] & \text{elsewhere} \end{cases}, \qquad
+              M_k = \begin{cases} \mathbf 1[g_k > 0] & \text{where } U < P \\
+                                  \mathbf 1[g_k < 0] & \text{elsewhere} \end{cases}, \qquad
               P = \frac12 \Big(1 + \frac{\sum_k g_k}{\sum_k |g_k|}\Big),
 
     with :math:`U` drawn from the uniform distribution on [0, 1) for every coordinate. Where all

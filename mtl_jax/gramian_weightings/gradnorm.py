@@ -35,7 +35,7 @@ def gradnorm(optimizer: optax.GradientTransformation, alpha: float = 1.5) -> Wei
     The weighted gradient norms :math:`w_k \lVert g_k \rVert` are to be their mean, larger for the
     tasks whose loss has fallen less: the weights minimise
 
-    .. math:: \sum_k \Big\lvert\, w_k \lVert g_k \rVert - \bar G\, r_k^\alpha \Big\rvert, \qquad
+    .. math:: \sum_k \left\lvert\, w_k \lVert g_k \rVert - \bar G\, r_k^\alpha \right\rvert, \qquad
               \bar G = \frac{1}{K} \sum_j w_j \lVert g_j \rVert, \quad
               r_k = \frac{L_k / L_k(0)}{\frac1K \sum_j L_j / L_j(0)},
 

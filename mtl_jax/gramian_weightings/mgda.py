@@ -15,7 +15,7 @@ from mtl_jax.solvers.quadratic import shortest_combination
 def mgda(normalization: Literal["l2", "loss", "loss+"] | None = None) -> Weighting:
     r"""MGDA: the shortest vector in the convex hull of the task gradients.
 
-    .. math:: w = \arg\min_{w \ge 0,\; \sum_k w_k = 1} \Big\| \sum_k w_k \frac{g_k}{n_k} \Big\|,
+    .. math:: w = \arg\min_{w \ge 0,\; \sum_k w_k = 1} \left\| \sum_k w_k \frac{g_k}{n_k} \right\|,
               \qquad n_k = 1, \; \|g_k\|, \; L_k \; \text{or} \; L_k \|g_k\|.
 
     Without normalisation no task's loss rises to first order, and where the shortest vector is 0

@@ -26,7 +26,8 @@ def softadapt(
 
        \text{original:}\; w = \mathrm{softmax}(\beta s), \qquad
        \text{normalized:}\; w = \mathrm{softmax}\Big(\frac{\beta s}{\sum_j |s_j|}\Big), \qquad
-       \text{loss\_weighted:}\; w_k = \frac{\bar L_k e^{\beta s_k}}{\sum_j \bar L_j e^{\beta s_j}},
+       \text{loss}\_\text{weighted:}\;
+       w_k = \frac{\bar L_k e^{\beta s_k}}{\sum_j \bar L_j e^{\beta s_j}},
 
     where :math:`s_k` is the rate of change of the mean loss from window to window and
     :math:`\bar L_k` the mean over the last ``order + 1`` windows. The weights sum to 1, as in the

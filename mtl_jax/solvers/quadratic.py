@@ -47,7 +47,7 @@ def minimum_norm_point(
       TypeError: if an argument has a dtype of the wrong kind.
       ValueError: if an argument has the wrong shape.
 
-    The path of the solutions that :mod:`mtl_jax.solvers.path` follows ends at the point. In float32
+    The path of the solutions that ``mtl_jax.solvers.path`` follows ends at the point. In float32
     that can be short of it with many more tasks than parameters; then tasks exchange weight in
     pairs, at most 16 K times.
 

@@ -87,7 +87,7 @@ def test_two_processes_find_what_one_finds(start, tmp_path):
 
 
 def test_a_lost_process_ends_the_other_and_all_is_resumed(start, tmp_path):
-    pair = start_pair(start, "--name", "killed", epochs=300)
+    pair = start_pair(start, "--name", "killed", epochs=12)
     checkpoints = tmp_path / "killed" / "checkpoints" / "toy" / "equal_seed0"
     while not any(path.name.isdigit() and int(path.name) > 2 for path in checkpoints.glob("*")):
         assert pair[0].poll() is None, pair[0].communicate()
@@ -98,9 +98,9 @@ def test_a_lost_process_ends_the_other_and_all_is_resumed(start, tmp_path):
     assert pair[0].returncode not in (0, None), errors
     assert time.monotonic() - begin < TIMEOUT + MARGIN
     saved = [int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()]
-    assert max(saved) < 300
-    finish(start_pair(start, "--name", "killed", "--resume", epochs=300))
-    finish(start_pair(start, "--name", "undisturbed", epochs=300))
+    assert max(saved) < 12
+    finish(start_pair(start, "--name", "killed", "--resume", epochs=12))
+    finish(start_pair(start, "--name", "undisturbed", epochs=12))
     assert read(tmp_path / "killed") == read(tmp_path / "undisturbed")
 
 

@@ -71,8 +71,8 @@ def test_sharded():
 
 
 def test_physics_informed():
-    errors = run("physics_informed", steps=1000, seeds=2, names=("equal", "conflict_free"))
-    assert max(errors.values()) < 0.3  # 1 for a network that says 0
+    errors = run("physics_informed", steps=1000, seeds=2, names=("conflict_free",))
+    assert errors["conflict_free"] < 0.3  # 1 for a network that says 0
 
 
 def test_many_tasks():

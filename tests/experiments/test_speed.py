@@ -7,6 +7,7 @@ import pytest
 from experiments.speed import jax_steps
 from experiments.speed.__main__ import main
 from experiments.speed.methods import HELD, Variant, variants, why_not
+from experiments.speed.promises import kind_of, promises
 from experiments.speed.records import (
     NETWORKS,
     FrameworkResult,
@@ -14,8 +15,9 @@ from experiments.speed.records import (
     Network,
     NetworkResult,
     Request,
+    Speed,
 )
-from experiments.speed.report import Speed, kind_of, markdown_report, promises
+from experiments.speed.report import markdown_report
 from experiments.speed.timing import Timed, floor_ratio, quartiles_of_ratio, time_in_rounds
 
 

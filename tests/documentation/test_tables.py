@@ -1,0 +1,142 @@
+"""The tables of the pages are complete, and their figures are those of the measurements."""
+
+import inspect
+import re
+import statistics
+
+import optax
+import pytest
+import scipy.stats
+from pages import DOCS, PAGES
+
+import mtl_jax
+import mtl_jax.compare
+import mtl_jax.evaluation
+import mtl_jax.solvers
+from experiments import choosing
+from experiments.communication import WAYS
+from mtl_jax.compare import WEIGHTINGS
+
+VARIANTS = {"adaptive_initial"}
+WRAPPERS = {"every", "after_warmup", "ema", "clipped", "normalized", "with_preference"}
+METHODS = (set(WEIGHTINGS) - VARIANTS) | {"constant"}
+
+
+def test_methods():
+    readme = PAGES["README.md"]
+    table = readme[readme.index("| reads |") : readme.index("Wrappers compose")]
+    rows = "\n".join(line for line in table.splitlines() if line.startswith("|"))
+    assert set(re.findall(r"`(\w+)\(", rows)) == METHODS
+    page = PAGES["docs/methods.md"]
+    assert set(re.findall(r"^\| \[`(\w+)\(", page, re.MULTILINE)) == METHODS | WRAPPERS
+    assert all(hasattr(mtl_jax, name) for name in METHODS | WRAPPERS)
+
+
+def test_readme_is_short():
+    assert len(PAGES["README.md"].splitlines()) <= 100
+
+
+@pytest.mark.parametrize(
+    "module",
+    [mtl_jax, mtl_jax.compare, mtl_jax.evaluation, mtl_jax.solvers],
+    ids=lambda m: m.__name__,
+)
+def test_every_public_name_is_in_the_reference_once(module):
+    text = "\n".join(page for name, page in PAGES.items() if name.startswith("docs/reference/"))
+    names = re.findall(
+        r"^## (\w+)\n\n```{eval-rst}\n\.\. auto\w+:: ([\w.]+)\.\1\b", text, re.MULTILINE
+    )
+    prefix = module.__name__
+    inside = ("mtl_jax.compare", "mtl_jax.evaluation", "mtl_jax.solvers")
+    found = [
+        name
+        for name, where in names
+        if where.startswith(prefix) and (prefix != "mtl_jax" or not where.startswith(inside))
+    ]
+    assert sorted(found) == sorted(module.__all__)
+
+
+def test_choosing():
+    """The table and the pictures are those that the tables of results and step times give."""
+    measured = choosing.measured()
+    page = PAGES["docs/choosing.md"]
+    assert choosing.START + choosing.markdown(measured) + choosing.END in page
+    assert (METHODS | VARIANTS) - set(measured) == {"constant"}
+    decision = (DOCS / "pictures" / "decision.svg").read_text(encoding="utf-8")
+    shown = set(re.findall(r"<text[^>]*>([^<]*)</text>|<tspan[^>]*>([^<]*)</tspan>", decision))
+    shown = {part for pair in shown for part in pair}
+    for line in "\n".join("\n".join(pair) for pair in choosing.decisions(measured)).splitlines():
+        assert line.strip() in {part.strip() for part in shown}, line
+    price = (DOCS / "pictures" / "price.svg").read_text(encoding="utf-8")
+    for name, row in measured.items():
+        assert name == "krum" or f"{name}  {float(row.prices[1]):.2f}" in price
+
+
+def test_prices_of_gramians():
+    """The medians over the methods, in two pages and the README."""
+    rows = []
+    for form in ("representation", "encoder rows", "rows"):
+        row = []
+        for size in choosing.SIZES:
+            times = choosing.step_times(size)
+            of_form = [
+                float(times[f"{name} {form}"]["step time"].split(" [")[0])
+                for name in WEIGHTINGS
+                if f"{name} {form}" in times and f"{name} representation" in times
+            ]
+            row.append(statistics.median(of_form))
+        rows.append(row)
+    at_z = ", ".join(f"{price:.2f}" for price in rows[0])
+    over, anywhere = ([f"{price:.1f}" for price in row] for row in rows[1:])
+    assert f"at the representation: {at_z};" in PAGES["README.md"]
+    assert f"1 forward, K backward: {', '.join(over)} |" in PAGES["README.md"]
+    table = PAGES["docs/representation.md"]
+    assert f"| at the representation | {at_z.replace(', ', ' | ')} |" in table
+    assert f'`gramian="encoder"` | {" | ".join(over)} |' in table
+    assert f"| over the parameters of any network | {' | '.join(anywhere)} |" in table
+    text = " ".join(PAGES["docs/choosing.md"].split())
+    assert f"{over[0]}, {over[1]} and {over[2]} times plain training" in text
+
+
+def test_collectives():
+    page = PAGES["docs/scale.md"]
+    assert re.findall(r"^\| (.*?) +\|", page, re.MULTILINE) == ["step", *WAYS]
+    assert "Made by `python -m experiments.communication`" in page
+
+
+def test_power_of_seeds():
+    rows = re.findall(r"^\| (\d+) \|(.*)\|$", PAGES["docs/evaluation.md"], re.MULTILINE)
+    assert [int(number) for number, _ in rows] == [3, 4, 5, 6, 8, 10, 20]
+    for number, cells in rows:
+        *effects, smallest = map(float, cells.split("|"))
+        seeds = int(number)
+        for comparisons, effect in zip((1, 12, 30), effects, strict=True):
+            critical = scipy.stats.t.ppf(1 - 0.025 / comparisons, seeds - 1)
+            power = scipy.stats.nct.sf(critical, seeds - 1, effect * seeds**0.5)
+            assert power == pytest.approx(0.8, abs=0.01)
+        assert smallest == pytest.approx(2.0 ** (1 - seeds), rel=0.05)
+
+
+def test_moving():
+    """What stands beside the names of other libraries are calls that can be made here."""
+    rows = re.findall(r"^\|[^|]*\| ([^|]*) \|[^|]*\|$", PAGES["docs/moving.md"], re.MULTILINE)
+    calls = [call for row in rows for call in re.findall(r"`(\w+\([^`]*\))`", row)]
+    known = {"optimizer": optax.adam(1e-3), "steps_per_epoch": 10, "k": 10}
+    made = [eval(call, vars(mtl_jax) | known) for call in calls]
+    assert all(isinstance(one, mtl_jax.Weighting | mtl_jax.Aggregator) for one in made)
+    missing = {"adaptive", "cov_weighting", "softadapt", "relobralo", "dynamic_task_priority"}
+    assert METHODS - set(re.findall(r"\w+", " ".join(calls))) == missing  # in neither library
+
+
+def test_defaults_that_are_said_to_be_shared():
+    """LibMTL's defaults, where the page says that ours are the same."""
+    theirs = {
+        "moco": {"beta": 0.5, "beta_sigma": 0.5, "gamma": 0.1, "gamma_sigma": 0.5, "rho": 0},
+        "db_mtl": {"beta": 0.9, "beta_sigma": 0},
+        "excess_mtl": {"step_size": 0.01},
+        "famo": {"learning_rate": 0.025, "weight_decay": 1e-3},
+        "stch": {"mu": 1.0},
+    }
+    for name, defaults in theirs.items():
+        parameters = inspect.signature(getattr(mtl_jax, name)).parameters
+        assert {key: parameters[key].default for key in defaults} == defaults

@@ -1,0 +1,158 @@
+"""What the code of single pages must have found: given the names after each of its blocks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from pages import PAGES
+from trees import assert_trees_close
+
+import mtl_jax
+from mtl_jax.compare import digest
+
+
+def no_step_was_skipped(after, tmp_path):
+    values = after[-1].values()
+    assert not any(int(v.skipped) for v in values if isinstance(v, mtl_jax.TrainState))
+
+
+def readme(after, tmp_path):
+    first, second, third = after
+    assert sorted(first["value"].weights) == ["depth", "normals"]
+    assert int(first["state"].step) == 1
+    assert int(second["weighting_state"].steps[0]) == 1
+    assert_trees_close(second["state"].params, second["params"], rtol=1e-5, atol=0)  # both steps
+    params = {"encoder": jnp.ones((4, 2)), "depth": jnp.ones((2, 1)), "normals": jnp.ones((2, 3))}
+    state = mtl_jax.upgrad().init(third["losses"])
+    value, gradient, _ = third["gradient_fn"](params, state, third["batch"])
+    assert all(weight > 0 for weight in value.weights.values())
+    assert jax.tree.structure(gradient) == jax.tree.structure(params)
+
+
+def index(after, tmp_path):
+    value, losses_fn = after[0]["value"], after[0]["losses_fn"]
+    assert value.weights["product"] > 1 > value.weights["sum"]
+    assert sum(value.weights.values()) == pytest.approx(2, rel=1e-6)
+    before = losses_fn(after[0]["params"], after[0]["batch"])
+    assert all(value.losses[task] < before[task] / 3 for task in before)
+    comparison = after[1]["comparison"]
+    assert set(comparison.runs) == {"equal", "adaptive"}
+    assert all(run.failure is None for runs in comparison.runs.values() for run in runs)
+
+
+def representation(after, tmp_path):
+    value = after[0]["value"]
+    assert value.gramian.shape == (2, 2)
+    assert all(weight >= 0.499 for weight in value.weights.values())  # 1/K and more
+    state = mtl_jax.upgrad().init(value.losses)
+    gradient_fn = jax.jit(after[1]["gradient_fn"])
+    encoder_rows, *_ = gradient_fn(after[1]["params"], state, after[1]["batch"])
+    assert not np.allclose(encoder_rows.gramian, value.gramian)
+    diagnosed = after[-1]["value"]
+    assert diagnosed.weights == {"depth": 1, "normals": 1}
+    assert np.all(np.abs(diagnosed.diagnostics.cosines) <= 1 + 1e-6)
+
+
+def missing_labels(after, tmp_path):
+    assert after[0]["value"].weights == {"depth": 1, "normals": 0}
+    assert after[0]["state"].skipped == 0
+    assert sum(after[1]["value"].weights.values()) == pytest.approx(2, rel=1e-6)
+
+
+def own_weighting(after, tmp_path):
+    assert after[1]["state"].skipped == 0
+    value, gramian = after[2]["value"], after[2]["value"].gramian
+    lengths = np.sqrt(np.diagonal(gramian))
+    assert float(value.weights["a"] * lengths[0]) == pytest.approx(
+        float(value.weights["b"] * lengths[1]), rel=1e-5
+    )
+    params, x = after[3]["params"], after[3]["x"]
+    rows = jax.jacobian(after[3]["losses_fn"])(params, x)
+    assert float(after[3]["gradient"]) == pytest.approx(float(max(rows.values(), key=abs)))
+    assert isinstance(after[4]["weightings"]["rising"](None), mtl_jax.Weighting)
+
+
+def moving(after, tmp_path):
+    (names,) = after
+    assert names["value"].weights == {"depth": 1, "normals": pytest.approx(0.3)}
+
+
+def scale(after, tmp_path):
+    states = [names.get("state") for names in after]
+    for state in states[1:]:
+        assert int(state.step) == 3
+        assert int(state.skipped) == 0
+        assert_trees_close(
+            jax.device_get(state.params), jax.device_get(states[1].params), rtol=1e-5, atol=1e-6
+        )
+    in_parts = states[2]
+    for leaf in (in_parts.params["encoder"], in_parts.opt_state[0].mu["encoder"]):
+        assert leaf.sharding.spec == jax.sharding.PartitionSpec("data")
+
+
+def accumulation(after, tmp_path):
+    names = after[-1]
+    pieces, state = after[0]["value"], after[0]["state"]
+    params, batch, weighting = names["params"], names["batch"], mtl_jax.adaptive()
+    losses = names["losses_fn"](params, batch)
+    assert_trees_close(pieces.losses, losses, rtol=1e-5, atol=0)
+    expected = weighting.update(losses, weighting.init(losses))[0]
+    assert_trees_close(pieces.weights, expected, rtol=1e-5, atol=0)
+    assert (state.step, state.skipped) == (1, 0)
+    assert_trees_close(after[2]["value"].losses, losses, rtol=1e-5, atol=0)
+    assert names["memory"][8] < names["memory"][1] / 4
+    multi_steps = after[4]["state"]
+    assert (multi_steps.step, multi_steps.opt_state.gradient_step) == (8, 1)
+    changed = jax.tree.map(lambda a, b: np.any(a != b), multi_steps.params, params)
+    assert all(jax.tree.leaves(changed))
+
+
+def checkpoints(after, tmp_path):
+    """A run resumes to the bit, and finds damage."""
+    train = after[-1]["train"]
+    undisturbed = train(30, tmp_path / "undisturbed")
+    first = train(15, tmp_path / "resumed")
+    assert int(first.step) == 15
+    resumed = train(30, tmp_path / "resumed")
+    assert digest(resumed) == digest(undisturbed) != digest(first)
+    (tmp_path / "resumed" / "30" / "digest" / "metadata").write_text('"0"')
+    with pytest.raises(ValueError, match="step 30 .* is damaged"):
+        train(40, tmp_path / "resumed")
+
+
+def evaluation(after, tmp_path):
+    """The numbers in the text are those that the code gives."""
+    names = after[-1]
+    topic, role = names["topic"], names["role"]
+    assert (topic.verdict, role.verdict) == ("better", "undecided")
+    page = " ".join(PAGES["docs/evaluation.md"].split())
+    assert f"gained {topic.difference:.1f} points" in page
+    assert f"p-value is {topic.corrected_p_value:.4f}" in page
+    assert f"{-role.difference:.1f} points were lost" in page
+    low, high = role.interval
+    assert f"reaches from {-low:.1f} points to {high:.1f} points of gain" in page
+    assert f"a gain of {100 * names['gain']:.1f} %" in page
+    assert f"FAMO: {100 * names['drop']:.1f} %" in page
+    assert names["ranks"] == {"equal": 1.5, "adaptive": 1.5}
+    assert names["front"].all()
+    (a, b), (c, d) = np.subtract(names["points"], [50, 80])  # the first lower, the second wider
+    assert names["volume"] == pytest.approx(a * b + c * d - a * d)
+
+
+def how_it_works(after, tmp_path):
+    assert after[0]["value"].weights == after[0]["weights"]
+
+
+CHECKS = {
+    "README.md": readme,
+    "docs/index.md": index,
+    "docs/how_it_works.md": how_it_works,
+    "docs/representation.md": representation,
+    "docs/missing_labels.md": missing_labels,
+    "docs/own_weighting.md": own_weighting,
+    "docs/moving.md": moving,
+    "docs/scale.md": scale,
+    "docs/accumulation.md": accumulation,
+    "docs/checkpoints.md": checkpoints,
+    "docs/evaluation.md": evaluation,
+}

@@ -16,12 +16,12 @@ from mtl_jax.rows import leading_axis, weighted_sum
 from mtl_jax.tasks import Losses, at_least_float32, leaf_name, read_tasks, stack_tasks
 
 if TYPE_CHECKING:
-    from optax.experimental import aggregating
+    import optax.experimental
 
 
 def as_aggregator(
     weighting: Weighting, num_tasks: int, *, key: Array | None = None
-) -> "aggregating.Aggregator":
+) -> "optax.experimental.aggregating.Aggregator":
     r"""A weighting as an ``optax.experimental.aggregating.Aggregator`` of stacked task gradients.
 
     .. math:: d = \sum_k w_k g_k, \qquad w = \text{weighting}(G), \qquad

@@ -81,7 +81,7 @@ def named_weightings(names: list[str]) -> dict[str, MakeWeighting]:
     """Select weightings by name.
 
     Args:
-      names: names of :data:`WEIGHTINGS`.
+      names: names, each one of ``WEIGHTINGS``.
 
     Returns:
       What makes them, by name, in the given order.

@@ -30,3 +30,8 @@ __all__ = [
     "look_up",
     "named_weightings",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion."""
+    return __all__

@@ -1,6 +1,7 @@
 """What is distributed, what importing it imports, and what its public names are."""
 
 import contextlib
+import doctest
 import email
 import inspect
 import io
@@ -9,6 +10,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import textwrap
 import zipfile
 
 import hatchling.build
@@ -129,3 +131,16 @@ def gaps(module, name):
 
 def test_every_public_name_says_what_it_is():
     assert [gap for module, name in PUBLIC for gap in gaps(module, name)] == []
+
+
+def test_the_method_of_the_contributing_page_works(monkeypatch):
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"   ```python\n(.*?)   ```", page, re.DOTALL)
+    names = {"__name__": "square_root"}
+    exec(textwrap.dedent(block), names)
+    monkeypatch.setattr(mtl_jax, "square_root", names["square_root"], raising=False)
+    (example,) = doctest.DocTestFinder().find(names["square_root"], "square_root", globs={})
+    assert doctest.DocTestRunner().run(example) == (0, 4)
+    paths = re.findall(r"[`(]((?:mtl_jax|tests|docs|experiments)/[\w./]*)[`)]", page)
+    there = {path for path in paths if (ROOT / path).exists()}
+    assert set(paths) - there == {"mtl_jax/loss_weightings/square_root.py"}

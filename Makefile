@@ -37,9 +37,10 @@ test-lowest: $(LOWEST)/installed
 
 setup: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed: pyproject.toml tests/chromium.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(BIN)/python tests/chromium.py
 	touch $@
 
 $(LOWEST)/installed: pyproject.toml

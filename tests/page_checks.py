@@ -120,6 +120,13 @@ def checkpoints(after, tmp_path):
         train(40, tmp_path / "resumed")
 
 
+def tuning(after, tmp_path):
+    (names,) = after
+    chosen = names["tuning"].chosen("focused")
+    assert 0.5 <= chosen.parameters["gamma"] <= 5
+    assert list(names["comparison"].runs) == ["equal", "constant", "dwa", "focused"]
+
+
 def evaluation(after, tmp_path):
     """The numbers in the text are those that the code gives."""
     names = after[-1]
@@ -155,4 +162,5 @@ CHECKS = {
     "docs/accumulation.md": accumulation,
     "docs/checkpoints.md": checkpoints,
     "docs/evaluation.md": evaluation,
+    "docs/tuning.md": tuning,
 }

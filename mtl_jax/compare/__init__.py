@@ -12,23 +12,41 @@ from mtl_jax.compare.problem import Problem, Task
 from mtl_jax.compare.referee import Comparison, compare
 from mtl_jax.compare.report import compare_and_report
 from mtl_jax.compare.run import Run
-from mtl_jax.compare.weightings import WEIGHTINGS, RunSettings, look_up, named_weightings
+from mtl_jax.compare.search_space import Choice, Range, Space, TaskWeights
+from mtl_jax.compare.settings import Trial, Tuning, TuningError
+from mtl_jax.compare.tuning import tune
+from mtl_jax.compare.weightings import (
+    SPACES,
+    WEIGHTINGS,
+    RunSettings,
+    look_up,
+    named_weightings,
+)
 
 __all__ = [
+    "SPACES",
     "WEIGHTINGS",
     "Checkpoints",
+    "Choice",
     "Comparison",
     "OtherConfigurationError",
     "Problem",
+    "Range",
     "Run",
     "RunSettings",
+    "Space",
     "Task",
+    "TaskWeights",
+    "Trial",
+    "Tuning",
+    "TuningError",
     "compare",
     "compare_and_report",
     "digest",
     "load_problem",
     "look_up",
     "named_weightings",
+    "tune",
 ]
 
 

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import absl.logging
 import jax
@@ -22,6 +22,7 @@ from mtl_jax.compare.loading import load_problem
 from mtl_jax.compare.problem import Problem
 from mtl_jax.compare.referee import make_weightings
 from mtl_jax.compare.report import compare_and_report
+from mtl_jax.compare.settings import TUNING_SEED, TuningError
 from mtl_jax.compare.weightings import WEIGHTINGS, named_weightings
 
 _WEIGHTINGS_HELP = (
@@ -58,12 +59,25 @@ class Options:
     """Whether to measure how the tasks' gradients conflict for all weightings, not only for those
     that read them: steps cost a little more, and on a problem without encoder and heads a
     backward pass for each task."""
+    tune: int | None = None
+    """Number of settings that are tried for each weighting and each task alone, on the validation
+    data: learning rates, and values of the weighting's own parameters. The seeds are then run with
+    the best, and constant weights, tuned, are always compared, too."""
+    prune: bool = False
+    """Whether to end trials of --tune early that fall behind the others."""
+    jobs: int = 1
+    """Number of weightings that --tune searches at once, which saves time where compiling takes
+    long beside training. What is found does not depend on it. Runs follow one another, so that
+    their times can be compared."""
     checkpoint_seconds: int | None = 10
     """The least time between two checkpoints of a run, each of which is saved after an epoch: 0 for
     a checkpoint after every epoch, None for no checkpoints."""
     resume: bool = False
     """Whether to continue the comparison in RUNS_DIR/NAME, if there is one: finished runs are not
     run again, and the results are those of a comparison that was never interrupted."""
+    log: Literal["tensorboard"] | None = None
+    """Where losses, metrics, weights and conflicts of every run are logged, too: as TensorBoard's
+    event files in RUNS_DIR/NAME/tensorboard."""
     data_parallel: bool = False
     """Whether to spread each batch over all devices of this machine."""
     distributed: bool = False
@@ -90,8 +104,8 @@ class Options:
 class Config(Options):
     """Train one network with each of several weightings, beside each task trained alone.
 
-    Prints a table for each problem and leaves tables, pictures and numbers in RUNS_DIR/NAME, and
-    the checkpoints from which --resume continues.
+    Prints tables for each problem and leaves in RUNS_DIR/NAME tables, pictures and numbers, all on
+    one page in report.html, and the checkpoints from which --resume continues.
     """
 
     problem: Annotated[
@@ -171,12 +185,16 @@ def _run(
             seeds=range(options.seeds),
             alone=options.alone,
             conflict=options.conflict,
+            tune_trials=options.tune,
+            prune=options.prune,
+            jobs=options.jobs,
             checkpoint_seconds=options.checkpoint_seconds,
             resume=options.resume,
             command=command,
+            log=options.log,
             mesh=all_devices() if options.data_parallel or options.distributed else None,
         )
-    except (OtherConfigurationError, FileExistsError) as error:
+    except (OtherConfigurationError, FileExistsError, TuningError) as error:
         fail(error)
     except OSError as error:
         fail(f"{error}\n{hint}", status=1)
@@ -207,6 +225,16 @@ def _meet(options: Options) -> None:
 def _check(options: Options) -> None:
     if options.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {options.seeds}.")
+    for name in ("tune", "jobs"):
+        number = getattr(options, name)
+        if number is not None and number < 1:
+            raise ValueError(f"--{name} must be at least 1, got {number}.")
+    if options.tune is None and (options.prune or options.jobs > 1):
+        raise ValueError("--prune and --jobs are about the trials of --tune, which is not given.")
+    if options.jobs > 1 and (options.data_parallel or options.distributed):
+        raise ValueError("--jobs must be 1 when a batch is spread over all devices.")
+    if options.tune is not None and options.seeds > TUNING_SEED:
+        raise ValueError(f"--seeds must be at most {TUNING_SEED} with --tune, whose seed that is.")
     seconds = options.checkpoint_seconds
     if seconds is None and options.resume:
         raise ValueError("--resume needs checkpoints: give --checkpoint-seconds a number.")

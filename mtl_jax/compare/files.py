@@ -18,7 +18,8 @@ def check_folder(folder: pathlib.Path, problems: Sequence[str], resume: bool) ->
     """
     checkpoints = folder / "checkpoints"
     ways_out = "choose another folder (--name on the command line), or remove this one"
-    if not resume and ((folder / "results.json").exists() or checkpoints.exists()):
+    traces = (folder / "results.json", checkpoints, folder / "tuning")
+    if not resume and any(path.exists() for path in traces):
         raise FileExistsError(
             f"{folder} holds a comparison already. Continue it with resume=True (--resume on the "
             f"command line), or {ways_out}."

@@ -13,6 +13,7 @@ from mtl_jax.compare.findings import Findings, time_to_reach_equal
 from mtl_jax.compare.plots import thinned
 from mtl_jax.compare.referee import BASELINE, Comparison
 from mtl_jax.compare.run import Run
+from mtl_jax.compare.settings import Trial, Tuning
 from mtl_jax.compare.sources import joined
 from mtl_jax.evaluation import PairedComparison
 
@@ -46,7 +47,26 @@ def results(comparison: Comparison) -> dict[str, Any]:
             name: {task: _verdict(found) for task, found in row.items()}
             for name, row in Findings(comparison).against_equal.items()
         },
-    } | ({"unfinished_runs": comparison.unfinished} if comparison.unfinished else {})
+        **({"unfinished_runs": comparison.unfinished} if comparison.unfinished else {}),
+        **({"tuning": _tuning(comparison.tuning)} if comparison.tuning else {}),
+    }
+
+
+def _tuning(tuning: Tuning) -> dict[str, Any]:
+    def of(trial: Trial) -> dict[str, Any]:
+        return {
+            "learning_rate": trial.learning_rate,
+            "parameters": dict(trial.parameters),
+            "validation_change": trial.score,
+            "failure": trial.failure,
+            "epochs": trial.epochs,
+        }
+
+    return {
+        "seed": tuning.seed,
+        "chosen": {name: of(tuning.chosen(name)) for name in tuning.trials},
+        "trials": {name: [of(trial) for trial in row] for name, row in tuning.trials.items()},
+    }
 
 
 def timing(comparisons: Sequence[Comparison]) -> dict[str, Any]:

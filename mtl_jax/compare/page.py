@@ -9,7 +9,7 @@ import jinja2
 
 from mtl_jax.compare.numbers import machine, versions
 from mtl_jax.compare.referee import Comparison
-from mtl_jax.compare.sections import interruption_text, sections, settings_text
+from mtl_jax.compare.sections import interruption_text, learning_rate_text, sections, settings_text
 from mtl_jax.compare.sources import numbers_text
 from mtl_jax.compare.tables import Table
 
@@ -94,7 +94,7 @@ def _configuration(comparison: Comparison) -> Table:
         "seeds": ", ".join(map(str, comparison.seeds)),
         "epochs": str(problem.epochs),
         "batch size": numbers_text(problem.batch_sizes()),
-        "learning rate": f"{problem.learning_rate:g}",
+        "learning rate": learning_rate_text(comparison),
     } | {
         f"{part} examples": numbers_text(problem.sizes(part))
         for part in ("train", "validation", "test")

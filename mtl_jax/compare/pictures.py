@@ -156,25 +156,23 @@ def front_figure(comparison: Comparison) -> Figure | None:
     """
     tasks = comparison.problem.tasks
     found = Findings(comparison)
-    rows = {
-        name: points
-        for name, row in found.values.items()
-        if len(tasks) == 2
-        if np.isfinite(points := np.array([_scale(tasks[t]) * row[t] for t in tasks])).any()
-    }
-    if not rows:
+    scales = np.array([[_scale(task)] for task in tasks.values()])
+    rows = {name: scales * list(row.values()) for name, row in found.values.items()}
+    rows = {name: row for name, row in rows.items() if np.isfinite(row).any(axis=1).all()}
+    if len(tasks) != 2 or not rows:
         return None
-    figure, (axis,) = panels(1, 6.0)
+    figure, (axis,) = panels(1, 6.0, height=4.8)
     for number, (name, points) in enumerate(rows.items()):
-        color = style(number)[0] if name in comparison.runs else "black"
-        marker = "o" if name in comparison.runs else "x"
+        color, marker = style(number)[0], "os^"[number // 10 % 3]
+        if name not in comparison.runs:
+            color, marker = "black", "x"
         axis.scatter(*points, s=14, color=color, alpha=0.45, marker=marker, linewidths=1)
-        mean = np.nanmean(points, axis=1)
-        axis.scatter(*mean, s=90, color=color, label=name, marker=marker)
+        axis.scatter(*np.nanmean(points, axis=1), s=80, color=color, label=name, marker=marker)
     front = np.array([rows[name].mean(axis=1) for name, on_it in found.front.items() if on_it])
     if len(front):
-        front = front[np.argsort(front[:, 0])]
-        axis.plot(*front.T, "--", color="gray", linewidth=1, label="Pareto front", zorder=0)
+        x, y = front[np.argsort(front[:, 0])].T
+        ring = {"markersize": 13, "markerfacecolor": "none", "markeredgecolor": "gray"}
+        axis.plot(x, y, "o--", color="gray", linewidth=1, label="Pareto front", zorder=0, **ring)
     for (task, of), label in zip(tasks.items(), (axis.set_xlabel, axis.set_ylabel), strict=True):
         direction = "higher" if of.higher_is_better else "lower"
         unit = ", %" if of.percent else ""
@@ -224,7 +222,7 @@ def difficulty_figure(comparison: Comparison) -> Figure | None:
         axis.set_ylabel("weight, relative to the mean")
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
     how = "trained alone" if comparison.alone else "with equal weights"
-    title = f"{comparison.problem.name}: weight against difficulty {how}"
+    title = f"{comparison.problem.name}: weight against difficulty, {how}"
     finish(figure, axes, title, comparison)
     return figure
 

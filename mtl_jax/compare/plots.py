@@ -21,10 +21,9 @@ SMALL = 6
 
 
 def panels(
-    number: int, width: float = 4.2, columns: int = 4
+    number: int, width: float = 4.2, height: float = 3.4, columns: int = 4
 ) -> tuple[matplotlib.figure.Figure, list[Axes]]:
     """A figure with so many panels; above six they are small."""
-    height = 3.4
     if number > SMALL:
         columns, width, height = 5, 2.8, 2.2
     columns = min(number, columns)

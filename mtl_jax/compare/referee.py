@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 
@@ -10,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-import mtl_jax
 from mtl_jax.base import Aggregator, Weighting
 from mtl_jax.compare.batches import check_devices, steps_per_epoch
 from mtl_jax.compare.checkpoints import Checkpoints
 from mtl_jax.compare.metrics import Evaluator
 from mtl_jax.compare.problem import Problem
 from mtl_jax.compare.run import Run
+from mtl_jax.compare.settings import Tuning
 from mtl_jax.compare.training import Trainer
 from mtl_jax.compare.weightings import WEIGHTINGS, MakeWeighting, RunSettings
 from mtl_jax.evaluation import delta_m
@@ -36,6 +37,7 @@ class Comparison:
       runs: the runs of each weighting, in the order of the seeds.
       alone: for each task, the runs of the network trained on that task alone.
       unfinished: how many runs are missing, while or since the comparison was not finished.
+      tuning: the trials that chose the settings of the runs; ``None`` if all ran as shipped.
     """
 
     problem: Problem
@@ -43,6 +45,7 @@ class Comparison:
     runs: Mapping[str, Sequence[Run]]
     alone: Mapping[str, Sequence[Run]]
     unfinished: int = 0
+    tuning: Tuning | None = None
 
     def metrics(self, run: Run, epoch: int = -1) -> dict[str, float]:
         """The test metric of each task that the run trained, after an epoch."""
@@ -95,6 +98,19 @@ class Comparison:
         return fastest / steps_per_epoch(self.problem)
 
 
+def with_baselines(
+    weightings: Mapping[str, MakeWeighting], *, tuned: bool = False
+) -> dict[str, MakeWeighting]:
+    """The weightings after what is always run: equal weights, and constant ones if tuned."""
+    baselines = (BASELINE, "constant") if tuned else (BASELINE,)
+    return {name: WEIGHTINGS[name] for name in baselines} | dict(weightings)
+
+
+def lone_name(task: str) -> str:
+    """The name of the runs of a task alone."""
+    return f"{task} alone"
+
+
 def make_weightings(
     problem: Problem, weightings: Mapping[str, MakeWeighting]
 ) -> dict[str, Weighting | Aggregator]:
@@ -111,25 +127,45 @@ def make_weightings(
       ValueError: if a weighting cannot run on this problem, such as one that needs more tasks, or
         the problem's settings do not fit its data.
     """
+    return {
+        name: make_weighting(problem, name, make)
+        for name, make in with_baselines(weightings).items()
+    }
+
+
+def make_weighting(problem: Problem, name: str, make: MakeWeighting) -> Weighting | Aggregator:
+    """Make one weighting for a problem, and check that it can run on it.
+
+    Raises:
+      ValueError: as :func:`make_weightings`.
+    """
     steps = steps_per_epoch(problem)
     optimizer = problem.optimizer(problem.learning_rate, steps * problem.epochs)
-    settings = RunSettings(steps, problem.epochs, optimizer)
+    weighting = make(RunSettings(steps, problem.epochs, optimizer))
     params, _ = jax.eval_shape(problem.init, jax.random.key(0))
     losses = dict.fromkeys(problem.tasks, jax.ShapeDtypeStruct((), jnp.float32))
-    made = {}
-    for name, make in ({BASELINE: WEIGHTINGS[BASELINE]} | dict(weightings)).items():
-        made[name] = weighting = make(settings)
 
-        def initialize(params, losses, key, weighting=weighting):
-            return TrainState.create(
-                params, optimizer, weighting, losses, weighting_key=key, shared=problem.shared
-            )
+    def initialize(params, losses, key):
+        return TrainState.create(
+            params, optimizer, weighting, losses, weighting_key=key, shared=problem.shared
+        )
 
-        try:
-            jax.eval_shape(initialize, params, losses, jax.random.key(0))
-        except ValueError as error:
-            raise ValueError(f"{name!r} cannot run on {problem.name!r}: {error}") from error
-    return made
+    try:
+        jax.eval_shape(initialize, params, losses, jax.random.key(0))
+    except ValueError as error:
+        raise ValueError(f"{name!r} cannot run on {problem.name!r}: {error}") from error
+    return weighting
+
+
+def _as_chosen(
+    problem: Problem, name: str, make: MakeWeighting, tuning: Tuning | None
+) -> tuple[Problem, Weighting | Aggregator]:
+    """The problem with the learning rate, and the weighting with the parameters, of a tuning."""
+    if tuning is not None:
+        chosen = tuning.chosen(name)
+        problem = problem.with_settings(learning_rate=chosen.learning_rate)
+        make = functools.partial(make, **chosen.parameters)
+    return problem, make_weighting(problem, name, make)
 
 
 def compare(
@@ -139,6 +175,7 @@ def compare(
     seeds: Sequence[int] = (0, 1, 2),
     alone: bool = True,
     conflict: bool = False,
+    tuning: Tuning | None = None,
     checkpoints: str | os.PathLike[str] | Checkpoints | None = None,
     mesh: Mesh | None = None,
     on_epoch: Callable[[Run], None] = lambda run: None,
@@ -158,6 +195,8 @@ def compare(
       conflict: whether to measure how the task gradients conflict also for the weightings that do
         not read them. It costs them what reading the Gramian costs: little where the problem has an
         encoder and heads, else a backward pass for each task.
+      tuning: the trials of :func:`tune`. Every weighting and each task alone then run with what was
+        chosen for them, and constant weights are always run, too.
       checkpoints: a folder for checkpoints of the runs, or :class:`Checkpoints`, which says also
         how often they are saved, and whether to resume. Resumed, a comparison comes out as if it
         had never been interrupted, bit for bit: runs that are finished are read, and the one that
@@ -174,7 +213,8 @@ def compare(
 
     Raises:
       ValueError: if there are no seeds or one is given twice, the problem's settings do not fit
-        its data, or a weighting cannot run on the problem; before anything is trained.
+        its data, a weighting cannot run on the problem, or the tuning lacks a weighting or was
+        done with one of the seeds; before anything is trained.
       FileExistsError: if there are checkpoints, and it was not said to resume.
       OtherConfigurationError: a ``ValueError``; if the checkpoints are of runs with other settings,
         data or programs than these, or were made elsewhere.
@@ -183,16 +223,28 @@ def compare(
     seeds = tuple(seeds)
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"At least one seed is needed, and none twice; got {list(seeds)}.")
-    made = make_weightings(problem, weightings)
+    if tuning is not None and tuning.seed in seeds:
+        raise ValueError(
+            f"Seed {tuning.seed} is the one of the tuning: its runs are those that were chosen "
+            "for. Compare with other seeds."
+        )
+    made = [
+        (name, *_as_chosen(problem, name, make, tuning))
+        for name, make in with_baselines(weightings, tuned=tuning is not None).items()
+    ]
+    made_alone = [
+        (task, *_as_chosen(problem, lone_name(task), WEIGHTINGS[BASELINE], tuning))
+        for task in (problem.tasks if alone else ())
+    ]
     check_devices(problem, mesh)
     evaluate = Evaluator(problem, mesh=mesh)
     trainers = [
-        Trainer(problem, evaluate, weighting, name, conflict=conflict, mesh=mesh)
-        for name, weighting in made.items()
+        Trainer(own, evaluate, weighting, name, conflict=conflict, mesh=mesh)
+        for name, own, weighting in made
     ]
     lone_trainers = [
-        Trainer(problem, evaluate, mtl_jax.equal(), f"{task} alone", [task], mesh=mesh)
-        for task in (problem.tasks if alone else ())
+        Trainer(own, evaluate, weighting, lone_name(task), [task], mesh=mesh)
+        for task, own, weighting in made_alone
     ]
     if checkpoints is not None:
         if not isinstance(checkpoints, Checkpoints):
@@ -213,6 +265,7 @@ def compare(
             runs={trainer.name: of(trainer) for trainer in trainers if of(trainer)},
             alone={trainer.tasks[0]: of(trainer) for trainer in lone_trainers if of(trainer)},
             unfinished=len(plan) - len(finished),
+            tuning=tuning,
         )
 
     # What is finished is read, and all configurations are checked, before anything is trained.

@@ -18,11 +18,13 @@ from mtl_jax.compare.numbers import results, timing
 from mtl_jax.compare.page import page
 from mtl_jax.compare.pictures import figures
 from mtl_jax.compare.problem import Problem
-from mtl_jax.compare.progress import compare_with_progress
+from mtl_jax.compare.progress import compare_with_progress, tune_with_progress
 from mtl_jax.compare.referee import Comparison, compare, make_weightings
 from mtl_jax.compare.sections import markdown_report
+from mtl_jax.compare.settings import TUNING_SEED
 from mtl_jax.compare.tables import cost_table, main_table, seeds_note
 from mtl_jax.compare.tensorboard import TensorBoard
+from mtl_jax.compare.tuning import tune
 from mtl_jax.compare.weightings import MakeWeighting
 
 
@@ -34,6 +36,9 @@ def compare_and_report(
     seeds: Sequence[int] = (0, 1, 2),
     alone: bool = True,
     conflict: bool = False,
+    tune_trials: int | None = None,
+    prune: bool = False,
+    jobs: int = 1,
     checkpoint_seconds: int | None = 10,
     resume: bool = False,
     mesh: Mesh | None = None,
@@ -47,9 +52,9 @@ def compare_and_report(
     machine), and for each problem ``<problem>.md`` (the tables) and pictures,
     ``<problem>_<picture>.png``: ``metrics``, ``losses``, ``weights``, ``difficulty`` (against
     weight), ``front`` (of two tasks) and, if the task gradients were measured, ``conflict``; its
-    folder ``checkpoints`` holds what is needed to resume. Every file is replaced as a whole.
-    Interrupted or failed, it leaves the tables and the numbers of the runs that are finished,
-    without pictures.
+    folders ``checkpoints`` and ``tuning`` hold what is needed to resume. Every file is replaced as
+    a whole. Interrupted or failed, it leaves the tables and the numbers of the runs that are
+    finished, without pictures.
 
     Args:
       problems: the problems.
@@ -58,8 +63,12 @@ def compare_and_report(
       seeds: the seeds.
       alone: whether to train each task alone, too.
       conflict: whether to measure conflicts for all weightings, as in :func:`compare`.
+      tune_trials: the number of trials for each weighting and each task alone, with which their
+        settings are chosen first, as by :func:`tune`; ``None`` to run all as shipped.
+      prune: whether trials that fall behind are ended early.
+      jobs: how many weightings are tuned at once.
       checkpoint_seconds: the least time between two checkpoints of a run, each of which is saved
-        after an epoch; ``None`` for no checkpoints.
+        after an epoch; ``None`` for no checkpoints. With them the trials are kept, too.
       resume: whether to continue the comparison that the folder holds, if it holds one. Finished
         runs are not run again; weightings, seeds and problems may be added.
       mesh: devices to spread each batch over, as in :func:`compare`. Of several processes, the
@@ -76,6 +85,7 @@ def compare_and_report(
         there is no such ``log``.
       FileExistsError: if the folder holds a comparison that this is not to continue, or that it
         could not continue.
+      TuningError: as :func:`tune`.
       OtherConfigurationError, OSError: as :func:`compare`.
     """
     for problem in problems:
@@ -84,6 +94,8 @@ def compare_and_report(
     checkpoints = None
     if checkpoint_seconds is None and resume:
         raise ValueError("To resume, `checkpoint_seconds` must be a number; it is None.")
+    if tune_trials is not None and TUNING_SEED in seeds:
+        raise ValueError(f"Seed {TUNING_SEED} is the one of the tuning; compare with other seeds.")
     if log not in (None, "tensorboard"):
         raise ValueError(f"`log` must be 'tensorboard' or None, got {log!r}.")
     if checkpoint_seconds is not None:
@@ -97,8 +109,21 @@ def compare_and_report(
         "checkpoints": checkpoints,
         "mesh": mesh,
     }
+
+    of_tuning: dict[str, Any] = {
+        "trials": tune_trials,
+        "alone": alone,
+        "prune": prune,
+        "jobs": jobs,
+        "folder": None if checkpoints is None else folder / "tuning",
+        "mesh": mesh,
+    }
     if not is_first_process():
-        return [compare(problem, weightings, **options) for problem in problems]
+        comparisons = []
+        for problem in problems:
+            tuning = None if tune_trials is None else tune(problem, weightings, **of_tuning)
+            comparisons.append(compare(problem, weightings, tuning=tuning, **options))
+        return comparisons
     folder.mkdir(parents=True, exist_ok=True)
     console = rich.console.Console()
     if not console.is_terminal:  # a file or a pipe does not limit the width
@@ -109,11 +134,15 @@ def compare_and_report(
         events = TensorBoard(folder / "tensorboard" / problem.name) if log else None
         try:
             with events or contextlib.nullcontext():
+                tuning = None
+                if tune_trials is not None:
+                    tuning = tune_with_progress(problem, weightings, console, **of_tuning)
                 comparison = compare_with_progress(
                     problem,
                     weightings,
                     console,
                     **options,
+                    tuning=tuning,
                     on_run=finished.append,
                     on_epoch=None if events is None else events.write,
                 )

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from mtl_jax.compare.findings import Findings
 from mtl_jax.compare.referee import Comparison
+from mtl_jax.compare.settings import Tuning
 from mtl_jax.compare.sources import numbers_text
 from mtl_jax.compare.tables import (
     MOST_TASKS,
@@ -15,6 +16,7 @@ from mtl_jax.compare.tables import (
     seeds_note,
     trade_offs_table,
 )
+from mtl_jax.compare.tuning_table import tuning_table
 
 RANKS_AND_CHANGES = (
     "Test metrics, mean ± 95 % interval over the seeds. Δm: mean relative change of the tasks' "
@@ -75,7 +77,20 @@ def sections(comparison: Comparison) -> list[Section]:
             main_table(best, timing=False),
         )
     )
+    if comparison.tuning is not None:
+        text = tuning_text(comparison.tuning)
+        found.append(Section("Chosen by tuning", text, tuning_table(comparison.tuning)))
     return found
+
+
+def tuning_text(tuning: Tuning) -> str:
+    """How the settings were chosen."""
+    return (
+        "The settings of the runs: of all trials those with the best validation metrics after the "
+        "last epoch, by their mean relative change from equal weights as shipped. Parameters that "
+        f"are not given have their defaults. All trials have the seed {tuning.seed}, which no run "
+        "has."
+    )
 
 
 def settings_text(comparison: Comparison) -> str:
@@ -87,8 +102,14 @@ def settings_text(comparison: Comparison) -> str:
     return (
         f"{sizes} examples; {problem.epochs} epochs, "
         f"batch {numbers_text(problem.batch_sizes())}, learning rate "
-        f"{problem.learning_rate:g}; {number} seed{'s' * (number != 1)}."
+        f"{learning_rate_text(comparison)}; {number} seed{'s' * (number != 1)}."
     )
+
+
+def learning_rate_text(comparison: Comparison) -> str:
+    """The learning rate of the runs."""
+    shipped = f"{comparison.problem.learning_rate:g}"
+    return shipped if comparison.tuning is None else f"as tuned (shipped: {shipped})"
 
 
 def interruption_text(comparison: Comparison) -> str:

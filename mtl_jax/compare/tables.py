@@ -137,7 +137,7 @@ def cost_table(comparison: Comparison) -> Table:
                 name,
                 _step_time(comparison, name),
                 f"{1000 * comparison.step_seconds(name):.3g}",
-                "" if memory is None else f"{memory / 1e6:.1f}",
+                "" if memory is None else f"{memory / 1e6:.3g}",
                 _until(comparison, name),
             ]
         )

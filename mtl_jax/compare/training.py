@@ -107,6 +107,10 @@ class Trainer:
             restored = checkpoints.restore(self._fingerprint(state, order_key, train), state)
         return None if restored is None else restored[0]
 
+    def fingerprint(self, seed: int) -> Fingerprint:
+        """What decides the numbers of the run of a seed."""
+        return self._fingerprint(*self._start(seed))
+
     def is_finished(self, run: Run) -> bool:
         """Whether the run has come to its end, or failed."""
         return run.failure is not None or run.epochs == self.problem.epochs

@@ -20,7 +20,7 @@ from mtl_jax.compare import compare, named_weightings
 from mtl_jax.compare.batches import orders, steps_per_epoch, take
 from mtl_jax.compare.metrics import Evaluator
 from mtl_jax.compare.report import results
-from mtl_jax.compare.tables import markdown_report
+from mtl_jax.compare.sections import markdown_report
 
 
 def test_an_epoch_passes_over_the_largest_source_and_over_the_others_as_often_as_it_takes():

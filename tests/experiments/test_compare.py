@@ -90,6 +90,9 @@ def test_the_program_as_a_user_runs_interrupts_and_resumes_it(tmp_path):
     assert list(partial["weightings"]) == ["equal"]
     assert partial["unfinished_runs"] == 11
     assert "**Interrupted: 11 runs not finished.**" in (folder / "utterances.md").read_text()
+    page = (folder / "report.html").read_text()
+    assert "Interrupted: 11 runs not finished." in page
+    assert "data:image" not in page
     times = json.loads((folder / "timing.json").read_text())["problems"]["utterances"]["runs"]
 
     done = start(shlex.split(errors.splitlines()[2]))
@@ -102,12 +105,14 @@ def test_the_program_as_a_user_runs_interrupts_and_resumes_it(tmp_path):
         assert word in printed
     assert {path.name for path in folder.iterdir()} == {
         "checkpoints",
+        "report.html",
         "results.json",
         "timing.json",
         "utterances.md",
-        "utterances_conflict.png",
-        "utterances_metrics.png",
-        "utterances_weights.png",
+        *(
+            f"utterances_{picture}.png"
+            for picture in ("conflict", "difficulty", "losses", "metrics", "weights")
+        ),
     }
     results = json.loads((folder / "results.json").read_text())["utterances"]
     assert list(results["weightings"]) == ["equal", "adaptive", "upgrad"]
@@ -118,6 +123,7 @@ def test_the_program_as_a_user_runs_interrupts_and_resumes_it(tmp_path):
     assert all(0 <= share <= 1 for share in conflict["share"])
     report = (folder / "utterances.md").read_text()
     assert f"    {shlex.join(command)}\n" in report
+    assert (folder / "report.html").read_text().count("data:image/png;base64,") == 5
     assert "Interrupted" not in report
 
 

@@ -24,8 +24,8 @@ import mtl_jax.evaluation
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODULES = (mtl_jax, mtl_jax.evaluation, mtl_jax.compare)
-ALIASES = {"Losses", "Weights", "Verdict", "WEIGHTINGS"}
-"""Described where they are defined: they can have no docstring."""
+ALIASES = {"Losses", "SPACES", "Space", "Verdict", "WEIGHTINGS", "Weights"}
+"""Types and tables, described where they are defined: they can have no docstring."""
 PUBLIC = [(module, name) for module in MODULES for name in module.__all__ if name not in ALIASES]
 
 

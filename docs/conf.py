@@ -13,7 +13,7 @@ author = copyright = "The mtl_jax authors"
 version = release = importlib.metadata.version("mtl-jax")
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_parser"]
-exclude_patterns = ["_build", "examples"]
+exclude_patterns = ["_build"]
 
 html_theme = "furo"
 html_title = f"mtl_jax {release}"

@@ -4,6 +4,8 @@
 values, how far will the disease go in a year, what is the body mass index, what the blood pressure?
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,9 +18,10 @@ from mtl_jax.compare import Problem, Task
 TASKS = ("progression", "bmi", "pressure")
 
 
-def read_splits() -> list[dict[str, np.ndarray]]:
+def read_splits() -> list[dict[str, Any]]:
     """Training, validation and test patients; everything in units of its standard deviation."""
-    table, progression = load_diabetes(return_X_y=True)
+    patients: Any = load_diabetes()
+    table, progression = patients["data"], patients["target"]
     columns = {"x": np.delete(table, [2, 3], axis=1)}
     columns |= {"progression": progression, "bmi": table[:, 2], "pressure": table[:, 3]}
     data = {n: ((c - c.mean(0)) / c.std(0)).astype(np.float32) for n, c in columns.items()}
@@ -27,19 +30,19 @@ def read_splits() -> list[dict[str, np.ndarray]]:
     return [{name: column[part] for name, column in data.items()} for part in parts]
 
 
-def init(key):
+def init(key: jax.Array) -> tuple[Any, Any]:
     """The parameters, and a model state, which this network does not have."""
     keys = jax.random.split(key, 1 + len(TASKS))
     heads = {t: jax.random.normal(k, (32,)) / 6 for t, k in zip(TASKS, keys[1:], strict=True)}
     return {"encoder": jax.random.normal(keys[0], (8, 32)) / 3, "heads": heads}, {}
 
 
-def encoder(params, model_state, key, batch):
+def encoder(params: Any, model_state: Any, key: Any, batch: Any) -> tuple[jax.Array, Any]:
     """What all tasks share. ``key`` would be for dropout."""
     return jnp.tanh(batch["x"] @ params["encoder"]), model_state
 
 
-def squared_errors(params, zs, batch):
+def squared_errors(params: Any, zs: Any, batch: Any) -> dict[str, jax.Array]:
     """The squared error of each patient, for each task."""
     return {t: (zs[t] @ params["heads"][t] - batch[t]) ** 2 for t in TASKS}
 
@@ -55,7 +58,7 @@ def problem() -> Problem:
         test=test,
         init=init,
         encoder=encoder,
-        heads=lambda *args: jax.tree.map(jnp.mean, squared_errors(*args)),
+        heads=lambda params, zs, batch: jax.tree.map(jnp.mean, squared_errors(params, zs, batch)),
         scores=lambda params, model_state, batch: squared_errors(
             params, dict.fromkeys(TASKS, encoder(params, {}, None, batch)[0]), batch
         ),

@@ -51,6 +51,8 @@ from mtl_jax.weighing import GradientFn, MultiTaskValue
 from mtl_jax.wrappers.reweighting import clipped, ema, normalized, with_preference
 from mtl_jax.wrappers.turns import after_warmup, every
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Aggregator",
     "Diagnostics",
@@ -113,3 +115,10 @@ __all__ = [
     "vector_weighting",
     "with_preference",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, for help and completion: the modules behind them are none."""
+    packages = {"compare", "evaluation"} & globals().keys()  # where they were imported
+    special = {name for name in globals() if name.startswith("__")}
+    return sorted({*__all__, *packages, *special})

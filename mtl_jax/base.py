@@ -3,8 +3,9 @@
 import enum
 from typing import NamedTuple, Protocol
 
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
+from mtl_jax.pytree import PyTree
 from mtl_jax.tasks import Losses, Weights
 
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
 
 from mtl_jax.arguments import check_flag, check_function, leaf_type
+from mtl_jax.pytree import PyTree
 from mtl_jax.tasks import Losses, leaf_name
 from mtl_jax.weighing import read_output
 

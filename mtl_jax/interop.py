@@ -1,21 +1,27 @@
 """Gramian weightings for those who already hold task gradients."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from mtl_jax.arguments import leaf_type
 from mtl_jax.base import Weighting
 from mtl_jax.checks import check_weighting, read_key
 from mtl_jax.jacobian import gramian_of
+from mtl_jax.pytree import PyTree
 from mtl_jax.rows import leading_axis, weighted_sum
 from mtl_jax.tasks import Losses, at_least_float32, leaf_name, read_tasks, stack_tasks
 
+if TYPE_CHECKING:
+    import optax.experimental
 
-def as_aggregator(weighting: Weighting, num_tasks: int, *, key: Array | None = None):
+
+def as_aggregator(
+    weighting: Weighting, num_tasks: int, *, key: Array | None = None
+) -> "optax.experimental.aggregating.Aggregator":
     r"""A weighting as an ``optax.experimental.aggregating.Aggregator`` of stacked task gradients.
 
     .. math:: d = \sum_k w_k g_k, \qquad w = \text{weighting}(G), \qquad

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
+from mtl_jax.pytree import PyTree
 from mtl_jax.rows import weighted_sum
 from mtl_jax.sharding import contracted, may_be_spread, sum_over_devices
 from mtl_jax.tasks import Losses, arithmetic_dtype, at_least_float32, describe, leaf_name

@@ -5,7 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
+
+from mtl_jax.pytree import PyTree
 
 
 class LearnedState(NamedTuple):

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree, Real
+from jaxtyping import Array, Float, Real
 
 from mtl_jax.pieces import Argnums, Pieces, by_example, listed, where, widened
+from mtl_jax.pytree import PyTree
 from mtl_jax.tasks import Losses, describe
 from mtl_jax.weighing import read_output, split_aux
 

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
+from mtl_jax.pytree import PyTree
 from mtl_jax.tasks import leaf_name
 
 Argnums = int | Sequence[int] | None

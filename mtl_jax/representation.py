@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from mtl_jax.arguments import check_flag, check_function, check_option
 from mtl_jax.base import Weighting
@@ -24,6 +24,7 @@ from mtl_jax.jacobian import (
     stacked,
     sum_of,
 )
+from mtl_jax.pytree import PyTree
 from mtl_jax.sharding import AxisName, check_global, read_axis_name
 from mtl_jax.tasks import (
     Losses,

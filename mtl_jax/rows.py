@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 from mtl_jax.arguments import check_flag, check_function, leaf_type
 from mtl_jax.base import Aggregator
 from mtl_jax.checks import read_key
+from mtl_jax.pytree import PyTree
 from mtl_jax.state import (
     WeightingState,
     all_finite,
@@ -67,6 +68,23 @@ def rows_aggregator(
         parameters, or a state unlike that of ``init``.
       TypeError: if a function is none; in ``init``, if an array of the state has not the tasks as
         its leading axis; in ``update``, if the function of that name does not return a pair.
+
+    Example:
+      The mean of the present tasks, every gradient cut at 1 in each coordinate:
+
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import mtl_jax
+      >>> def update(rows, state, present, steps):
+      ...     number = jnp.maximum(jnp.sum(present, dtype=jnp.float32), 1)
+      ...     mean = lambda leaf: jnp.sum(jnp.clip(leaf, -1, 1), axis=0) / number
+      ...     return jax.tree.map(mean, rows), state
+      >>> aggregator = mtl_jax.rows_aggregator(update)
+      >>> task_gradients = jnp.array([[0.5, -9.0], [1.5, 1.0]])
+      >>> state = aggregator.init(task_gradients[0], losses=(0.0, 0.0))
+      >>> gradient, _ = aggregator.update(task_gradients, state)
+      >>> gradient.tolist()
+      [0.75, 0.0]
     """
     for name, function in (("update", update), ("init", init)):
         check_function(function, f"rows_aggregator: `{name}`")

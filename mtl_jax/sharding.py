@@ -9,8 +9,9 @@ from collections.abc import Iterable
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
+from mtl_jax.pytree import PyTree
 from mtl_jax.tasks import Losses, leaf_name
 
 AxisName = str | tuple[str, ...] | None

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Int32, PyTree
+from jaxtyping import Array, Bool, Int32
 
 from mtl_jax.arguments import is_key, leaf_type
+from mtl_jax.pytree import PyTree
 from mtl_jax.tasks import Tasks, describe, leaf_name
 
 

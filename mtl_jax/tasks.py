@@ -4,9 +4,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 from mtl_jax.arguments import leaf_type, read_array
+from mtl_jax.pytree import PyTree
 
 Losses = PyTree
 """A pytree of scalars, one for each task, such as ``{"depth": ..., "normals": ...}``."""

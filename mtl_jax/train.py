@@ -6,12 +6,13 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int32, PyTree
+from jaxtyping import Array, Int32
 
 from mtl_jax.arguments import check_function, leaf_type
 from mtl_jax.base import Aggregator, Weighting
 from mtl_jax.checks import check_aggregator, check_optimizer, check_weighting, read_key
 from mtl_jax.jacobian import Shared, shared_parameters
+from mtl_jax.pytree import PyTree
 from mtl_jax.tasks import Losses, leaf_name
 from mtl_jax.weighing import GradientFn, MultiTaskValue, check_params, usable
 

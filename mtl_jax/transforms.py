@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from mtl_jax.arguments import check_flag, check_function
 from mtl_jax.base import Aggregator, Weighting
@@ -23,6 +23,7 @@ from mtl_jax.jacobian import (
     stacked,
     unit_cotangents,
 )
+from mtl_jax.pytree import PyTree
 from mtl_jax.sharding import AxisName, check_global, check_whole, read_axis_name
 from mtl_jax.state import tree_where
 from mtl_jax.tasks import Losses, Weights, read_mask, read_tasks, stack_tasks, unstack_tasks

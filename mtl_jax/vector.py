@@ -10,11 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 from mtl_jax.arguments import check_function, read_array
 from mtl_jax.base import Signal, Weighting
 from mtl_jax.checks import read_key
+from mtl_jax.pytree import PyTree
 from mtl_jax.state import (
     WeightingState,
     all_finite,

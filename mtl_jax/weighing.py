@@ -5,11 +5,12 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 from mtl_jax.arguments import leaf_type, read_array
 from mtl_jax.base import Signal, Weighting
 from mtl_jax.diagnostics import Diagnostics, diagnostics
+from mtl_jax.pytree import PyTree
 from mtl_jax.sharding import check_whole, sum_over_devices, varying_axes
 from mtl_jax.state import all_finite, tree_where
 from mtl_jax.tasks import Losses, Weights, at_least_float32, leaf_name, read_mask, read_tasks
@@ -30,7 +31,7 @@ class MultiTaskValue(NamedTuple):
     """
 
     losses: Losses
-    weights: Weights | None
+    weights: Weights
     aux: Any = None
     gramian: Float[Array, "tasks tasks"] | None = None
     diagnostics: Diagnostics | None = None

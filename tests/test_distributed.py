@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-EXAMPLE = pathlib.Path(__file__).parents[1] / "docs" / "examples" / "distributed.py"
+EXAMPLE = pathlib.Path(__file__).parents[1] / "examples" / "distributed.py"
 TIMEOUT = 5
 """Seconds after which a peer is given up."""
 MARGIN = 20
@@ -37,7 +37,7 @@ def start():
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "NPROC": "16",  # threads of XLA: each simulated device blocks one until its peers come
-            "PYTHONPATH": str(EXAMPLE.parents[2]),
+            "PYTHONPATH": str(EXAMPLE.parents[1]),
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         }
         child = subprocess.Popen(

@@ -48,3 +48,8 @@ __all__ = [
     "named_weightings",
     "tune",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion."""
+    return __all__

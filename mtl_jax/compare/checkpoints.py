@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from jaxtyping import PyTree
 
 from mtl_jax.compare.devices import is_first_process, wait_for_all
 from mtl_jax.compare.fingerprint import (
@@ -22,6 +21,7 @@ from mtl_jax.compare.fingerprint import (
     text_digest,
 )
 from mtl_jax.compare.run import Run
+from mtl_jax.pytree import PyTree
 
 _ARRAY = "array of the history"
 

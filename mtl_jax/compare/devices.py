@@ -6,7 +6,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
+
+from mtl_jax.pytree import PyTree
 
 
 def all_devices() -> Mesh:

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+
+from mtl_jax.pytree import PyTree
 
 Fingerprint = dict[str, Any]
 """By name what decides a run's numbers: settings, as JSON has them, and digests."""

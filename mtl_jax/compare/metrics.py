@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from mtl_jax.compare.devices import number_of_devices, place, replicated, spread
 from mtl_jax.compare.fingerprint import digest, text_digest
 from mtl_jax.compare.problem import Batch, Problem, Sources, Split
 from mtl_jax.compare.sources import Source, by_source, joined
+from mtl_jax.pytree import PyTree
 
 
 class Evaluator:

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 from mtl_jax.compare.sources import Source, by_source
 from mtl_jax.jacobian import Shared
+from mtl_jax.pytree import PyTree
 
 Batch = Mapping[str, Any]
 """A mapping from field to array, the examples along the leading axis; with several sources a

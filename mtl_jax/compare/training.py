@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from mtl_jax.base import Aggregator, Signal, Weighting
 from mtl_jax.compare.batches import orders, steps_per_epoch, take
@@ -19,6 +19,7 @@ from mtl_jax.compare.metrics import Evaluator
 from mtl_jax.compare.problem import Batch, Problem
 from mtl_jax.compare.run import Place, Run
 from mtl_jax.compare.sources import Source, by_source, joined
+from mtl_jax.pytree import PyTree
 from mtl_jax.representation import representation_value_and_grad
 from mtl_jax.tasks import read_mask, read_tasks
 from mtl_jax.train import TrainState, make_train_step

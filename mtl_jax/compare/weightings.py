@@ -147,14 +147,42 @@ beyond as may make sense."""
 def named_weightings(names: list[str]) -> dict[str, MakeWeighting]:
     """Select weightings by name.
 
+    Args:
+      names: names, each one of ``WEIGHTINGS``.
+
+    Returns:
+      What makes them, by name, in the given order.
+
     Raises:
       ValueError: if a name is unknown; the message lists the known ones.
+
+    Example:
+      >>> from mtl_jax.compare import named_weightings
+      >>> sorted(named_weightings(["equal", "adaptive"]))
+      ['adaptive', 'equal']
     """
     return {name: look_up(name, WEIGHTINGS, "weighting") for name in names}
 
 
 def look_up(name: str, known: Mapping[str, T], what: str) -> T:
-    """The entry of this name, or an error that lists the known ones and the nearest."""
+    """The entry of this name, or an error that lists the known ones and the nearest.
+
+    Args:
+      name: the name.
+      known: all there are, by name.
+      what: what they are, for the error.
+
+    Returns:
+      The entry.
+
+    Raises:
+      ValueError: if there is none of this name.
+
+    Example:
+      >>> from mtl_jax.compare import look_up
+      >>> look_up("adam", {"adam": 1, "sgd": 2}, "optimizer")
+      1
+    """
     if name in known:
         return known[name]
     nearest = difflib.get_close_matches(name, known, n=1)

@@ -19,3 +19,8 @@ __all__ = [
     "mean_rank",
     "pareto_front",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion."""
+    return __all__

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from statsmodels.stats import multitest
 
 from mtl_jax.evaluation.paired import PairedComparison, compare_to_baseline, verdict_of
@@ -76,7 +76,7 @@ def compare_table(
     return compared
 
 
-def holm(p_values: ArrayLike) -> np.ndarray:
+def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     r"""Correct p-values for the number of comparisons, by Holm's method.
 
     With the m p-values in rising order,

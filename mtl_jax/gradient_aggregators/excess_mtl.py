@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from mtl_jax.base import Aggregator
 from mtl_jax.checks import read_at_least_zero, read_positive
+from mtl_jax.pytree import PyTree
 from mtl_jax.rows import rows_aggregator, weighted_sum, zero_rows
 
 

@@ -4,11 +4,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, Key
 
 from mtl_jax.arguments import check_numbers
 from mtl_jax.base import Aggregator
 from mtl_jax.checks import require_key
+from mtl_jax.pytree import PyTree
 from mtl_jax.rows import rows_aggregator
 
 

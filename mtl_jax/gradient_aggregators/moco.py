@@ -5,11 +5,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from mtl_jax.arguments import read_number
 from mtl_jax.base import Aggregator
 from mtl_jax.checks import read_at_least_zero
+from mtl_jax.pytree import PyTree
 from mtl_jax.rows import for_each_task, rows_aggregator, squared_norms, weighted_sum, zero_rows
 
 

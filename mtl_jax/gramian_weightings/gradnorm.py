@@ -5,12 +5,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from mtl_jax.base import Signal, Weighting
 from mtl_jax.checks import check_optimizer, read_at_least_zero
 from mtl_jax.gramian_weightings.spectral import gradient_norms
 from mtl_jax.learned import per_task
+from mtl_jax.pytree import PyTree
 from mtl_jax.vector import vector_weighting
 
 

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 from mtl_jax.arguments import check_numbers
 from mtl_jax.base import Signal, Weighting
+from mtl_jax.pytree import PyTree
 from mtl_jax.solvers import Solution
 from mtl_jax.tasks import Tasks
 from mtl_jax.vector import vector_weighting

@@ -2,10 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
 
 from mtl_jax.base import Weighting
 from mtl_jax.gramian_weightings.solved import preferred
+from mtl_jax.pytree import PyTree
 from mtl_jax.solvers import Solution, dual_cone_projection
 
 

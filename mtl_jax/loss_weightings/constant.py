@@ -3,10 +3,11 @@
 from typing import NamedTuple
 
 import jax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from mtl_jax.arguments import read_number
 from mtl_jax.base import Weighting
+from mtl_jax.pytree import PyTree
 from mtl_jax.tasks import leaf_name
 from mtl_jax.vector import vector_weighting
 

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from mtl_jax.arguments import check_function, check_numbers, read_array
 from mtl_jax.base import Weighting
 from mtl_jax.checks import read_decay
+from mtl_jax.pytree import PyTree
 from mtl_jax.vector import vector_weighting
 
 

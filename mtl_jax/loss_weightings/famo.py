@@ -6,12 +6,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from mtl_jax.arguments import check_numbers
 from mtl_jax.base import Weighting
 from mtl_jax.checks import read_at_least_zero, read_positive
 from mtl_jax.learned import per_task
+from mtl_jax.pytree import PyTree
 from mtl_jax.vector import vector_weighting
 
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from mtl_jax.arguments import leaf_type, read_array
@@ -104,7 +105,7 @@ def inverse_lengths(rows: Rows) -> Float[Array, "tasks"]:
     return jnp.where(rows.usable, least / rows.lengths, 0)
 
 
-def mean_of(chosen: Bool[Array, "tasks"], dtype) -> Float[Array, "tasks"]:
+def mean_of(chosen: Bool[Array, "tasks"], dtype: DTypeLike) -> Float[Array, "tasks"]:
     """The weights of the mean over the chosen tasks; 0 if there are none."""
     return chosen.astype(dtype) / jnp.maximum(jnp.sum(chosen, dtype=dtype), 1)
 

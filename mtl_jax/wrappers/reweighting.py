@@ -4,12 +4,13 @@ import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool
 
 from mtl_jax.arguments import check_numbers, read_number
 from mtl_jax.base import Weighting
 from mtl_jax.checks import check_weighting, read_decay, read_positive
 from mtl_jax.loss_weightings.statistics import ema_rate
+from mtl_jax.pytree import PyTree
 from mtl_jax.state import tree_where
 from mtl_jax.tasks import Tasks, unstack_tasks
 from mtl_jax.wrappers.state import (

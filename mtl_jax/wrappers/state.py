@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int32, PyTree
+from jaxtyping import Array, Bool, Float, Int32
 
 from mtl_jax.base import Weighting
+from mtl_jax.pytree import PyTree
 from mtl_jax.state import check_like, tree_where
 from mtl_jax.tasks import (
     Losses,

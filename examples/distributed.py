@@ -29,14 +29,14 @@ jax.distributed.initialize(
 )
 
 
-def losses_fn(params, x):
+def losses_fn(params: dict[str, jax.Array], x: jax.Array) -> dict[str, jax.Array]:
     """Two errors, of the sum of x and of a product."""
     z = jnp.tanh(x @ params["encoder"])
     targets = {"sum": jnp.sum(x, axis=1), "product": x[:, 0] * x[:, 1]}
     return {task: jnp.mean((z @ params[task] - target) ** 2) for task, target in targets.items()}
 
 
-def initial():
+def initial() -> mtl_jax.TrainState:
     """The state before the first step, the same in all processes."""
     normal = functools.partial(jax.random.normal, jax.random.key(0))
     params = {"encoder": normal((4, 16)), "sum": normal((16,)), "product": normal((16,))}

@@ -1,0 +1,146 @@
+"""What is distributed, what importing it imports, and what its public names are."""
+
+import contextlib
+import doctest
+import email
+import inspect
+import io
+import pathlib
+import re
+import subprocess
+import sys
+import tarfile
+import textwrap
+import zipfile
+
+import hatchling.build
+import pytest
+import yaml
+from twine.commands.check import check
+
+import mtl_jax
+import mtl_jax.compare
+import mtl_jax.evaluation
+
+ROOT = pathlib.Path(__file__).parents[1]
+MODULES = (mtl_jax, mtl_jax.evaluation, mtl_jax.compare)
+ALIASES = {"Losses", "SPACES", "Space", "Verdict", "WEIGHTINGS", "Weights"}
+"""Types and tables, described where they are defined: they can have no docstring."""
+PUBLIC = [(module, name) for module in MODULES for name in module.__all__ if name not in ALIASES]
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sdist")
+    with contextlib.chdir(ROOT):
+        return folder / hatchling.build.build_sdist(str(folder))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    with contextlib.chdir(ROOT):
+        return folder / hatchling.build.build_wheel(str(folder))
+
+
+def contents(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def test_the_wheel_holds_the_library_and_nothing_else(wheel):
+    found = contents(wheel)
+    info = f"mtl_jax-{mtl_jax.__version__}.dist-info"
+    library = {
+        path.relative_to(ROOT).as_posix(): path.read_bytes()
+        for path in (ROOT / "mtl_jax").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert {name: found[name] for name in library} == library
+    assert "mtl_jax/py.typed" in library
+    assert {name.split("/")[0] for name in found.keys() - library.keys()} == {info}
+    assert f"{info}/licenses/LICENSE" in found
+
+
+def test_it_asks_for_four_packages(wheel):
+    info = f"mtl_jax-{mtl_jax.__version__}.dist-info"
+    metadata = email.message_from_bytes(contents(wheel)[f"{info}/METADATA"])
+    needed = [r for r in metadata.get_all("Requires-Dist", []) if "extra ==" not in r]
+    assert {re.split("[<>=]", r)[0] for r in needed} == {"jax", "jaxtyping", "numpy", "optax"}
+
+
+def test_the_sdist_builds_the_same_wheel(sdist, wheel, tmp_path):
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    with contextlib.chdir(tmp_path / sdist.name.removesuffix(".tar.gz")):
+        built = hatchling.build.build_wheel(str(tmp_path))
+        names = {path.name for path in pathlib.Path().iterdir()}
+    assert contents(tmp_path / built) == contents(wheel)
+    assert names >= {".ci", "docs", "examples", "experiments", "tests", "Makefile", "CHANGELOG.md"}
+
+
+def test_the_index_would_take_both(sdist, wheel):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        failed = check([str(sdist), str(wheel)], strict=True)
+    assert not failed, printed.getvalue()
+
+
+def test_the_version_is_said_once():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == mtl_jax.__version__
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## \[?([\d.]+)", changes, re.MULTILINE)[0] == mtl_jax.__version__
+
+
+def test_importing_it_imports_little_more_than_jax_and_optax():
+    """Its own modules apart: the time of an import is that of what it imports."""
+    program = (
+        "import sys, jax, optax, jax.numpy; before = set(sys.modules);"
+        "import mtl_jax; print(*{m.split('.')[0] for m in set(sys.modules) - before})"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert ran.returncode == 0, ran.stderr
+    assert set(ran.stdout.split()) <= {"mtl_jax", "jaxtyping", "numpy", "wadler_lindig"}
+
+
+def test_completion_offers_the_documented_names_only():
+    imported = {"compare", "evaluation"}
+    for module in MODULES:
+        offered = {name for name in dir(module) if not name.startswith("_")}
+        assert offered == {*module.__all__} | (imported if module is mtl_jax else set())
+        assert len(set(module.__all__)) == len(module.__all__)
+        assert all(hasattr(module, name) for name in module.__all__)
+
+
+def gaps(module, name):
+    """What the docstring of a public name lacks."""
+    thing = getattr(module, name)
+    text = inspect.getdoc(thing) or ""
+    wanted = []
+    if inspect.isfunction(thing):
+        signature = inspect.signature(thing)
+        wanted += ["Args:"] if signature.parameters else []
+        wanted += ["Returns:"] if signature.return_annotation is not None else []
+        wanted += ["Example:"] if module is not mtl_jax.compare else []
+    elif issubclass(thing, tuple):
+        wanted += ["Attributes:"]
+    lacking = [f"{name}: {part}" for part in wanted if part not in text]
+    return lacking if text else [f"{name}: no docstring"]
+
+
+def test_every_public_name_says_what_it_is():
+    assert [gap for module, name in PUBLIC for gap in gaps(module, name)] == []
+
+
+def test_the_method_of_the_contributing_page_works(monkeypatch):
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"   ```python\n(.*?)   ```", page, re.DOTALL)
+    names = {"__name__": "square_root"}
+    exec(textwrap.dedent(block), names)
+    monkeypatch.setattr(mtl_jax, "square_root", names["square_root"], raising=False)
+    (example,) = doctest.DocTestFinder().find(names["square_root"], "square_root", globs={})
+    assert doctest.DocTestRunner().run(example) == (0, 4)
+    paths = re.findall(r"[`(]((?:mtl_jax|tests|docs|experiments)/[\w./]*)[`)]", page)
+    there = {path for path in paths if (ROOT / path).exists()}
+    assert set(paths) - there == {"mtl_jax/loss_weightings/square_root.py"}

@@ -19,7 +19,7 @@ docs: $(VENV)/installed
 notebook: $(VENV)/installed
 	$(BIN)/python .ci/notebook.py examples/diagnosis.py
 
-test: $(VENV)/installed
+test: $(VENV)/installed $(VENV)/chromium/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
@@ -37,9 +37,13 @@ test-lowest: $(LOWEST)/installed
 
 setup: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml tests/chromium.py
+$(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+# The browser that the tests open pages with.
+$(VENV)/chromium/installed: tests/chromium.py | $(VENV)/installed
 	$(BIN)/python tests/chromium.py
 	touch $@
 

@@ -108,10 +108,10 @@ def representation_value_and_grad(
 
     Raises:
       ValueError: if ``tasks`` is empty or names one twice, the losses are not of these tasks, a
-        loss is not a scalar, z or the parameters are empty, the tasks are not those of the state,
-        ``mask`` has another structure than the losses, an option is unknown, or ``shared`` selects
-        nothing; inside ``shard_map``, if ``axis_name`` is missing or not an axis of it, the losses
-        differ along that axis, or ``check_vma`` is False.
+        loss is not a scalar, z or the parameters are empty, the tasks are not as many as the
+        state's, ``mask`` has another structure than the losses, an option is unknown, or
+        ``shared`` selects nothing; inside ``shard_map``, if ``axis_name`` is missing or not an
+        axis of it, the losses differ along that axis, or ``check_vma`` is False.
       TypeError: if ``encoder`` or ``heads`` is not a function, ``tasks`` not a sequence of strings,
         ``state`` not the weighting's state, a loss, a parameter or a part of z not floating-point,
         a leaf of ``mask`` not one boolean, or ``weighting`` not a :class:`Weighting`: an aggregator

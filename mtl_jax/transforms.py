@@ -99,7 +99,7 @@ def value_and_grad(
 
     Raises:
       ValueError: if there are no losses or no parameters, a loss is not a scalar, the tasks are not
-        those of the state, ``mask`` has another structure than the losses, ``shared`` selects
+        as many as the state's, ``mask`` has another structure than the losses, ``shared`` selects
         nothing, ``rows`` is unknown, or is ``"low_memory"`` with an aggregator; inside
         ``shard_map``, if ``axis_name`` is not an axis of it, the losses differ along that axis, an
         aggregator's parameters are spread over devices, or ``check_vma`` is False.

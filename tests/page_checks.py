@@ -1,7 +1,6 @@
 """What the code of single pages must have found: given the names after each of its blocks."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from pages import PAGES

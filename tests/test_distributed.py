@@ -1,55 +1,29 @@
 """Two real processes train as one does, and neither waits for a peer that is gone."""
 
 import ast
-import os
-import pathlib
 import signal
-import socket
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
+from processes import ROOT, TIMEOUT, Processes, assert_fails_in_time, free_port
 
-EXAMPLE = pathlib.Path(__file__).parents[1] / "examples" / "distributed.py"
-TIMEOUT = 5
-"""Seconds after which a peer is given up."""
-MARGIN = 20
-"""Seconds for starting Python and for ending it, on a busy machine."""
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+EXAMPLE = ROOT / "examples" / "distributed.py"
 
 
 @pytest.fixture
 def start():
-    """Starts a process of the example; what still runs at the end of the test is killed."""
-    started = []
+    """Starts a process of the example."""
+    with Processes() as processes:
 
-    def start(port, processes, process, *, devices, steps):
-        command = [sys.executable, str(EXAMPLE), "--coordinator", f"127.0.0.1:{port}"]
-        command += ["--processes", str(processes), "--process", str(process)]
-        command += ["--timeout", str(TIMEOUT), "--steps", str(steps)]
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "NPROC": "16",  # threads of XLA: each simulated device blocks one until its peers come
-            "PYTHONPATH": str(EXAMPLE.parents[1]),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        }
-        child = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        started.append(child)
-        return child
+        def start(port, number, process, *, devices, steps):
+            return processes.start(
+                *(EXAMPLE, "--coordinator", f"127.0.0.1:{port}"),
+                *("--processes", number, "--process", process),
+                *("--timeout", TIMEOUT, "--steps", steps),
+                devices=devices,
+            )
 
-    yield start
-    for child in started:
-        child.kill()
-        child.communicate()
+        yield start
 
 
 def lines_of(output):
@@ -73,14 +47,6 @@ def test_two_processes_get_what_one_gets(start):
         np.testing.assert_allclose(losses_of(line), losses_of(expected_line), rtol=1e-5)
     assert sum(losses_of(found[1])) < 0.9 * sum(losses_of(found[0]))
     assert silent == []  # process 0 alone prints
-
-
-def assert_fails_in_time(child):
-    """It ends within the time-out, with a status other than 0."""
-    begin = time.monotonic()
-    _, errors = child.communicate(timeout=TIMEOUT + MARGIN)
-    assert child.returncode not in (0, None), errors
-    assert time.monotonic() - begin < TIMEOUT + MARGIN
 
 
 def test_a_peer_that_does_not_come_ends_the_process(start):

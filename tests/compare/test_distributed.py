@@ -1,55 +1,28 @@
 """``mtl-jax compare --distributed``: two processes with four devices each."""
 
 import json
-import os
-import pathlib
 import signal
-import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-
-ROOT = pathlib.Path(__file__).parents[2]
-TIMEOUT = 5
-"""Seconds after which a peer is given up."""
-MARGIN = 30
-"""Seconds for starting Python and for ending it, on a busy machine."""
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+from processes import TIMEOUT, Processes, assert_fails_in_time, free_port
 
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts ``mtl-jax compare``; what still runs at the end of the test is killed."""
-    started = []
+    """Starts ``mtl-jax compare`` on the toy problem."""
+    with Processes() as processes:
 
-    def start(*arguments, devices=4, epochs=2):
-        command = [sys.executable, "-m", "mtl_jax", "compare", "toy_problem:make_problem"]
-        command += ["--weightings", "equal", "--seeds", "1", "--no-alone", "--epochs", str(epochs)]
-        command += ["--checkpoint-seconds", "0", "--runs-dir", str(tmp_path), *map(str, arguments)]
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "NPROC": "16",  # threads of XLA: each simulated device blocks one until its peers come
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        }
-        child = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        started.append(child)
-        return child
+        def start(*arguments, devices=4, epochs=2):
+            return processes.start(
+                *("-m", "mtl_jax", "compare", "toy_problem:make_problem"),
+                *("--weightings", "equal", "--seeds", 1, "--no-alone", "--epochs", epochs),
+                *("--checkpoint-seconds", 0, "--runs-dir", tmp_path, *arguments),
+                devices=devices,
+            )
 
-    yield start
-    for child in started:
-        child.kill()
-        child.communicate()
+        yield start
 
 
 def start_pair(start, *arguments, **options):
@@ -93,10 +66,7 @@ def test_a_lost_process_ends_the_other_and_all_is_resumed(start, tmp_path):
         assert pair[0].poll() is None, pair[0].communicate()
         time.sleep(0.02)
     pair[1].send_signal(signal.SIGKILL)
-    begin = time.monotonic()
-    _, errors = pair[0].communicate(timeout=TIMEOUT + MARGIN)
-    assert pair[0].returncode not in (0, None), errors
-    assert time.monotonic() - begin < TIMEOUT + MARGIN
+    assert_fails_in_time(pair[0])
     saved = [int(path.name) for path in checkpoints.glob("*") if path.name.isdigit()]
     assert max(saved) < 12
     finish(start_pair(start, "--name", "killed", "--resume", epochs=12))
@@ -105,18 +75,11 @@ def test_a_lost_process_ends_the_other_and_all_is_resumed(start, tmp_path):
 
 
 def test_a_process_that_does_not_come_ends_the_other(start):
-    (child,) = [start_pair_member(start)]
-    begin = time.monotonic()
-    _, errors = child.communicate(timeout=TIMEOUT + MARGIN)
-    assert child.returncode not in (0, None), errors
-    assert time.monotonic() - begin < TIMEOUT + MARGIN
-
-
-def start_pair_member(start):
-    return start(
+    child = start(
         *("--distributed", "--processes", 2, "--process", 0, "--peer-timeout", TIMEOUT),
         *("--coordinator", f"127.0.0.1:{free_port()}"),
     )
+    assert_fails_in_time(child)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ ROOT = pathlib.Path(__file__).parents[1]
         (["math:taw"], "The module 'math' has no 'taw'"),
         (["math:tau"], "'math:tau' is a float; a Problem is wanted"),
         (["toy_problem:make_problem", "--weightings", "dvwa"], "no weighting 'dvwa'.*'dwa'"),
+        (["toy_problem:make_problem", "--batch-size", "20", "--data-parallel"], ".*devices, 8"),
+        (["m:p", "--distributed", "--peer-timeout", "0"], "--peer-timeout must be at least 1"),
     ],
 )
 def test_a_wrong_problem_is_said_plainly(arguments, message, capsys):

@@ -15,7 +15,7 @@ import absl.logging
 import jax
 import tyro
 
-from mtl_jax.compare.batches import steps_per_epoch
+from mtl_jax.compare.batches import check_devices, steps_per_epoch
 from mtl_jax.compare.devices import all_devices
 from mtl_jax.compare.fingerprint import OtherConfigurationError
 from mtl_jax.compare.loading import load_problem
@@ -172,8 +172,10 @@ def _run(
             )
             for name in names
         ]
+        mesh = all_devices() if options.data_parallel or options.distributed else None
         for problem in problems:
             steps_per_epoch(problem)
+            check_devices(problem, mesh)
             make_weightings(problem, weightings)
     except (ValueError, FileNotFoundError) as error:
         fail(error)
@@ -192,7 +194,7 @@ def _run(
             resume=options.resume,
             command=command,
             log=options.log,
-            mesh=all_devices() if options.data_parallel or options.distributed else None,
+            mesh=mesh,
         )
     except (OtherConfigurationError, FileExistsError, TuningError) as error:
         fail(error)

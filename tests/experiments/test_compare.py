@@ -19,7 +19,10 @@ ROOT = pathlib.Path(__file__).parents[2]
     ("arguments", "message"),
     [
         (["--problem", "cifar1"], r"no problem 'cifar1'.*Did you mean 'cifar100'.*Known: multim"),
-        (["--weightings", "dvwa"], r"no weighting 'dvwa'.*Did you mean 'dwa'.*Known: equal, adap"),
+        (
+            ["--weightings", "dvwa"],
+            r"no weighting 'dvwa'.*Did you mean 'dwa'.*Known: equal, cons",
+        ),
         (["--seeds", "0"], r"--seeds must be at least 1, got 0"),
         (
             ["--problem", "multimnist", "--weightings", "krum"],

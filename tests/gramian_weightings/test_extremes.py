@@ -159,4 +159,4 @@ def test_mgda_of_losses_far_apart(name, scale):
     """Orthogonal gradients of norm 1, divided by the losses: the weights go with their squares."""
     losses = np.array([1e-5, 1.0, 2.0]) * scale
     weights, _ = weights_of(name, np.eye(3, dtype=np.float32), losses=losses)
-    np.testing.assert_allclose(weights, [0, 0.2, 0.8], rtol=1e-5, atol=1e-30)
+    np.testing.assert_allclose(weights, [2e-11, 0.2, 0.8], rtol=1e-5)

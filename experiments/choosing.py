@@ -128,7 +128,8 @@ def decisions(methods: dict[str, Measured]) -> list[tuple[str, str]]:
         ),
         (
             "Does the hardest task learn too little?",
-            f"adaptive: {gain('adaptive'):+.1f} points for it, at the price of plain training;\n"
+            f"Untuned, adaptive: {gain('adaptive'):+.1f} points for it, at the price of plain "
+            "training;\n"
             f"db_mtl: {gain('db_mtl'):+.1f}, at {float(methods['db_mtl'].prices[1]):.1f} times "
             f"that price for {SIZES[1]} tasks",
         ),

@@ -24,7 +24,7 @@ METHODS = (set(WEIGHTINGS) - VARIANTS) | {"constant"}
 
 def test_methods():
     readme = PAGES["README.md"]
-    table = readme[readme.index("| reads |") : readme.index("Wrappers compose")]
+    table = readme[readme.index("| reads |") : readme.index("```python\nweighting = mtl_jax.every")]
     rows = "\n".join(line for line in table.splitlines() if line.startswith("|"))
     assert set(re.findall(r"`(\w+)\(", rows)) == METHODS
     page = PAGES["docs/methods.md"]

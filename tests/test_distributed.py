@@ -5,7 +5,7 @@ import signal
 
 import numpy as np
 import pytest
-from processes import ROOT, TIMEOUT, Processes, assert_fails_in_time, free_port
+from processes import PATIENCE, ROOT, TIMEOUT, Processes, assert_fails_in_time, free_port
 
 EXAMPLE = ROOT / "examples" / "distributed.py"
 
@@ -15,11 +15,11 @@ def start():
     """Starts a process of the example."""
     with Processes() as processes:
 
-        def start(port, number, process, *, devices, steps):
+        def start(port, number, process, *, devices, steps, timeout):
             return processes.start(
                 *(EXAMPLE, "--coordinator", f"127.0.0.1:{port}"),
                 *("--processes", number, "--process", process),
-                *("--timeout", TIMEOUT, "--steps", steps),
+                *("--timeout", timeout, "--steps", steps),
                 devices=devices,
             )
 
@@ -37,8 +37,8 @@ def losses_of(line):
 
 def test_two_processes_get_what_one_gets(start):
     port = free_port()
-    alone = start(free_port(), 1, 0, devices=8, steps=40)
-    pair = [start(port, 2, process, devices=4, steps=40) for process in range(2)]
+    alone = start(free_port(), 1, 0, devices=8, steps=40, timeout=PATIENCE)
+    pair = [start(port, 2, process, devices=4, steps=40, timeout=PATIENCE) for process in range(2)]
     outputs = [child.communicate(timeout=100) for child in (alone, *pair)]
     assert [child.returncode for child in (alone, *pair)] == [0, 0, 0], outputs
     expected, found, silent = (lines_of(output) for output, _ in outputs)
@@ -50,7 +50,9 @@ def test_two_processes_get_what_one_gets(start):
 
 
 def test_a_peer_that_does_not_come_ends_the_process(start):
-    children = [start(free_port(), 2, process, devices=4, steps=1) for process in range(2)]
+    children = [
+        start(free_port(), 2, process, devices=4, steps=1, timeout=TIMEOUT) for process in range(2)
+    ]
     for child in children:
         assert_fails_in_time(child)
 
@@ -58,8 +60,11 @@ def test_a_peer_that_does_not_come_ends_the_process(start):
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_peer_that_dies_ends_the_process(start, killed):
     port = free_port()
-    pair = [start(port, 2, process, devices=4, steps=10**9) for process in range(2)]
+    seconds = 15  # enough to meet, too
+    pair = [
+        start(port, 2, process, devices=4, steps=10**9, timeout=seconds) for process in range(2)
+    ]
     while not (line := pair[0].stdout.readline()).startswith("step "):
         assert line, pair[0].communicate()
     pair[killed].send_signal(signal.SIGKILL)
-    assert_fails_in_time(pair[1 - killed])
+    assert_fails_in_time(pair[1 - killed], seconds)

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from processes import TIMEOUT, Processes, assert_fails_in_time, free_port
+from processes import PATIENCE, TIMEOUT, Processes, assert_fails_in_time, free_port
 
 EPOCHS = 10
 
@@ -38,8 +38,8 @@ def pair(start):
     return finish(start_pair(start, "--name", "pair"))
 
 
-def start_pair(start, *arguments):
-    port, both = free_port(), ("--distributed", "--processes", 2, "--peer-timeout", TIMEOUT)
+def start_pair(start, *arguments, timeout=PATIENCE):
+    port, both = free_port(), ("--distributed", "--processes", 2, "--peer-timeout", timeout)
     return [
         start(*both, "--coordinator", f"127.0.0.1:{port}", "--process", i, *arguments)
         for i in range(2)
@@ -72,7 +72,8 @@ def test_two_processes_find_what_one_finds(start, pair, folder):
 
 
 def test_a_lost_process_ends_the_other_and_all_is_resumed(start, pair, folder):
-    first, second = start_pair(start, "--name", "killed")
+    seconds = 15  # enough to meet, too
+    first, second = start_pair(start, "--name", "killed", timeout=seconds)
     checkpoints = folder / "killed" / "checkpoints" / "toy" / "equal_seed0"
 
     def saved():
@@ -82,7 +83,7 @@ def test_a_lost_process_ends_the_other_and_all_is_resumed(start, pair, folder):
         assert first.poll() is None, first.communicate()
         time.sleep(0.02)
     second.send_signal(signal.SIGKILL)
-    assert_fails_in_time(first)
+    assert_fails_in_time(first, seconds)
     assert max(saved()) < EPOCHS
     finish(start_pair(start, "--name", "killed", "--resume"))
     assert read(folder / "killed") == read(folder / "pair")

@@ -1,0 +1,1 @@
+"""Recipes of published benchmarks, each a program."""

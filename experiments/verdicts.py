@@ -11,11 +11,10 @@ import pathlib
 import sys
 from typing import Annotated, Any
 
-import numpy as np
 import tabulate
 import tyro
 
-from mtl_jax.evaluation import compare_to_baseline, delta_m, holm
+from mtl_jax.evaluation import compare_table, delta_m
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,30 +59,29 @@ def verdict_table(problems: dict[str, dict[str, Any]], weighting: str, others: l
       weighting: the weighting that is looked at.
       others: those that it is compared with; an empty cell where a problem has not run one.
     """
-    cells = [
-        (name, other)
+    changes = {
+        f"{name}, {other}": differences(problem, weighting, other)
         for name, problem in problems.items()
         for other in others
         if other in problem["weightings"]
-    ]
-    compared = [
-        compare_to_baseline(values, np.zeros(len(values)), higher_is_better=True)
-        for values in (differences(problems[name], weighting, other) for name, other in cells)
-    ]
-    corrected = holm([one.p_value for one in compared])
+    }
+    nothing = {cell: [0.0] * len(values) for cell, values in changes.items()}
+    compared = compare_table(
+        {weighting: changes, "no change": nothing},
+        dict.fromkeys(changes, True),
+        baseline="no change",
+    )
     texts = {}
-    for cell, one, p_value in zip(cells, compared, corrected, strict=True):
-        low, high = one.interval
-        interval = f"{100 * one.difference:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
-        decided = one.verdict in ("better", "worse") and p_value < 0.05
-        undecided = one.verdict if one.verdict.startswith("undecided") else "undecided"
-        texts[cell] = f"{interval} {one.verdict if decided else undecided}"
+    for cell, found in compared[weighting].items():
+        low, high = found.interval
+        interval = f"{100 * found.difference:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
+        texts[cell] = f"{interval} {found.verdict}"
     rows = [
         [
             name,
             "yes" if "tuning" in problem else "no",
             len(problem["settings"]["seeds"]),
-            *(texts.get((name, other), "") for other in others),
+            *(texts.get(f"{name}, {other}", "") for other in others),
         ]
         for name, problem in problems.items()
     ]

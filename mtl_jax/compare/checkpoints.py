@@ -20,7 +20,7 @@ from mtl_jax.compare.fingerprint import (
     digest,
     text_digest,
 )
-from mtl_jax.compare.run import Run
+from mtl_jax.compare.run import Run, folder_name
 from mtl_jax.pytree import PyTree
 
 _ARRAY = "array of the history"
@@ -72,10 +72,10 @@ class Checkpoints:
 
     def of_run(self, problem: str, name: str, seed: int) -> "RunCheckpoints":
         """The checkpoints of the run of that name and seed, to be used in a ``with`` statement."""
-        return RunCheckpoints(self._folder(problem) / f"{_quoted(name)}_seed{seed}", self)
+        return RunCheckpoints(self._folder(problem) / f"{folder_name(name)}_seed{seed}", self)
 
     def _folder(self, problem: str) -> pathlib.Path:
-        return pathlib.Path(self.folder).absolute() / _quoted(problem)
+        return pathlib.Path(self.folder).absolute() / folder_name(problem)
 
 
 class RunCheckpoints:
@@ -233,10 +233,6 @@ def problems_in(folder: pathlib.Path) -> set[str]:
     if not folder.exists():
         return set()
     return {urllib.parse.unquote(path.name) for path in folder.iterdir() if path.is_dir()}
-
-
-def _quoted(name: str) -> str:
-    return urllib.parse.quote(name, safe=" ")
 
 
 def _split(run: Run) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -1,21 +1,25 @@
 """The methods as a table: what each costs, its parameters, its source."""
 
 import inspect
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import optax
 import rich.box
 import rich.table
 
 import mtl_jax
+from mtl_jax.base import Aggregator, Signal, Weighting
+from mtl_jax.compare.weightings import WEIGHTINGS, RunSettings
 
 _PRICES = {
-    "loss_weightings": "1 forward, 1 backward",
-    "gramian_weightings": "1 forward, 1 backward at the representation; else 1 forward, K backward",
-    "gradient_aggregators": "1 forward, K backward; K gradients held",
+    "the losses": "1 forward, 1 backward",
+    "the losses after the step, too": "2 forward, 1 backward",
+    "the Gramian": "1 forward, 1 backward at the representation; else 1 forward, K backward",
+    "the task gradients": "1 forward, K backward; K gradients held",
 }
-_PRICE_OF_FAMO = "2 forward, 1 backward"
 _REFERENCE = re.compile(r"References:\s+(.+?), `(.+?)\s*<(\S+)>`_", re.DOTALL)
 
 
@@ -50,13 +54,13 @@ def methods() -> list[Method]:
       >>> dwa.parameters, dwa.price, dwa.link
       ('window, temperature=2.0', '1 forward, 1 backward', 'https://arxiv.org/abs/1803.10704')
     """
-    found = []
-    for folder, price in _PRICES.items():
-        for name in mtl_jax.__all__:
-            function = getattr(mtl_jax, name)
-            if getattr(function, "__module__", "").split(".")[1:2] == [folder]:
-                found.append(_describe(name, function, folder.replace("_", " "), price))
-    return found
+    settings = RunSettings(steps_per_epoch=1, epochs=1, optimizer=optax.sgd(1.0))
+    found = [
+        _describe(name, getattr(mtl_jax, name), _reads(make(settings)))
+        for name, make in WEIGHTINGS.items()
+        if name in mtl_jax.__all__  # and not a variant
+    ]
+    return sorted(found, key=lambda method: list(_PRICES).index(method.reads))
 
 
 def methods_table() -> rich.table.Table:
@@ -64,27 +68,32 @@ def methods_table() -> rich.table.Table:
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
     for column in ("method", "parameters", "source"):
         table.add_column(column, overflow="fold")
-    price = ""
-    for method in methods():
-        if method.price != price and method.name != "famo":
-            price = method.price
-            table.add_section()
-            table.add_row(f"[bold]{method.reads}[/bold]", f"[bold]{price}[/bold]", "")
-        note = f" ({_PRICE_OF_FAMO})" if method.name == "famo" else ""
-        address = method.link.replace("https://arxiv.org/abs/", "arXiv ")
-        source = f"{method.authors}, {address}" if address else "this library"
-        table.add_row(method.name + note, method.parameters, source)
+    for reads, of_price in itertools.groupby(methods(), lambda method: method.reads):
+        table.add_section()
+        table.add_row(f"[bold]reads {reads}[/bold]", f"[bold]{_PRICES[reads]}[/bold]", "")
+        for method in of_price:
+            address = method.link.replace("https://arxiv.org/abs/", "arXiv ")
+            source = f"{method.authors}, {address}" if address else "this library"
+            table.add_row(method.name, method.parameters, source)
     return table
 
 
-def _describe(name: str, function: Callable[..., Any], reads: str, price: str) -> Method:
+def _reads(weighting: Weighting | Aggregator) -> str:
+    if isinstance(weighting, Aggregator):
+        return "the task gradients"
+    if weighting.needs is Signal.GRAMIAN:
+        return "the Gramian"
+    return "the losses" if weighting.observe is None else "the losses after the step, too"
+
+
+def _describe(name: str, function: Callable[..., Any], reads: str) -> Method:
     parameters = inspect.signature(function).parameters.values()
     source = _REFERENCE.search(inspect.getdoc(function) or "")
     authors, title, link = source.groups() if source else ("", "", "")
     return Method(
         name,
         reads,
-        _PRICE_OF_FAMO if name == "famo" else price,
+        _PRICES[reads],
         ", ".join(map(_with_default, parameters)),
         " ".join(authors.split()),
         " ".join(title.split()),

@@ -1,12 +1,18 @@
 """What came of one training run."""
 
 import dataclasses
+import urllib.parse
 from typing import Literal
 
 import numpy as np
 
 Place = Literal["representation", "parameters"]
 """Where the task gradients are measured."""
+
+
+def folder_name(name: str) -> str:
+    """The name of a problem or a run as that of a folder; ``urllib.parse.unquote`` reads it."""
+    return urllib.parse.quote(name, safe=" ")
 
 
 @dataclasses.dataclass

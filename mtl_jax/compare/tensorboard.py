@@ -2,14 +2,13 @@
 
 import pathlib
 import shutil
-import urllib.parse
 from collections.abc import Iterator
 from typing import Any, Self
 
 import numpy as np
 
 from mtl_jax.compare.plots import thinned
-from mtl_jax.compare.run import Run
+from mtl_jax.compare.run import Run, folder_name
 
 POINTS = 50
 """Points of an epoch in a curve over steps: each is the mean over some of them."""
@@ -43,7 +42,7 @@ class TensorBoard:
         """Write what the run found since it was written last. Runs come one after the other."""
         import tensorboardX  # only where events are written
 
-        folder = self._root / f"{urllib.parse.quote(run.weighting, safe=' ')}_seed{run.seed}"
+        folder = self._root / f"{folder_name(run.weighting)}_seed{run.seed}"
         if folder != self._folder:
             self.__exit__()
             shutil.rmtree(folder, ignore_errors=True)

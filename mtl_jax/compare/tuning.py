@@ -6,7 +6,6 @@ import dataclasses
 import os
 import pathlib
 import threading
-import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
@@ -16,7 +15,7 @@ from mtl_jax.compare.batches import check_devices
 from mtl_jax.compare.metrics import Evaluator
 from mtl_jax.compare.problem import Problem
 from mtl_jax.compare.referee import BASELINE, lone_name, make_weighting, with_baselines
-from mtl_jax.compare.run import Run
+from mtl_jax.compare.run import Run, folder_name
 from mtl_jax.compare.search import Search, last_metrics
 from mtl_jax.compare.search_space import Space
 from mtl_jax.compare.settings import TUNING_SEED, Trial, Tuning
@@ -122,7 +121,7 @@ def tune(
     def make_trials(name: str, baseline: Mapping[str, float] | None) -> Iterator[Trial]:
         file = None
         if folder is not None:
-            file = pathlib.Path(folder, _quoted(problem.name), f"{_quoted(name)}.json")
+            file = pathlib.Path(folder, folder_name(problem.name), f"{folder_name(name)}.json")
         return searches[name].trials(trials, baseline, prune, file, at_once.guard(on_epoch))
 
     with _quiet_optuna():
@@ -184,10 +183,6 @@ class _AtOnce:
                 self._stopped.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-
-
-def _quoted(name: str) -> str:
-    return urllib.parse.quote(name, safe=" ")
 
 
 @contextlib.contextmanager

@@ -29,13 +29,13 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())  # pyright: ignore[reportArgumentType]
 
 import mtl_jax  # noqa: E402
-import mtl_jax.train  # noqa: E402
+import mtl_jax._train  # noqa: E402
 
 assert mtl_jax.__version__ == importlib.metadata.version("mtl-jax")
 here = pathlib.Path(mtl_jax.__file__).resolve()
 assert here.is_relative_to(pathlib.Path(sysconfig.get_path("purelib")).resolve()), here
 assert (here.parent / "py.typed").exists()
-tested = doctest.testmod(mtl_jax.train)
+tested = doctest.testmod(mtl_jax._train)
 assert (tested.attempted > 5, tested.failed) == (True, 0), tested
 
 program = pathlib.Path(sys.executable).with_name("mtl-jax")

@@ -18,7 +18,7 @@ import tyro
 from jaxtyping import Array, Float
 
 import mtl_jax
-from mtl_jax.base import Aggregator, Weighting
+from mtl_jax._base import Aggregator, Weighting
 from mtl_jax.compare import WEIGHTINGS, RunSettings, look_up
 
 STARTS = ((-8.5, 7.5), (-8.5, -5.0), (9.0, 9.0), (-7.5, -0.5), (9.0, -1.0))

@@ -3,13 +3,22 @@
 Everything public is here, as ``mtl_jax.<name>``; the referee is ``mtl_jax.compare``.
 """
 
-from mtl_jax.base import Aggregator, Signal, Weighting
-from mtl_jax.diagnostics import Diagnostics, diagnostics
+from mtl_jax._base import Aggregator, MultiTaskGradient, MultiTaskValue, Signal, Weighting
+from mtl_jax._diagnostics import Diagnostics, diagnostics
+from mtl_jax._interop import as_aggregator
+from mtl_jax._lift import rows_aggregator, vector_weighting
+from mtl_jax._masking import masked_mean
+from mtl_jax._microbatching import microbatched, microbatched_encoder
+from mtl_jax._tasks import Tasks
+from mtl_jax._train import TrainState, TrainStep, make_train_step
+from mtl_jax._transforms import check_heads, representation_value_and_grad, value_and_grad
+from mtl_jax._typing import Losses, Weights
+from mtl_jax._wrappers import after_warmup, clipped, ema, every, normalized, with_preference
 from mtl_jax.gradient_aggregators.db_mtl import db_mtl
-from mtl_jax.gradient_aggregators.excess_mtl import excess_mtl
 from mtl_jax.gradient_aggregators.graddrop import graddrop
 from mtl_jax.gradient_aggregators.moco import moco
 from mtl_jax.gradient_aggregators.trimmed_mean import trimmed_mean
+from mtl_jax.gradient_weightings.excess_mtl import excess_mtl
 from mtl_jax.gramian_weightings.aligned_mtl import aligned_mtl
 from mtl_jax.gramian_weightings.cagrad import cagrad
 from mtl_jax.gramian_weightings.conflict_free import conflict_free
@@ -23,8 +32,6 @@ from mtl_jax.gramian_weightings.mgda import mgda
 from mtl_jax.gramian_weightings.nash_mtl import nash_mtl
 from mtl_jax.gramian_weightings.pcgrad import pcgrad
 from mtl_jax.gramian_weightings.upgrad import upgrad
-from mtl_jax.heads import check_heads
-from mtl_jax.interop import as_aggregator
 from mtl_jax.loss_weightings.adaptive import adaptive
 from mtl_jax.loss_weightings.constant import constant
 from mtl_jax.loss_weightings.cov_weighting import cov_weighting
@@ -39,31 +46,21 @@ from mtl_jax.loss_weightings.relobralo import relobralo
 from mtl_jax.loss_weightings.softadapt import softadapt
 from mtl_jax.loss_weightings.stch import stch
 from mtl_jax.loss_weightings.uncertainty import uncertainty
-from mtl_jax.masking import masked_mean
-from mtl_jax.microbatching import microbatched, microbatched_encoder
-from mtl_jax.representation import representation_value_and_grad
-from mtl_jax.rows import rows_aggregator
-from mtl_jax.tasks import Losses, Tasks, Weights
-from mtl_jax.train import TrainState, TrainStep, make_train_step
-from mtl_jax.transforms import value_and_grad
-from mtl_jax.vector import vector_weighting
-from mtl_jax.weighing import GradientFn, MultiTaskValue
-from mtl_jax.wrappers.reweighting import clipped, ema, normalized, with_preference
-from mtl_jax.wrappers.turns import after_warmup, every
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Aggregator",
     "Diagnostics",
-    "GradientFn",
     "Losses",
+    "MultiTaskGradient",
     "MultiTaskValue",
     "Signal",
     "Tasks",
     "TrainState",
     "TrainStep",
     "Weighting",
+    "WeightingState",
     "Weights",
     "adaptive",
     "after_warmup",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import mtl_jax
-from mtl_jax.jacobian import combine, gramian_of
+from mtl_jax._jacobian import combine, gramian_of
 
 TASKS = ("a", "b", "c")
 BF16 = "bfloat16"

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import mtl_jax
 from experiments.hlo import Collective, collectives
-from mtl_jax.jacobian import choose_rows, gramian_of
+from mtl_jax._jacobian import choose_rows, gramian_of
 
 TASKS = ("a", "b", "c")
 MASKS = [{task: np.array(task != absent) for task in TASKS} for absent in (None, "b", None)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import mtl_jax
-from mtl_jax.tasks import read_mask, read_tasks
+from mtl_jax._tasks import read_mask, read_tasks
 
 
 def test_names_dtype_and_number():

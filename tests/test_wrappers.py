@@ -10,7 +10,7 @@ import trees
 from methods import TASKS, loss_sequence
 
 import mtl_jax
-from mtl_jax.state import all_finite
+from mtl_jax._lift import all_finite
 
 GRAMIAN = jnp.array([[1.0, -0.5, 0.2], [-0.5, 4.0, 0.1], [0.2, 0.1, 0.25]])
 WRAPPERS = {

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from experiments.networks.heads import Heads
 from mtl_jax.compare.problem import Batch, Problem, Split, Task
-from mtl_jax.masking import masked_mean
+from mtl_jax._masking import masked_mean
 
 MISSING = -1
 """The label of an example that has none."""

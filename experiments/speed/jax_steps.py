@@ -23,9 +23,9 @@ from experiments.speed.records import (
     Request,
 )
 from experiments.speed.timing import Timed, quartiles_of_ratio, time_in_rounds
-from mtl_jax.base import Signal, Weighting
-from mtl_jax.jacobian import RowsMode
-from mtl_jax.tasks import Losses
+from mtl_jax._base import Signal, Weighting
+from mtl_jax._jacobian import RowsMode
+from mtl_jax._tasks import Losses
 
 Step = Callable[[Any, PyTree], tuple[Any, Any]]
 """``step(state, batch) -> (state, value)``."""

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PyTree
 from experiments.networks.convolution import Conv
 from experiments.networks.heads import Heads
 from experiments.speed.records import Network
-from mtl_jax.tasks import Losses
+from mtl_jax._tasks import Losses
 
 
 class Encoder(nn.Module):

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from mtl_jax._typing import PyTree
 from mtl_jax.compare.devices import is_first_process, wait_for_all
 from mtl_jax.compare.fingerprint import (
     Fingerprint,
@@ -21,7 +22,6 @@ from mtl_jax.compare.fingerprint import (
     text_digest,
 )
 from mtl_jax.compare.run import Run, folder_name
-from mtl_jax.pytree import PyTree
 
 _ARRAY = "array of the history"
 

@@ -8,7 +8,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from mtl_jax.pytree import PyTree
+from mtl_jax._typing import PyTree
 
 
 def all_devices() -> Mesh:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax.pytree import PyTree
+from mtl_jax._typing import PyTree
 
 Fingerprint = dict[str, Any]
 """By name what decides a run's numbers: settings, as JSON has them, and digests."""

@@ -11,7 +11,7 @@ import rich.box
 import rich.table
 
 import mtl_jax
-from mtl_jax.base import Aggregator, Signal, Weighting
+from mtl_jax._base import Aggregator, Signal, Weighting
 from mtl_jax.compare.weightings import WEIGHTINGS, RunSettings
 
 _PRICES = {

@@ -8,11 +8,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from mtl_jax._typing import PyTree
 from mtl_jax.compare.devices import number_of_devices, place, replicated, spread
 from mtl_jax.compare.fingerprint import digest, text_digest
 from mtl_jax.compare.problem import Batch, Problem, Sources, Split
 from mtl_jax.compare.sources import Source, by_source, joined
-from mtl_jax.pytree import PyTree
 
 
 class Evaluator:

@@ -9,9 +9,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float
 
+from mtl_jax._jacobian import Shared
+from mtl_jax._typing import PyTree
 from mtl_jax.compare.sources import Source, by_source
-from mtl_jax.jacobian import Shared
-from mtl_jax.pytree import PyTree
 
 Batch = Mapping[str, Any]
 """A mapping from field to array, the examples along the leading axis; with several sources a

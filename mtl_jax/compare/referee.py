@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mtl_jax.base import Aggregator, Weighting
+from mtl_jax._base import Aggregator, Weighting
+from mtl_jax._train import TrainState
 from mtl_jax.compare.batches import check_devices, steps_per_epoch
 from mtl_jax.compare.checkpoints import Checkpoints
 from mtl_jax.compare.metrics import Evaluator
@@ -21,7 +22,6 @@ from mtl_jax.compare.settings import Tuning
 from mtl_jax.compare.training import Trainer
 from mtl_jax.compare.weightings import WEIGHTINGS, MakeWeighting, RunSettings
 from mtl_jax.evaluation import delta_m
-from mtl_jax.train import TrainState
 
 BASELINE = "equal"
 """The weighting that others are measured against; it is always run."""

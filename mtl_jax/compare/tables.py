@@ -11,7 +11,7 @@ from mtl_jax.compare.findings import ALONE, Findings, time_to_reach_equal
 from mtl_jax.compare.problem import Task
 from mtl_jax.compare.referee import BASELINE, Comparison
 from mtl_jax.evaluation import mean_interval
-from mtl_jax.evaluation.paired import FEWEST_SEEDS
+from mtl_jax.evaluation._paired import FEWEST_SEEDS
 
 MOST_TASKS = 6
 """With more tasks a table that is a row a weighting has no column for each of them."""

@@ -10,7 +10,15 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from mtl_jax.base import Aggregator, Signal, Weighting
+from mtl_jax._base import Aggregator, MultiTaskGradient, MultiTaskValue, Signal, Weighting
+from mtl_jax._tasks import read_mask, read_tasks
+from mtl_jax._train import TrainState, make_train_step
+from mtl_jax._transforms import (
+    MultiTaskValue,
+    representation_value_and_grad,
+    value_and_grad,
+)
+from mtl_jax._typing import PyTree
 from mtl_jax.compare.batches import orders, steps_per_epoch, take
 from mtl_jax.compare.checkpoints import RunCheckpoints
 from mtl_jax.compare.devices import number_of_devices, place, replicated, spread
@@ -19,12 +27,6 @@ from mtl_jax.compare.metrics import Evaluator
 from mtl_jax.compare.problem import Batch, Problem
 from mtl_jax.compare.run import Place, Run
 from mtl_jax.compare.sources import Source, by_source, joined
-from mtl_jax.pytree import PyTree
-from mtl_jax.representation import representation_value_and_grad
-from mtl_jax.tasks import read_mask, read_tasks
-from mtl_jax.train import TrainState, make_train_step
-from mtl_jax.transforms import value_and_grad
-from mtl_jax.weighing import GradientFn, MultiTaskValue
 
 
 class History(NamedTuple):
@@ -68,6 +70,12 @@ class Trainer:
         self.measured_at: Place | None = _measured_at(problem, weighting, conflict)
         self.steps = steps_per_epoch(problem)
         self.optimizer = problem.optimizer(problem.learning_rate, self.steps * problem.epochs)
+        in_parts = self.measured_at == "representation"
+        self.train_step = make_train_step(
+            self.gradient(),
+            self.optimizer,
+            new_model_state=lambda aux: aux[0] if in_parts else aux,
+        )
         self._lowered: jax.stages.Lowered | None = None
         self._compiled: jax.stages.Compiled | None = None
 
@@ -122,16 +130,8 @@ class Trainer:
         sources = by_source(self.problem.train)
         train = joined(jax.tree.map(jnp.asarray, {s: dict(sources[s]) for s in sources}))
         batch = take(train, {s: slice(n) for s, n in self.problem.batch_sizes().items()})
-        losses, _ = jax.eval_shape(self._losses, params, model_state, rng, batch)
-        state = TrainState.create(
-            params,
-            self.optimizer,
-            self.weighting,
-            losses,
-            model_state=model_state,
-            rng=rng,
-            weighting_key=weighting_key,
-            shared=self.problem.shared,
+        state = self.train_step.init(
+            params, batch, model_state=model_state, rng=rng, weighting_key=weighting_key
         )
         return place((state, order_key, train), replicated(self.mesh))
 
@@ -156,7 +156,7 @@ class Trainer:
         losses, model_state = self.problem.losses(params, model_state, rng, batch)
         return {task: losses[task] for task in self.tasks}, model_state
 
-    def gradient_fn(self) -> GradientFn:
+    def gradient(self) -> MultiTaskGradient:
         """The gradient of the training step, called with parameters, model state, key and batch.
 
         ``aux`` of its value is ``(model_state, None)`` in the representation form, and the model
@@ -211,22 +211,13 @@ class Trainer:
         self, state: TrainState, train: Batch, key: Array
     ) -> tuple[TrainState, History]:
         """One pass over the training split, in a random order, within one `scan`."""
-        in_parts = self.measured_at == "representation"
-        train_step = make_train_step(
-            self.gradient_fn(),
-            self.optimizer,
-            self.weighting,
-            losses_fn=lambda *args: self._losses(*args)[0],
-            new_model_state=lambda aux: aux[0] if in_parts else aux,
-        )
-
         def step(state: TrainState, order: dict[Source, Array]) -> tuple[TrainState, History]:
             batch = take(train, order)
             if self.mesh is not None:
                 batch = jax.lax.with_sharding_constraint(batch, spread(self.mesh))
             present = self.problem.present(batch)
             mask = None if present is None else {task: present[task] for task in self.tasks}
-            state, value = train_step(state, batch, mask=mask)
+            state, value = self.train_step(state, batch, mask=mask)
             losses, weights = value.losses, value.weights
             if mask is not None:  # an absent task has neither
                 losses, weights = _of_present(losses, mask), weights and _of_present(weights, mask)
@@ -260,7 +251,7 @@ class Trainer:
 def _measured_at(
     problem: Problem, weighting: Weighting | Aggregator, conflict: bool
 ) -> Place | None:
-    if isinstance(weighting, Aggregator):
+    if isinstance(weighting, Aggregator) or weighting.needs is Signal.TASK_GRADIENTS:
         return "parameters"
     if weighting.needs is Signal.GRAMIAN or conflict:
         return "parameters" if problem.encoder is None else "representation"
@@ -289,7 +280,8 @@ def _conflict(value: MultiTaskValue, mask: PyTree | None) -> dict[str, Float[Arr
     number = jnp.sum(pairs)
     cosine = jnp.sum(jnp.where(pairs, value.diagnostics.cosines, 0)) / jnp.maximum(number, 1)
     found = {"share": value.diagnostics.conflicting, "cosine": cosine}
-    return jax.tree.map(lambda x: jnp.where(number > 0, x, jnp.nan), found)
+    known = (number > 0) & (True if value.measured is None else value.measured)
+    return jax.tree.map(lambda x: jnp.where(known, x, jnp.nan), found)
 
 
 def _extend(steps: dict[str, np.ndarray], name: str, values: Array) -> None:

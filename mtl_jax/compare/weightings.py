@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 import optax
 
 import mtl_jax
-from mtl_jax.base import Aggregator, Weighting
+from mtl_jax._base import Aggregator, Weighting
 from mtl_jax.compare.search_space import Choice, Range, Space, TaskWeights
 
 T = TypeVar("T")

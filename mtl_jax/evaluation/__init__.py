@@ -1,11 +1,11 @@
 """What the metrics of a comparison say: better than the baseline, worse, or undecided."""
 
-from mtl_jax.evaluation.intervals import mean_interval
-from mtl_jax.evaluation.paired import PairedComparison, Verdict, compare_to_baseline
-from mtl_jax.evaluation.pareto import hypervolume, pareto_front
-from mtl_jax.evaluation.ranks import mean_rank
-from mtl_jax.evaluation.relative import delta_m
-from mtl_jax.evaluation.table import compare_table, holm
+from mtl_jax.evaluation._intervals import mean_interval
+from mtl_jax.evaluation._paired import PairedComparison, Verdict, compare_to_baseline
+from mtl_jax.evaluation._pareto import hypervolume, pareto_front
+from mtl_jax.evaluation._ranks import mean_rank
+from mtl_jax.evaluation._relative import delta_m
+from mtl_jax.evaluation._table import compare_table, holm
 
 __all__ = [
     "PairedComparison",

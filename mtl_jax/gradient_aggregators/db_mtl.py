@@ -5,11 +5,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.arguments import read_number
-from mtl_jax.base import Aggregator
-from mtl_jax.checks import read_at_least_zero
-from mtl_jax.pytree import PyTree
-from mtl_jax.rows import for_each_task, rows_aggregator, squared_norms, weighted_sum, zero_rows
+from mtl_jax._base import Aggregator
+from mtl_jax._checks import read_number
+from mtl_jax._lift import for_each_task, rows_aggregator, squared_norms, weighted_sum, zero_rows
+from mtl_jax._typing import PyTree
 
 
 class DBMTLState(NamedTuple):
@@ -63,9 +62,9 @@ def db_mtl(beta: float = 0.9, beta_sigma: float = 0.0, eps: float = 1e-8) -> Agg
       >>> [round(float(entry), 3) for entry in gradient]
       [5.0, 5.0]
     """
-    beta = read_number(beta, "db_mtl: `beta`", lambda beta: 0 <= beta < 1, "in [0, 1)")
-    beta_sigma = read_at_least_zero(beta_sigma, "beta_sigma", "db_mtl")
-    eps = read_at_least_zero(eps, "eps", "db_mtl")
+    beta = read_number(beta, "db_mtl: `beta`", "[0, 1)")
+    beta_sigma = read_number(beta_sigma, "db_mtl: `beta_sigma`", "[0, inf)")
+    eps = read_number(eps, "db_mtl: `eps`", "[0, inf)")
 
     def init(params, tasks, key):
         return DBMTLState(zero_rows(params, tasks))

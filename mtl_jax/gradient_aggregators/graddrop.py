@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from mtl_jax.arguments import check_numbers
-from mtl_jax.base import Aggregator
-from mtl_jax.checks import require_key
-from mtl_jax.pytree import PyTree
-from mtl_jax.rows import rows_aggregator
+from mtl_jax._base import Aggregator
+from mtl_jax._checks import check_numbers, require_key
+from mtl_jax._lift import rows_aggregator
+from mtl_jax._typing import PyTree
 
 
 class GradDropState(NamedTuple):
@@ -68,7 +67,7 @@ def graddrop(leak: PyTree = 0.0) -> Aggregator:
       >>> gradient.tolist()  # the tasks disagree only on the second: 3 is drawn, or -1
       [3.0, 3.0, -3.0]
     """
-    check_numbers(leak, "graddrop: `leak`", lambda share: 0 <= share <= 1, "in [0, 1]")
+    check_numbers(leak, "graddrop: `leak`", "[0, 1]")
 
     def init(params, tasks, key):
         return GradDropState(

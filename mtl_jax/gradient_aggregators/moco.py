@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mtl_jax.arguments import read_number
-from mtl_jax.base import Aggregator
-from mtl_jax.checks import read_at_least_zero
-from mtl_jax.pytree import PyTree
-from mtl_jax.rows import for_each_task, rows_aggregator, squared_norms, weighted_sum, zero_rows
+from mtl_jax._base import Aggregator
+from mtl_jax._checks import read_number
+from mtl_jax._lift import for_each_task, rows_aggregator, squared_norms, weighted_sum, zero_rows
+from mtl_jax._typing import PyTree
 
 
 class MoCoState(NamedTuple):
@@ -84,12 +83,12 @@ def moco(
       >>> [round(float(entry), 3) for entry in gradient]
       [0.509, 0.956]
     """
-    beta = read_number(beta, "moco: `beta`", lambda beta: 0 < beta <= 1, "in (0, 1]")
-    beta_sigma = read_at_least_zero(beta_sigma, "beta_sigma", "moco")
-    gamma = read_at_least_zero(gamma, "gamma", "moco")
-    gamma_sigma = read_at_least_zero(gamma_sigma, "gamma_sigma", "moco")
-    rho = read_at_least_zero(rho, "rho", "moco")
-    eps = read_at_least_zero(eps, "eps", "moco")
+    beta = read_number(beta, "moco: `beta`", "(0, 1]")
+    beta_sigma = read_number(beta_sigma, "moco: `beta_sigma`", "[0, inf)")
+    gamma = read_number(gamma, "moco: `gamma`", "[0, inf)")
+    gamma_sigma = read_number(gamma_sigma, "moco: `gamma_sigma`", "[0, inf)")
+    rho = read_number(rho, "moco: `rho`", "[0, inf)")
+    eps = read_number(eps, "moco: `eps`", "[0, inf)")
 
     def init(params, tasks, key):
         return MoCoState(tracked=zero_rows(params, tasks), logits=tasks.full(0))

@@ -2,11 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-from mtl_jax.base import Aggregator
-from mtl_jax.rows import for_each_task, rows_aggregator, weighted_sum
+from mtl_jax._base import Aggregator
+from mtl_jax._checks import read_integer
+from mtl_jax._lift import for_each_task, rows_aggregator, weighted_sum
 
 
 def trimmed_mean(trim: int) -> Aggregator:
@@ -45,8 +45,7 @@ def trimmed_mean(trim: int) -> Aggregator:
       >>> gradient.tolist()
       [2.5, 1.5]
     """
-    if not isinstance(trim, int | np.integer) or isinstance(trim, bool) or trim < 0:
-        raise ValueError(f"trimmed_mean: `trim` must be an integer of at least 0, got {trim!r}.")
+    trim = read_integer(trim, "trimmed_mean: `trim`", 0)
 
     def init(params, tasks, key):
         if 2 * trim >= tasks.number:

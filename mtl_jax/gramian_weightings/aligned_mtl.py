@@ -4,10 +4,10 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from mtl_jax.arguments import check_option
-from mtl_jax.base import Signal, Weighting
-from mtl_jax.gramian_weightings.spectral import spectrum
-from mtl_jax.vector import vector_weighting
+from mtl_jax._base import Signal, Weighting
+from mtl_jax._checks import check_option
+from mtl_jax._lift import vector_weighting
+from mtl_jax.gramian_weightings._spectral import spectrum
 
 
 def aligned_mtl(scale: Literal["min", "median", "rmse"] = "min") -> Weighting:

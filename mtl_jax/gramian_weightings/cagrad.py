@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from mtl_jax.arguments import check_option, read_number
-from mtl_jax.base import Weighting
-from mtl_jax.gramian_weightings.solved import solved
+from mtl_jax._base import Weighting
+from mtl_jax._checks import check_option, read_number
+from mtl_jax.gramian_weightings._solved import solved
 from mtl_jax.solvers import maximin_in_ball
 
 
@@ -46,7 +46,7 @@ def cagrad(c: float = 0.5, rescale: Literal["1+c", "1+c^2"] | None = None) -> We
       >>> [round(float(weight), 3) for weight in weights]
       [1.059, 0.5]
     """
-    c = read_number(c, "cagrad: `c`", lambda c: 0 <= c < 1, "in [0, 1)")
+    c = read_number(c, "cagrad: `c`", "[0, 1)")
     factors = {None: 1.0, "1+c": 1 / (1 + c), "1+c^2": 1 / (1 + c**2)}
     check_option(rescale, tuple(factors), "cagrad: `rescale`")
 

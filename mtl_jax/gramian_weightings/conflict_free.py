@@ -2,9 +2,9 @@
 
 import jax.numpy as jnp
 
-from mtl_jax.base import Signal, Weighting
-from mtl_jax.gramian_weightings.spectral import cosines, gradient_norms, rounding, spectrum
-from mtl_jax.vector import vector_weighting
+from mtl_jax._base import Signal, Weighting
+from mtl_jax._lift import vector_weighting
+from mtl_jax.gramian_weightings._spectral import cosines, gradient_norms, rounding, spectrum
 
 
 def conflict_free() -> Weighting:

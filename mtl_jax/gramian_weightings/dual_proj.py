@@ -1,8 +1,8 @@
 """Projection of the mean gradient on the dual cone."""
 
-from mtl_jax.base import Weighting
-from mtl_jax.gramian_weightings.solved import preferred
-from mtl_jax.pytree import PyTree
+from mtl_jax._base import Weighting
+from mtl_jax._typing import PyTree
+from mtl_jax.gramian_weightings._solved import preferred
 from mtl_jax.solvers import dual_cone_projection
 
 

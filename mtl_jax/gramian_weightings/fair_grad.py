@@ -1,8 +1,8 @@
 """FairGrad."""
 
-from mtl_jax.base import Weighting
-from mtl_jax.checks import read_positive
-from mtl_jax.gramian_weightings.solved import solved
+from mtl_jax._base import Weighting
+from mtl_jax._checks import read_number
+from mtl_jax.gramian_weightings._solved import solved
 from mtl_jax.solvers import fair_point
 
 
@@ -47,5 +47,5 @@ def fair_grad(alpha: float = 1.0) -> Weighting:
       >>> [round(float(weight), 3) for weight in weights]
       [1.0, 0.25]
     """
-    alpha = read_positive(alpha, "alpha", "fair_grad")
+    alpha = read_number(alpha, "fair_grad: `alpha`", "(0, inf)")
     return solved(lambda gramian, losses, present: fair_point(gramian, alpha, present))

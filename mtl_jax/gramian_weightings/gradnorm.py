@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from mtl_jax.base import Signal, Weighting
-from mtl_jax.checks import check_optimizer, read_at_least_zero
-from mtl_jax.gramian_weightings.spectral import gradient_norms
-from mtl_jax.learned import per_task
-from mtl_jax.pytree import PyTree
-from mtl_jax.vector import vector_weighting
+from mtl_jax._base import Signal, Weighting
+from mtl_jax._checks import check_optimizer, read_number
+from mtl_jax._learned import per_task
+from mtl_jax._lift import vector_weighting
+from mtl_jax._typing import PyTree
+from mtl_jax.gramian_weightings._spectral import gradient_norms
 
 
 class GradNormState(NamedTuple):
@@ -84,7 +84,7 @@ def gradnorm(optimizer: optax.GradientTransformation, alpha: float = 1.5) -> Wei
       [1.5, 0.5]
     """
     check_optimizer(optimizer, "gradnorm")
-    alpha = read_at_least_zero(alpha, "alpha", "gradnorm")
+    alpha = read_number(alpha, "gradnorm: `alpha`", "[0, inf)")
     optimizer = per_task(optimizer)
 
     def init(tasks, key):

@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from mtl_jax.arguments import read_number
-from mtl_jax.base import Signal, Weighting
-from mtl_jax.checks import require_key
+from mtl_jax._base import Signal, Weighting
+from mtl_jax._checks import read_number, require_key
+from mtl_jax._lift import vector_weighting
+from mtl_jax.gramian_weightings._spectral import cosines, gradient_norms, rounding
 from mtl_jax.gramian_weightings.pcgrad import Order, check_order, draw_orders, weights_of_mixtures
-from mtl_jax.gramian_weightings.spectral import cosines, gradient_norms, rounding
-from mtl_jax.vector import vector_weighting
 
 
 class GradVacState(NamedTuple):
@@ -75,7 +74,7 @@ def gradvac(beta: float = 0.5, order: Order | None = None) -> Weighting:
       >>> [round(float(weight), 3) for weight in weights]  # turned to a cosine of 0.4
       [1.436, 1.436]
     """
-    beta = read_number(beta, "gradvac: `beta`", lambda beta: 0 <= beta <= 1, "in [0, 1]")
+    beta = read_number(beta, "gradvac: `beta`", "[0, 1]")
     check_order(order, "gradvac")
 
     def init(tasks, key):

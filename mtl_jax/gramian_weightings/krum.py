@@ -3,11 +3,10 @@
 from typing import Literal
 
 import jax.numpy as jnp
-import numpy as np
 
-from mtl_jax.arguments import check_option
-from mtl_jax.base import Signal, Weighting
-from mtl_jax.vector import vector_weighting
+from mtl_jax._base import Signal, Weighting
+from mtl_jax._checks import check_option, read_integer
+from mtl_jax._lift import vector_weighting
 
 
 def krum(
@@ -55,11 +54,8 @@ def krum(
       >>> [float(weight) for weight in weights]
       [0.5, 0.5, 0.0, 0.0]
     """
-    for value, name, lowest in ((byzantine, "byzantine", 0), (selected, "selected", 1)):
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < lowest:
-            raise ValueError(
-                f"krum: `{name}` must be an integer of at least {lowest}, got {value!r}."
-            )
+    byzantine = read_integer(byzantine, "krum: `byzantine`", 0)
+    selected = read_integer(selected, "krum: `selected`")
     check_option(distance, ("squared", "plain"), "krum: `distance`")
 
     def init(tasks, key):

@@ -4,12 +4,12 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from mtl_jax.arguments import check_option
-from mtl_jax.base import Weighting
-from mtl_jax.gramian_weightings.solved import solved
+from mtl_jax._base import Weighting
+from mtl_jax._checks import check_option
+from mtl_jax.gramian_weightings._solved import solved
 from mtl_jax.solvers import minimum_norm_point
-from mtl_jax.solvers.cosines import inverse_lengths, read_gramian
-from mtl_jax.solvers.quadratic import shortest_combination
+from mtl_jax.solvers._cosines import inverse_lengths, read_gramian
+from mtl_jax.solvers._quadratic import shortest_combination
 
 
 def mgda(normalization: Literal["l2", "loss", "loss+"] | None = None) -> Weighting:

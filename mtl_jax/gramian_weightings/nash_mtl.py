@@ -2,12 +2,12 @@
 
 import jax.numpy as jnp
 
-from mtl_jax.base import Weighting
-from mtl_jax.checks import read_positive
-from mtl_jax.gramian_weightings.solved import solved
-from mtl_jax.gramian_weightings.spectral import cosines, gradient_norms
+from mtl_jax._base import Weighting
+from mtl_jax._checks import read_number
+from mtl_jax.gramian_weightings._solved import solved
+from mtl_jax.gramian_weightings._spectral import cosines, gradient_norms
 from mtl_jax.solvers import fair_point
-from mtl_jax.solvers.cosines import product
+from mtl_jax.solvers._cosines import product
 
 
 def nash_mtl(max_norm: float | None = None) -> Weighting:
@@ -52,7 +52,7 @@ def nash_mtl(max_norm: float | None = None) -> Weighting:
       [1.0, 0.5]
     """
     if max_norm is not None:
-        max_norm = read_positive(max_norm, "max_norm", "nash_mtl")
+        max_norm = read_number(max_norm, "nash_mtl: `max_norm`", "(0, inf)")
 
     def solve(gramian, losses, present):
         solution = fair_point(gramian, 1.0, present)

@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from mtl_jax.arguments import read_array
-from mtl_jax.base import Signal, Weighting
-from mtl_jax.checks import require_key
-from mtl_jax.gramian_weightings.spectral import cosines, gradient_norms
-from mtl_jax.vector import vector_weighting
+from mtl_jax._base import Signal, Weighting
+from mtl_jax._checks import read_array, require_key
+from mtl_jax._lift import vector_weighting
+from mtl_jax.gramian_weightings._spectral import cosines, gradient_norms
 
 Order = Callable[[Array | None, int], Int[Array, "tasks tasks"]]
 """``order(key, number)``: in row i, all tasks in the order in which task i meets them."""

@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mtl_jax.arguments import check_option
-from mtl_jax.base import Weighting
-from mtl_jax.checks import read_at_least_zero, read_decay
-from mtl_jax.loss_weightings.statistics import ema_rate
-from mtl_jax.vector import vector_weighting
+from mtl_jax._base import Weighting
+from mtl_jax._checks import check_option, read_number
+from mtl_jax._lift import vector_weighting
+from mtl_jax.loss_weightings._statistics import ema_rate
 
 
 class AdaptiveState(NamedTuple):
@@ -83,10 +82,10 @@ def adaptive(
       >>> round(float(weights["easy"]), 3), round(float(weights["hard"]), 3)
       (0.5, 1.5)
     """
-    emphasis = read_at_least_zero(emphasis, "emphasis", "adaptive")
+    emphasis = read_number(emphasis, "adaptive: `emphasis`", "[0, inf)")
     check_option(rule, ("proportional", "softmax"), "adaptive: `rule`")
     check_option(relative_to, (None, "initial"), "adaptive: `relative_to`")
-    decay = read_decay(decay, "adaptive")
+    decay = read_number(decay, "adaptive: `decay`", "[0, 1)")
 
     def init(tasks, key):
         return AdaptiveState(average=tasks.full(0), initial=tasks.full(1))

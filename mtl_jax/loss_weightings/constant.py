@@ -5,11 +5,10 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Float
 
-from mtl_jax.arguments import read_number
-from mtl_jax.base import Weighting
-from mtl_jax.pytree import PyTree
-from mtl_jax.tasks import leaf_name
-from mtl_jax.vector import vector_weighting
+from mtl_jax._base import Weighting
+from mtl_jax._checks import leaf_name, read_number
+from mtl_jax._lift import vector_weighting
+from mtl_jax._typing import PyTree
 
 
 class ConstantState(NamedTuple):
@@ -34,8 +33,9 @@ def constant(weights: PyTree) -> Weighting:
       The weighting.
 
     Raises:
-      ValueError: if there are no weights, or one is no number, negative or not finite; in
-        ``init``, if the losses have other tasks than the weights.
+      ValueError: if there are no weights, or one is negative or not finite; in ``init``, if the
+        losses have other tasks than the weights.
+      TypeError: if a weight is not a number.
 
     References:
       Xin et al., `Do Current Multi-Task Optimization Methods in Deep Learning Even Help?
@@ -55,15 +55,7 @@ def constant(weights: PyTree) -> Weighting:
             f"constant: expected a pytree with one weight for each task, got {weights!r}."
         )
     for path, leaf in leaves:
-        try:
-            valid = 0 <= read_number(leaf, "a weight") < float("inf")
-        except TypeError:
-            valid = False
-        if not valid:
-            raise ValueError(
-                f"constant: the weight {leaf_name(path)!r} is {leaf!r}; a weight is a finite "
-                "number that is not negative."
-            )
+        read_number(leaf, f"constant: the weight {leaf_name(path)!r}", "[0, inf)")
 
     def update(losses, state, present, steps):
         return state.weights, state

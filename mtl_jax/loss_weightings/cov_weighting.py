@@ -5,9 +5,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mtl_jax.base import Weighting
-from mtl_jax.checks import read_decay
-from mtl_jax.vector import vector_weighting
+from mtl_jax._base import Weighting
+from mtl_jax._checks import read_number
+from mtl_jax._lift import vector_weighting
 
 
 class CovWeightingState(NamedTuple):
@@ -62,7 +62,7 @@ def cov_weighting(decay: float | None = None) -> Weighting:
       [0.136, 0.864]
     """
     if decay is not None:
-        decay = read_decay(decay, "cov_weighting")
+        decay = read_number(decay, "cov_weighting: `decay`", "[0, 1)")
 
     def init(tasks, key):
         return CovWeightingState(*(tasks.full(0) for _ in CovWeightingState._fields))

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from mtl_jax.base import Weighting
-from mtl_jax.checks import positive_steps, read_positive
-from mtl_jax.loss_weightings.statistics import WindowMeans
-from mtl_jax.vector import vector_weighting
+from mtl_jax._base import Weighting
+from mtl_jax._checks import read_integer, read_number
+from mtl_jax._lift import vector_weighting
+from mtl_jax.loss_weightings._statistics import WindowMeans
 
 
 def dwa(window: int, temperature: float = 2.0) -> Weighting:
@@ -44,8 +44,8 @@ def dwa(window: int, temperature: float = 2.0) -> Weighting:
       >>> [round(float(weight), 3) for weight in weights]
       [1.197, 0.803]
     """
-    positive_steps(window, "window", "dwa")
-    temperature = read_positive(temperature, "temperature", "dwa")
+    read_integer(window, "dwa: `window`")
+    temperature = read_number(temperature, "dwa: `temperature`", "(0, inf)")
 
     def init(tasks, key):
         return WindowMeans.zeros(tasks, windows=2)

@@ -6,11 +6,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mtl_jax.arguments import check_function, check_numbers, read_array
-from mtl_jax.base import Weighting
-from mtl_jax.checks import read_decay
-from mtl_jax.pytree import PyTree
-from mtl_jax.vector import vector_weighting
+from mtl_jax._base import Weighting
+from mtl_jax._checks import check_functions, check_numbers, read_array, read_number
+from mtl_jax._lift import vector_weighting
+from mtl_jax._typing import PyTree
 
 
 class DynamicTaskPriorityState(NamedTuple):
@@ -77,9 +76,9 @@ def dynamic_task_priority(
       [0.01, 1.729]
     """
     name = "dynamic_task_priority: `gamma`"
-    check_numbers(gamma, name, lambda g: 0 <= g < float("inf"), "at least 0 and finite")
-    check_function(performance, "dynamic_task_priority: `performance`")
-    decay = read_decay(decay, "dynamic_task_priority")
+    check_numbers(gamma, name, "[0, inf)")
+    check_functions("dynamic_task_priority", performance=performance)
+    decay = read_number(decay, "dynamic_task_priority: `decay`", "[0, 1)")
 
     def init(tasks, key):
         return DynamicTaskPriorityState(

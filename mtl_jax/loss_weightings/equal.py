@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from mtl_jax.base import Weighting
-from mtl_jax.vector import vector_weighting
+from mtl_jax._base import Weighting
+from mtl_jax._lift import vector_weighting
 
 
 def equal() -> Weighting:

@@ -1,6 +1,5 @@
 """Fast adaptive multitask optimization."""
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -8,12 +7,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from mtl_jax.arguments import check_numbers
-from mtl_jax.base import Weighting
-from mtl_jax.checks import read_at_least_zero, read_positive
-from mtl_jax.learned import per_task
-from mtl_jax.pytree import PyTree
-from mtl_jax.vector import vector_weighting
+from mtl_jax._base import Weighting
+from mtl_jax._checks import check_numbers, read_number
+from mtl_jax._learned import per_task
+from mtl_jax._lift import vector_weighting
+from mtl_jax._typing import PyTree
 
 
 class FamoState(NamedTuple):
@@ -82,9 +80,9 @@ def famo(
       >>> [round(float(weight), 4) for weight in weights]
       [0.5125, 0.4875]
     """
-    learning_rate = read_positive(learning_rate, "learning_rate", "famo")
-    weight_decay = read_at_least_zero(weight_decay, "weight_decay", "famo")
-    check_numbers(min_losses, "famo: `min_losses`", math.isfinite, "finite")
+    learning_rate = read_number(learning_rate, "famo: `learning_rate`", "(0, inf)")
+    weight_decay = read_number(weight_decay, "famo: `weight_decay`", "[0, inf)")
+    check_numbers(min_losses, "famo: `min_losses`", "(-inf, inf)")
     optimizer = per_task(
         optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
     )

@@ -3,10 +3,10 @@
 import jax.numpy as jnp
 import optax
 
-from mtl_jax.base import Weighting
-from mtl_jax.checks import check_optimizer
-from mtl_jax.learned import LearnedState, learned_step
-from mtl_jax.vector import vector_weighting
+from mtl_jax._base import Weighting
+from mtl_jax._checks import check_optimizer
+from mtl_jax._learned import LearnedState, learned_step
+from mtl_jax._lift import vector_weighting
 
 
 def imtl_l(optimizer: optax.GradientTransformation) -> Weighting:

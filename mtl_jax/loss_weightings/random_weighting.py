@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from mtl_jax.arguments import check_option
-from mtl_jax.base import Weighting
-from mtl_jax.checks import require_key
-from mtl_jax.vector import vector_weighting
+from mtl_jax._base import Weighting
+from mtl_jax._checks import check_option, require_key
+from mtl_jax._lift import vector_weighting
 
 
 class RandomWeightingState(NamedTuple):

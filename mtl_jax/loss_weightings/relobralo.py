@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from mtl_jax.arguments import read_number
-from mtl_jax.base import Weighting
-from mtl_jax.checks import read_positive, require_key
-from mtl_jax.vector import vector_weighting
+from mtl_jax._base import Weighting
+from mtl_jax._checks import read_number, require_key
+from mtl_jax._lift import vector_weighting
 
 
 class RelobraloState(NamedTuple):
@@ -70,9 +69,9 @@ def relobralo(alpha: float = 0.999, temperature: float = 1.0, rho: float = 1.0) 
       >>> [round(float(weight), 3) for weight in weights]
       [1.197, 0.803]
     """
-    temperature = read_positive(temperature, "temperature", "relobralo")
+    temperature = read_number(temperature, "relobralo: `temperature`", "(0, inf)")
     alpha, rho = (
-        read_number(value, f"relobralo: `{name}`", lambda x: 0 <= x <= 1, "in [0, 1]")
+        read_number(value, f"relobralo: `{name}`", "[0, 1]")
         for name, value in (("alpha", alpha), ("rho", rho))
     )
 

@@ -1,17 +1,15 @@
 """SoftAdapt."""
 
-import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtl_jax.arguments import check_option, read_number
-from mtl_jax.base import Weighting
-from mtl_jax.checks import positive_steps
-from mtl_jax.loss_weightings.statistics import WindowMeans
-from mtl_jax.vector import vector_weighting
+from mtl_jax._base import Weighting
+from mtl_jax._checks import check_option, read_integer, read_number
+from mtl_jax._lift import vector_weighting
+from mtl_jax.loss_weightings._statistics import WindowMeans
 
 
 def softadapt(
@@ -70,11 +68,10 @@ def softadapt(
       >>> [round(float(weight), 2) for weight in weights]
       [0.29, 0.71]
     """
-    positive_steps(window, "window", "softadapt")
-    if not isinstance(order, int | np.integer) or isinstance(order, bool) or not 1 <= order <= 20:
-        raise ValueError(f"softadapt: `order` must be an integer from 1 to 20, got {order!r}.")
+    read_integer(window, "softadapt: `window`")
+    order = read_integer(order, "softadapt: `order`", 1, 20)
     check_option(variant, ("original", "normalized", "loss_weighted"), "softadapt: `variant`")
-    beta = read_number(beta, "softadapt: `beta`", math.isfinite, "finite")
+    beta = read_number(beta, "softadapt: `beta`")
     # The weights c of the forward difference: sum_j c_j j^n is 1 for n = 1, else 0, up to `order`.
     nodes = np.arange(order + 1.0)
     difference = np.linalg.solve(np.vander(nodes, increasing=True).T, nodes == 1)

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mtl_jax.base import Weighting
-from mtl_jax.checks import positive_steps, read_positive
-from mtl_jax.vector import vector_weighting
+from mtl_jax._base import Weighting
+from mtl_jax._checks import read_integer, read_number
+from mtl_jax._lift import vector_weighting
 
 
 class StchState(NamedTuple):
@@ -63,9 +63,9 @@ def stch(warmup: int, mu: float = 1.0, window: int | None = None) -> Weighting:
       >>> [round(float(weight), 3) for weight in weights]
       [1.333, 0.667]
     """
-    positive_steps(warmup, "warmup", "stch")
-    mu = read_positive(mu, "mu", "stch")
-    window = warmup if window is None else positive_steps(window, "window", "stch")
+    read_integer(warmup, "stch: `warmup`")
+    mu = read_number(mu, "stch: `mu`", "(0, inf)")
+    window = warmup if window is None else read_integer(window, "stch: `window`")
     if window > warmup:
         raise ValueError(f"stch: `window` ({window}) is longer than `warmup` ({warmup}).")
 

@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mtl_jax.arguments import check_option, read_number
-from mtl_jax.base import Weighting
-from mtl_jax.checks import check_optimizer
-from mtl_jax.learned import LearnedState, learned_step
-from mtl_jax.vector import vector_weighting
+from mtl_jax._base import Weighting
+from mtl_jax._checks import check_optimizer, check_option, read_number
+from mtl_jax._learned import LearnedState, learned_step
+from mtl_jax._lift import vector_weighting
 
 
 def uncertainty(
@@ -75,12 +74,8 @@ def uncertainty(
     """
     check_option(form, ("kendall", "half", "revised"), "uncertainty: `form`")
     check_optimizer(optimizer, "uncertainty")
-    initial_log_variance = read_number(
-        initial_log_variance,
-        "uncertainty: `initial_log_variance`",
-        lambda s: abs(s) <= 79,
-        "within ±79",
-    )
+    name = "uncertainty: `initial_log_variance`"
+    initial_log_variance = read_number(initial_log_variance, name, "[-79, 79]")
     factor = 1.0 if form == "kendall" else 0.5
 
     def init(tasks, key):

@@ -7,9 +7,9 @@ indefinite by its rounding error, and gradients may be zero. All solvers are pur
 ``jit`` and ``vmap``, with a number of iterations that is bounded by a multiple of K.
 """
 
-from mtl_jax.solvers.cosines import Solution
-from mtl_jax.solvers.fair import fair_point
-from mtl_jax.solvers.quadratic import dual_cone_projection, maximin_in_ball, minimum_norm_point
+from mtl_jax.solvers._cosines import Solution
+from mtl_jax.solvers._fair import fair_point
+from mtl_jax.solvers._quadratic import dual_cone_projection, maximin_in_ball, minimum_norm_point
 
 __all__ = [
     "Solution",

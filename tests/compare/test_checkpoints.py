@@ -15,7 +15,7 @@ from toy_problem import IN_PARTS, THREE_TARGETS, make_problem
 
 from mtl_jax.compare import WEIGHTINGS, Checkpoints, OtherConfigurationError, Run, digest
 from mtl_jax.compare.referee import make_weightings
-from mtl_jax.train import TrainState
+from mtl_jax._train import TrainState
 
 # What Orbax leaves behind when it fails warns when it is collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

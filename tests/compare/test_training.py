@@ -7,7 +7,7 @@ import pytest
 from toy_problem import IN_PARTS, THREE_TARGETS, encoder, heads, losses, make_problem, shared, split
 
 import mtl_jax
-from mtl_jax.base import Aggregator, Signal
+from mtl_jax._base import Aggregator, Signal
 from mtl_jax.compare import WEIGHTINGS, named_weightings
 from mtl_jax.compare.referee import make_weightings
 from mtl_jax.compare.training import Evaluator, Trainer

@@ -5,7 +5,7 @@ import optax
 import pytest
 
 import mtl_jax
-from mtl_jax.jacobian import shared_parameters
+from mtl_jax._jacobian import shared_parameters
 
 
 @pytest.fixture

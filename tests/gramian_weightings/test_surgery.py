@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from mtl_jax.gramian_weightings.gradvac import GradVacState, gradvac
 from mtl_jax.gramian_weightings.pcgrad import pcgrad
-from mtl_jax.state import WeightingState
+from mtl_jax._lift import WeightingState
 
 DATA = pathlib.Path(__file__).parents[1] / "data"
 RECORDS = json.loads((DATA / "gradient_surgery.json").read_text())

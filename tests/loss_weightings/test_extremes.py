@@ -16,7 +16,7 @@ from methods import TASKS
 from trees import as_numpy
 
 import mtl_jax
-from mtl_jax.state import all_finite, tree_where
+from mtl_jax._lift import all_finite, tree_where
 
 KEY = jax.random.key(11)
 RECOVERY = 12

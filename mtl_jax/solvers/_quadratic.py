@@ -4,7 +4,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from mtl_jax.solvers.cosines import (
+from mtl_jax._checks import compiled
+from mtl_jax.solvers._cosines import (
     Rows,
     Solution,
     check_at_least_zero,
@@ -17,9 +18,10 @@ from mtl_jax.solvers.cosines import (
     root,
     safe_divide,
 )
-from mtl_jax.solvers.path import Segment, follow
+from mtl_jax.solvers._path import Segment, follow
 
 
+@compiled
 def minimum_norm_point(
     gramian: Float[Array, "tasks tasks"], present: Bool[Array, "tasks"] | None = None
 ) -> Solution:
@@ -47,7 +49,7 @@ def minimum_norm_point(
       TypeError: if an argument has a dtype of the wrong kind.
       ValueError: if an argument has the wrong shape.
 
-    The path of the solutions that ``mtl_jax.solvers.path`` follows ends at the point. In float32
+    The path of the solutions that ``mtl_jax.solvers._path`` follows ends at the point. In float32
     that can be short of it with many more tasks than parameters; then tasks exchange weight in
     pairs, at most 16 K times.
 
@@ -122,6 +124,7 @@ def _exchange(
     return y, complementarity(y, r)
 
 
+@compiled
 def dual_cone_projection(
     gramian: Float[Array, "tasks tasks"],
     target: Float[Array, "tasks"],
@@ -236,9 +239,18 @@ def maximin_in_ball(
       >>> [round(float(weight), 4) for weight in weights]
       [1.5308, 0.5]
     """
+    check_at_least_zero(radius, "radius")
+    return _maximin_in_ball(gramian, radius, present)
+
+
+@compiled
+def _maximin_in_ball(
+    gramian: Float[Array, "tasks tasks"],
+    radius: float | Float[Array, ""],
+    present: Bool[Array, "tasks"] | None,
+) -> Solution:
     rows = read_gramian(gramian, present)
     a = inverse_lengths(rows)
-    check_at_least_zero(radius, "radius")
     mean = mean_of(rows.present, a.dtype)
     t = jnp.where(rows.usable, rows.lengths * mean, 0)
     q = product(rows.cosines, t)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from mtl_jax.pytree import PyTree
+from mtl_jax._typing import PyTree
 
 
 class LearnedState(NamedTuple):

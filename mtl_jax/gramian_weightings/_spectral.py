@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mtl_jax.solvers.cosines import product
+from mtl_jax.solvers._cosines import product
 
 
 class Spectrum(NamedTuple):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
-from mtl_jax.solvers.cosines import Rows, product, safe_divide
+from mtl_jax.solvers._cosines import Rows, product, safe_divide
 
 
 class Segment(NamedTuple):

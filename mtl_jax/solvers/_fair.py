@@ -7,14 +7,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from mtl_jax.solvers.cosines import (
+from mtl_jax._checks import compiled
+from mtl_jax.solvers._cosines import (
     Solution,
     check_at_least_zero,
     product,
     read_gramian,
     safe_divide,
 )
-from mtl_jax.solvers.quadratic import minimum_norm_point
+from mtl_jax.solvers._quadratic import minimum_norm_point
 
 
 def fair_point(
@@ -59,10 +60,19 @@ def fair_point(
       >>> [round(float(weight), 4) for weight in weights]
       [1.0, 0.25]
     """
+    check_at_least_zero(alpha, "alpha", strictly=True)
+    return _fair_point(gramian, alpha, present)
+
+
+@compiled
+def _fair_point(
+    gramian: Float[Array, "tasks tasks"],
+    alpha: float | Float[Array, ""],
+    present: Bool[Array, "tasks"] | None,
+) -> Solution:
     rows = read_gramian(gramian, present)
     dtype, K = rows.cosines.dtype, rows.lengths.size
     eps = jnp.finfo(dtype).eps
-    check_at_least_zero(alpha, "alpha", strictly=True)
     p = 1 / jnp.asarray(alpha, dtype)
 
     # With y = length * x, G x = x^-p is C y = m y^-p, m = length^(p - 1). Scaled to max(m) = 1.

@@ -8,7 +8,7 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from mtl_jax.arguments import leaf_type, read_array
+from mtl_jax._checks import leaf_type, read_array
 
 
 class Solution(NamedTuple):

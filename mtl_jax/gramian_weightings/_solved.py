@@ -6,12 +6,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mtl_jax.arguments import check_numbers
-from mtl_jax.base import Signal, Weighting
-from mtl_jax.pytree import PyTree
+from mtl_jax._base import Signal, Weighting
+from mtl_jax._checks import check_numbers
+from mtl_jax._lift import vector_weighting
+from mtl_jax._tasks import Tasks
+from mtl_jax._typing import PyTree
 from mtl_jax.solvers import Solution
-from mtl_jax.tasks import Tasks
-from mtl_jax.vector import vector_weighting
 
 
 class SolvedState(NamedTuple):
@@ -61,7 +61,7 @@ def preferred(solve: Solve, preference: PyTree | None, method: str) -> Weighting
     The preference is 1/K for each of the K present tasks if none is given.
     """
     name = f"{method}: a preference"
-    check_numbers(preference, name, lambda p: 0 <= p < float("inf"), "finite and >= 0")
+    check_numbers(preference, name, "[0, inf)")
 
     def init(tasks: Tasks, key: Array | None) -> PreferredState:
         values = 1.0 if preference is None else preference

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from mtl_jax.tasks import Tasks
+from mtl_jax._tasks import Tasks
 
 
 class WindowMeans(NamedTuple):

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mtl_jax.arguments import read_array
-from mtl_jax.tasks import at_least_float32
+from mtl_jax._checks import read_array
+from mtl_jax._tasks import at_least_float32
 
 
 def masked_mean(values: Float[Array, "..."], present: Bool[Array, "..."]) -> Float[Array, ""]:

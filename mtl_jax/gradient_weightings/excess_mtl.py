@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mtl_jax.base import Aggregator
-from mtl_jax.checks import read_at_least_zero, read_positive
-from mtl_jax.pytree import PyTree
-from mtl_jax.rows import rows_aggregator, weighted_sum, zero_rows
+from mtl_jax._base import Signal, Weighting
+from mtl_jax._checks import read_number
+from mtl_jax._lift import vector_weighting, zero_rows
+from mtl_jax._typing import PyTree
 
 
 class ExcessMTLState(NamedTuple):
@@ -28,7 +28,7 @@ class ExcessMTLState(NamedTuple):
     squares: PyTree
 
 
-def excess_mtl(step_size: float = 0.01, eps: float = 1e-7) -> Aggregator:
+def excess_mtl(step_size: float = 0.01, eps: float = 1e-7) -> Weighting:
     r"""ExcessMTL: the further a task is from its optimum, by its excess risk, the more it counts.
 
     .. math::
@@ -57,7 +57,7 @@ def excess_mtl(step_size: float = 0.01, eps: float = 1e-7) -> Aggregator:
         With 0 the method does not depend on the gradients' scale.
 
     Returns:
-      The aggregator.
+      The weighting. It reads the task gradients: ``needs`` is ``Signal.TASK_GRADIENTS``.
 
     Raises:
       ValueError: if a parameter is outside its range.
@@ -70,25 +70,25 @@ def excess_mtl(step_size: float = 0.01, eps: float = 1e-7) -> Aggregator:
     Example:
       >>> import jax.numpy as jnp
       >>> import mtl_jax
-      >>> aggregator = mtl_jax.excess_mtl(step_size=0.5)
-      >>> state = aggregator.init(jnp.zeros(2), (0.0, 0.0))
+      >>> weighting = mtl_jax.excess_mtl(step_size=0.5)
+      >>> state = weighting.init((0.0, 0.0), params=jnp.zeros(2))
       >>> for shrink in (1.0, 0.1):  # the first task's gradient vanishes
       ...     task_gradients = jnp.array([[shrink, 0.0], [0.0, 1.0]])
-      ...     gradient, state = aggregator.update(task_gradients, state)
-      >>> [round(float(entry), 3) for entry in gradient]
-      [0.083, 1.173]
+      ...     weights, state = weighting.update((0.0, 0.0), state, task_gradients=task_gradients)
+      >>> [round(float(weight), 3) for weight in weights]
+      [0.827, 1.173]
     """
-    step_size = read_positive(step_size, "step_size", "excess_mtl")
-    eps = read_at_least_zero(eps, "eps", "excess_mtl")
+    step_size = read_number(step_size, "excess_mtl: `step_size`", "(0, inf)")
+    eps = read_number(eps, "excess_mtl: `eps`", "[0, inf)")
 
-    def init(params, tasks, key):
+    def init(tasks, key, params):
         return ExcessMTLState(
             log_weights=tasks.full(0),
             initial_risk=tasks.full(0),
             squares=zero_rows(params, tasks),
         )
 
-    def update(rows, state, present, steps):
+    def update(losses, state, present, steps, rows):
         squares = jax.tree.map(lambda old, row: old + row**2, state.squares, rows)
         risk = _excess_risk(rows, squares, eps).astype(state.initial_risk.dtype)
         initial_risk = jnp.where(state.initial_risk > 0, state.initial_risk, risk)
@@ -104,9 +104,9 @@ def excess_mtl(step_size: float = 0.01, eps: float = 1e-7) -> Aggregator:
         log_weights -= log_total(log_weights) - log_total(state.log_weights)
         number = jnp.sum(present, dtype=log_weights.dtype)
         weights = number * jax.nn.softmax(log_weights, where=present)
-        return weighted_sum(weights, rows), ExcessMTLState(log_weights, initial_risk, squares)
+        return weights, ExcessMTLState(log_weights, initial_risk, squares)
 
-    return rows_aggregator(update, init)
+    return vector_weighting(update, init, needs=Signal.TASK_GRADIENTS)
 
 
 def _excess_risk(rows: PyTree, squares: PyTree, eps: float) -> Float[Array, "tasks"]:

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mtl_jax.arguments import read_array
-from mtl_jax.tasks import at_least_float32
+from mtl_jax._checks import compiled, read_array
+from mtl_jax._tasks import at_least_float32
 
 
 class Diagnostics(NamedTuple):
@@ -28,6 +28,7 @@ class Diagnostics(NamedTuple):
     conflicting: Float[Array, ""]
 
 
+@compiled
 def diagnostics(
     gramian: Float[Array, "tasks tasks"], present: Bool[Array, "tasks"] | None = None
 ) -> Diagnostics:

@@ -1,19 +1,18 @@
 """Gramian weightings for those who already hold task gradients."""
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
-from mtl_jax.arguments import leaf_type
-from mtl_jax.base import Weighting
-from mtl_jax.checks import check_weighting, read_key
-from mtl_jax.jacobian import gramian_of
-from mtl_jax.pytree import PyTree
-from mtl_jax.rows import leading_axis, weighted_sum
-from mtl_jax.tasks import Losses, at_least_float32, leaf_name, read_tasks, stack_tasks
+from mtl_jax._base import Weighting, check_weighting
+from mtl_jax._checks import leaf_types, read_integer, read_key
+from mtl_jax._jacobian import gramian_of
+from mtl_jax._lift import leading_axis, weighted_sum
+from mtl_jax._tasks import at_least_float32, read_mask, read_tasks
+from mtl_jax._typing import Losses, PyTree
 
 if TYPE_CHECKING:
     import optax.experimental
@@ -28,7 +27,7 @@ def as_aggregator(
               G_{ij} = \langle g_i, g_j \rangle
 
     Args:
-      weighting: the weighting, one that reads the Gramian.
+      weighting: the weighting, one that reads the Gramian or the task gradients.
       num_tasks: K.
       key: a ``jax.random.key`` for a weighting that draws random numbers.
 
@@ -61,15 +60,24 @@ def as_aggregator(
     from optax.experimental import aggregating
 
     check_weighting(weighting)
-    if not isinstance(num_tasks, int | np.integer) or isinstance(num_tasks, bool) or num_tasks < 1:
-        raise ValueError(
-            f"as_aggregator: `num_tasks` must be at least 1, an integer, got {num_tasks!r}."
-        )
+    read_integer(num_tasks, "as_aggregator: `num_tasks`")
     key = read_key(key)
 
     def init(params: PyTree) -> PyTree:
         widest = at_least_float32(*_real_dtypes(params, "The parameter", abstract=True))
-        return weighting.init((jax.ShapeDtypeStruct((), widest),) * num_tasks, key=key)
+        losses = (jax.ShapeDtypeStruct((), widest),) * num_tasks
+        return weighting.init(losses, key=key, params=params)
+
+    @functools.partial(jax.jit, inline=True)
+    def combined(
+        updates: PyTree, state: PyTree, losses: tuple[Any, ...] | None, mask: tuple[Any, ...] | None
+    ) -> tuple[PyTree, PyTree]:
+        gramian = gramian_of(jax.tree.leaves(updates))
+        losses = (jnp.ones((), gramian.dtype),) * num_tasks if losses is None else losses
+        weights, state = weighting.update(
+            losses, state, mask=mask, gramian=gramian, task_gradients=updates
+        )
+        return weighted_sum(jnp.stack(weights), updates), state
 
     def update(
         updates: PyTree,
@@ -87,24 +95,31 @@ def as_aggregator(
                 f"{leading_axis(updates)}."
             )
         _real_dtypes(updates, "The gradient")
-        updates = jax.tree.map(jnp.asarray, updates)
-        gramian = gramian_of(jax.tree.leaves(updates))
-        if losses is None:
-            names = (True,) * num_tasks if mask is None else mask
-            losses = jax.tree.map(lambda _: jnp.ones((), gramian.dtype), names)
-        weights, state = weighting.update(losses, state, mask=mask, gramian=gramian)
-        return weighted_sum(stack_tasks(weights, read_tasks(losses)), updates), state
+        leaf_types(state, "The state's leaf")
+        if losses is not None:
+            tasks = read_tasks(losses)
+            read_mask(mask, tasks)
+        by_task = [
+            None if tree is None else _of_each_task(tree, num_tasks, name)
+            for tree, name in ((losses, "losses"), (mask, "mask"))
+        ]
+        return combined(updates, state, *by_task)
 
     return aggregating.Aggregator(init, update)
 
 
+def _of_each_task(tree: PyTree, number: int, name: str) -> tuple[Any, ...]:
+    """The leaves of a pytree with one for each task."""
+    leaves = tuple(jax.tree.leaves(tree))
+    leaf_types(leaves, f"In `{name}`, the leaf")
+    if len(leaves) != number:
+        raise ValueError(
+            f"as_aggregator was made for {number} tasks, but `{name}` has {len(leaves)} leaves."
+        )
+    return leaves
+
+
 def _real_dtypes(tree: PyTree, what: str, *, abstract: bool = False) -> list[Any]:
     """The dtypes of the leaves, for complex ones those of their parts; an error for others."""
-    dtypes = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = f"{what} {leaf_name(path)!r}"
-        _, dtype = leaf_type(leaf, name, abstract=abstract)
-        if not jnp.issubdtype(dtype, jnp.inexact):
-            raise TypeError(f"{name} has dtype {dtype}; it must be floating-point.")
-        dtypes.append(jnp.finfo(dtype).dtype)
-    return dtypes
+    types = leaf_types(tree, what, jnp.inexact, "; it must be floating-point.", abstract=abstract)
+    return [jnp.finfo(dtype).dtype for _, dtype in types]

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from statsmodels.stats import multitest
 
-from mtl_jax.evaluation.paired import PairedComparison, compare_to_baseline, verdict_of
+from mtl_jax.evaluation._paired import PairedComparison, compare_to_baseline, verdict_of
 
 
 def compare_table(

@@ -1,0 +1,627 @@
+"""The constructors: methods written on vectors, or on rows, lifted to pytrees of losses.
+
+A method is written as its paper writes it. What every method shares (names, dtypes, missing tasks,
+values that are not finite, error messages) is held here, once.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int32
+
+from mtl_jax._base import Aggregator, Signal, VectorMethod, Weighting
+from mtl_jax._checks import (
+    check_flags,
+    check_functions,
+    is_key,
+    leaf_name,
+    leaf_type,
+    leaf_types,
+    read_array,
+    read_key,
+)
+from mtl_jax._tasks import (
+    Tasks,
+    arithmetic_dtype,
+    at_least_float32,
+    describe,
+    read_mask,
+    read_tasks,
+)
+from mtl_jax._typing import Gramian, Losses, Mask, PyTree, Vector, Weights
+
+
+class WeightingState(NamedTuple):
+    """The state of a weighting, or of an aggregator.
+
+    Attributes:
+      steps: for each task, the updates in which it was present and which were not skipped.
+      inner: what the method itself carries.
+      tasks: whose state it is; not an array, and the same for the whole training.
+    """
+
+    steps: Int32[Array, "tasks"]
+    inner: PyTree
+    tasks: Tasks
+
+
+VectorInit = Callable[..., PyTree]
+VectorUpdate = Callable[..., tuple[Vector, PyTree]]
+VectorObserve = Callable[[Vector, PyTree, Mask], PyTree]
+RowsInit = Callable[[PyTree, Tasks, Array | None], PyTree]
+RowsUpdate = Callable[..., tuple[PyTree, PyTree]]
+
+
+def vector_weighting(
+    update: VectorUpdate,
+    init: VectorInit = lambda tasks, key: (),
+    *,
+    observe: VectorObserve | None = None,
+    needs: Signal = Signal.LOSSES,
+    due: Callable[[PyTree], Bool[Array, ""]] | None = None,
+) -> Weighting:
+    """Make a :class:`Weighting` of functions written on the vector of K task losses.
+
+    The functions see the losses of all K tasks as one vector of at least float32, cut from the
+    gradient; the loss of an absent task reads 1, and only the entries of present tasks are used of
+    what ``update`` returns. A method that has no answer returns NaN.
+
+    Args:
+      update: ``update(losses, state, present, steps) -> (weights, state)``, with ``present:
+        bool[K]``, and ``steps: int32[K]``, for each task the earlier updates that it took part in.
+        It is called with a fifth argument where ``needs`` asks for one. For ``Signal.GRAMIAN``,
+        ``gramian: float[K, K]``, finite and 0 in rows and columns of absent tasks. For
+        ``Signal.TASK_GRADIENTS``, ``rows``, a pytree like the parameters, each leaf of at least
+        float32 with the tasks as its leading axis, 0 for absent tasks.
+      init: ``init(tasks, key) -> state``, ``tasks`` being a :class:`Tasks`; with
+        ``Signal.TASK_GRADIENTS`` it is called as ``init(tasks, key, params)``. In the state, an
+        array of one or more dimensions is a statistic of the tasks, its leading axis being the
+        task: the rows of absent tasks are kept as they were. A scalar is shared by the tasks.
+      observe: ``observe(losses, state, present) -> state``, for a method that reads the losses
+        after the step.
+      needs: the signal that ``update`` reads.
+      due: ``due(state) -> bool``, for a method that reads its signal only now and then: whether it
+        must be measured at this step. Where it need not, ``update`` is called with ``None`` for it.
+
+    Returns:
+      The weighting.
+
+    Raises:
+      ValueError: in ``update``, if the function of that name returns another number of weights than
+        there are tasks, or a state unlike that of ``init``.
+      TypeError: if a function is none, or ``needs`` not a :class:`Signal`; in ``init``, if an array
+        of the state has not the tasks as its leading axis; in ``update``, if the function of that
+        name does not return a pair.
+
+    Example:
+      Weights that grow with the task's loss, and sum to the number of tasks:
+
+      >>> import jax.numpy as jnp
+      >>> import mtl_jax
+      >>> def update(losses, state, present, steps):
+      ...     return losses / jnp.mean(losses, where=present), state
+      >>> weighting = mtl_jax.vector_weighting(update)
+      >>> weights, _ = weighting.update((1.0, 3.0), weighting.init((1.0, 3.0)))
+      >>> [float(weight) for weight in weights]
+      [0.5, 1.5]
+    """
+    optional = {"observe": observe, "due": due}
+    given = {name: function for name, function in optional.items() if function is not None}
+    check_functions("vector_weighting", update=update, init=init, **given)
+    if not isinstance(needs, Signal):
+        raise TypeError(f"vector_weighting: `needs` must be a mtl_jax.Signal, got {needs!r}.")
+
+    def init_fn(tasks: Tasks, key: Array | None, params: PyTree) -> WeightingState:
+        extra = (params,) if needs is Signal.TASK_GRADIENTS else ()
+        return _initial_state(init(tasks, key, *extra), tasks)
+
+    def update_fn(
+        losses: Vector, state: WeightingState, present: Mask, signal: PyTree
+    ) -> tuple[Vector, WeightingState]:
+        readable = all_finite((losses, signal))
+        if needs is Signal.GRAMIAN and signal is not None:
+            # A method need not bear what is not finite: its answer is not used then.
+            signal = jnp.where(readable, signal, 0)
+        extra = () if needs is Signal.LOSSES else (signal,)
+        output = update(losses, state.inner, present, state.steps, *extra)
+        weights, inner = _read_result(output, state.inner, "weights")
+        weights = jax.lax.stop_gradient(_read_weights(weights, state.tasks))
+        inner = _keep_absent(inner, state.inner, present)
+        valid = readable & all_finite(inner)
+        return accept(weights, _next_state(inner, state, present), state, present, valid)
+
+    def observe_fn(losses: Vector, state: WeightingState, present: Mask) -> WeightingState:
+        assert observe is not None
+        inner = observe(losses, state.inner, present)
+        hint = "It must be as `init` made it."
+        _check_like(inner, state.inner, "The state that `observe` returned", hint)
+        inner = _keep_absent(jax.tree.map(jnp.asarray, inner), state.inner, present)
+        return tree_where(all_finite((losses, inner)), state._replace(inner=inner), state)
+
+    return lift(
+        VectorMethod(
+            init=init_fn,
+            update=update_fn,
+            observe=None if observe is None else observe_fn,
+            due=None if due is None else lambda state: due(state.inner),
+            needs=needs,
+        )
+    )
+
+
+def accept(
+    weights: Vector,
+    new_state: WeightingState,
+    state: WeightingState,
+    present: Mask,
+    valid: Bool[Array, ""] | bool = True,
+) -> tuple[Vector, WeightingState]:
+    """Weights of 0 for absent tasks and the new state; NaN and the old one if they are not valid.
+
+    Args:
+      weights: the weights.
+      new_state: the state after the step.
+      state: the state before it.
+      present: which tasks are present.
+      valid: what must hold besides that the weights are finite.
+    """
+    weights = jnp.where(present, weights, 0)
+    valid = valid & all_finite(weights)
+    weights = jnp.where(present & ~valid, jnp.nan, weights)
+    return weights, tree_where(valid, new_state, state)
+
+
+def lift(method: VectorMethod) -> Weighting:
+    """The weighting on pytrees of a method on vectors.
+
+    Outside ``jit`` its functions are programs, each compiled once for the structure and the dtypes
+    of its arguments.
+    """
+
+    @functools.partial(jax.jit, static_argnums=0, inline=True)
+    def update(
+        tasks: Tasks, losses: Losses, state: PyTree, mask: PyTree | None, signal: PyTree
+    ) -> tuple[Weights, WeightingState]:
+        present = read_mask(mask, tasks)
+        signal = read_signal(method.needs, signal, present, tasks)
+        params = None if method.needs is not Signal.TASK_GRADIENTS else _without_tasks(signal)
+        state = read_state(method, state, tasks, params)
+        weights, state = method.update(read_losses(losses, present, tasks), state, present, signal)
+        return tasks.unstack(weights), state
+
+    @functools.partial(jax.jit, static_argnums=0, inline=True)
+    def observe(tasks: Tasks, losses: Losses, state: PyTree, mask: PyTree | None) -> WeightingState:
+        present = read_mask(mask, tasks)
+        state = read_state(method, state, tasks)
+        assert method.observe is not None
+        return method.observe(read_losses(losses, present, tasks), state, present)
+
+    def init_fn(
+        losses: Losses, *, key: Array | None = None, params: PyTree | None = None
+    ) -> WeightingState:
+        tasks, key = read_tasks(losses), read_key(key)
+        if method.needs is Signal.TASK_GRADIENTS:
+            _check_real(params, "The parameter", abstract=True)
+        return method.init(tasks, key, params)
+
+    def update_fn(
+        losses: Losses,
+        state: PyTree,
+        *,
+        mask: PyTree | None = None,
+        gramian: Gramian | None = None,
+        task_gradients: PyTree | None = None,
+    ) -> tuple[Weights, WeightingState]:
+        tasks = _read_arguments(losses, state, mask)
+        leaf_types(gramian, "The Gramian")
+        signals = {Signal.GRAMIAN: gramian, Signal.TASK_GRADIENTS: task_gradients}
+        signal = signals.get(method.needs)
+        leaf_types(signal, "The gradient")
+        if signal is None and method.needs is not Signal.LOSSES and method.due is None:
+            name = "gramian" if method.needs is Signal.GRAMIAN else "task_gradients"
+            raise ValueError(
+                f"This weighting reads the {_SIGNALS[method.needs]}: use it through "
+                "mtl_jax.value_and_grad or mtl_jax.representation_value_and_grad, or pass "
+                f"`{name}`."
+            )
+        return update(tasks, losses, state, mask, signal)
+
+    def observe_fn(losses: Losses, state: PyTree, *, mask: PyTree | None = None) -> WeightingState:
+        return observe(_read_arguments(losses, state, mask), losses, state, mask)
+
+    def due_fn(state: PyTree) -> Bool[Array, ""]:
+        assert method.due is not None
+        leaf_types(state, "The state's leaf")
+        return method.due(read_state(method, state))
+
+    return Weighting(
+        init=init_fn,
+        update=update_fn,
+        needs=method.needs,
+        observe=None if method.observe is None else observe_fn,
+        due=None if method.due is None else due_fn,
+        method=method,
+    )
+
+
+def rows_aggregator(
+    update: RowsUpdate,
+    init: RowsInit = lambda params, tasks, key: (),
+    *,
+    reads_losses: bool = False,
+) -> Aggregator:
+    """Make an :class:`mtl_jax.Aggregator` of functions written on the rows of task gradients.
+
+    The functions see rows of at least float32, cut from the gradient, 0 for absent tasks.
+
+    Args:
+      update: ``update(rows, state, present, steps) -> (gradient, state)``. ``rows`` is a pytree
+        like the parameters, each leaf with the tasks as its leading axis; ``present`` and
+        ``steps`` as in :func:`mtl_jax.vector_weighting`. With ``reads_losses`` it is called as
+        ``update(rows, state, present, steps, losses)``, ``losses: float[K]`` being 1 for absent
+        tasks.
+      init: ``init(params, tasks, key) -> state``, for parameters (arrays or
+        ``jax.ShapeDtypeStruct``). In the state, arrays of one or more dimensions have the tasks as
+        their leading axis: the rows of absent tasks are kept as they were.
+      reads_losses: whether ``update`` reads the losses.
+
+    Returns:
+      The aggregator.
+
+    Raises:
+      ValueError: in ``update``, if the function of that name returns something unlike the
+        parameters, or a state unlike that of ``init``.
+      TypeError: if a function is none; in ``init``, if an array of the state has not the tasks as
+        its leading axis; in ``update``, if the function of that name does not return a pair.
+
+    Example:
+      The mean of the present tasks, every gradient cut at 1 in each coordinate:
+
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import mtl_jax
+      >>> def update(rows, state, present, steps):
+      ...     number = jnp.maximum(jnp.sum(present, dtype=jnp.float32), 1)
+      ...     mean = lambda leaf: jnp.sum(jnp.clip(leaf, -1, 1), axis=0) / number
+      ...     return jax.tree.map(mean, rows), state
+      >>> aggregator = mtl_jax.rows_aggregator(update)
+      >>> task_gradients = jnp.array([[0.5, -9.0], [1.5, 1.0]])
+      >>> state = aggregator.init(task_gradients[0], losses=(0.0, 0.0))
+      >>> gradient, _ = aggregator.update(task_gradients, state)
+      >>> gradient.tolist()
+      [0.75, 0.0]
+    """
+    check_functions("rows_aggregator", update=update, init=init)
+    check_flags("rows_aggregator", reads_losses=reads_losses)
+
+    def initial(tasks: Tasks, key: Array | None, params: PyTree) -> WeightingState:
+        return _initial_state(init(params, tasks, key), tasks)
+
+    @functools.partial(jax.jit, static_argnums=0, inline=True)
+    def program(
+        tasks: Tasks, task_gradients: PyTree, state: PyTree, losses: Losses, mask: PyTree | None
+    ) -> tuple[PyTree, WeightingState]:
+        present = read_mask(mask, tasks)
+        rows = read_signal(Signal.TASK_GRADIENTS, task_gradients, present, tasks)
+        state = _read_state(initial, state, tasks, _without_tasks(task_gradients))
+        vector = read_losses(losses, present, tasks)
+        extra = (vector,) if reads_losses else ()
+        output = update(rows, state.inner, present, state.steps, *extra)
+        gradient, inner = _read_result(output, state.inner, "gradient")
+        hint = "It must be like the parameters."
+        like = _without_tasks(task_gradients)
+        _check_like(gradient, like, "The gradient that `update` returned", hint)
+        gradient, inner = jax.lax.stop_gradient((gradient, inner))
+        inner = _keep_absent(inner, state.inner, present)
+        valid = all_finite((rows, vector, gradient, inner))
+        gradient = jax.tree.map(
+            lambda leaf, one: jnp.where(valid, leaf, jnp.nan).astype(one.dtype), gradient, like
+        )
+        return gradient, tree_where(valid, _next_state(inner, state, present), state)
+
+    def init_fn(params: PyTree, losses: Losses, *, key: Array | None = None) -> WeightingState:
+        tasks = read_tasks(losses)
+        _check_real(params, "The parameter", abstract=True)
+        return initial(tasks, read_key(key), params)
+
+    def update_fn(
+        task_gradients: PyTree,
+        state: PyTree,
+        *,
+        losses: Losses | None = None,
+        mask: PyTree | None = None,
+    ) -> tuple[PyTree, WeightingState]:
+        if losses is None and reads_losses:
+            raise ValueError("This aggregator reads the losses: pass `losses` to `update`.")
+        _check_real(task_gradients, "The gradient")
+        if losses is None:  # the state knows their names
+            leaf_types(mask, "The mask's leaf")
+            tasks = tasks_of(state)
+            losses = jax.tree.unflatten(tasks.structure, [1.0] * tasks.number)
+        else:
+            tasks = _read_arguments(losses, state, mask)
+        return program(tasks, task_gradients, state, losses, mask)
+
+    return Aggregator(init_fn, update_fn)
+
+
+# What the lifted functions read
+
+
+_SIGNALS = {
+    Signal.GRAMIAN: "Gramian of the task gradients",
+    Signal.TASK_GRADIENTS: "task gradients",
+}
+
+
+def _read_arguments(losses: Losses, state: PyTree, mask: PyTree | None) -> Tasks:
+    """The tasks; an error for a leaf of the arguments that JAX cannot take."""
+    tasks = read_tasks(losses)
+    leaf_types(losses, "The loss")
+    leaf_types(state, "The state's leaf")
+    leaf_types(mask, "The mask's leaf")
+    return tasks
+
+
+def read_losses(losses: Losses, present: Mask, tasks: Tasks) -> Vector:
+    """The losses as a vector, cut from the gradient, 1 for absent tasks."""
+    return jnp.where(present, jax.lax.stop_gradient(tasks.stack(losses)), 1)
+
+
+def read_signal(needs: Signal, signal: PyTree, present: Mask, tasks: Tasks) -> PyTree:
+    """The signal as a method reads it: at least float32, 0 for absent tasks."""
+    if signal is None or needs is Signal.LOSSES:
+        return None
+    if needs is Signal.GRAMIAN:
+        return _read_gramian(signal, present, tasks)
+    if leading_axis(signal) != tasks.number:
+        raise ValueError(
+            f"There are gradients of {leading_axis(signal)} tasks, but {tasks.number} losses: "
+            f"{', '.join(tasks.names)}."
+        )
+
+    def read_row(leaf: Array) -> Array:
+        leaf = jax.lax.stop_gradient(jnp.asarray(leaf))
+        leaf = leaf.astype(at_least_float32(leaf.dtype))
+        return jnp.where(for_each_task(present, leaf), leaf, 0)
+
+    _check_real(signal, "The gradient")
+    return jax.tree.map(read_row, signal)
+
+
+def _read_gramian(gramian: PyTree, present: Mask, tasks: Tasks) -> Gramian:
+    """The Gramian in the dtype of the method's arithmetic, 0 for absent tasks."""
+    gramian, shape = read_array(gramian, "The Gramian"), (tasks.number, tasks.number)
+    if gramian.shape != shape or not jnp.issubdtype(gramian.dtype, jnp.floating):
+        raise ValueError(
+            f"The Gramian must be of real floating-point numbers and have shape {shape}, got "
+            f"{gramian.dtype}{list(gramian.shape)}."
+        )
+    both = jnp.logical_and(present[:, None], present[None, :])
+    return jnp.where(both, jax.lax.stop_gradient(gramian).astype(tasks.dtype), 0)
+
+
+def _read_weights(weights: Any, tasks: Tasks) -> Vector:
+    """The weights that a method returned."""
+    weights = read_array(weights, "What `update` returned as weights")
+    if weights.shape != (tasks.number,) or jnp.issubdtype(weights.dtype, jnp.complexfloating):
+        raise ValueError(
+            f"`update` must return one real weight for each task, of shape {(tasks.number,)}; got "
+            f"{weights.dtype}{list(weights.shape)}."
+        )
+    return weights
+
+
+def _read_result(output: Any, state: PyTree, returned: str) -> tuple[Any, PyTree]:
+    """What a method's update returned, its state checked to be as the one before."""
+    if not isinstance(output, tuple) or len(output) != 2:
+        raise TypeError(
+            f"`update` must return a pair ({returned}, state), got {type(output).__name__}."
+        )
+    result, inner = output
+    _check_like(inner, state, "The state that `update` returned", "It must be as `init` made it.")
+    return result, jax.tree.map(jnp.asarray, inner)
+
+
+# States: by task, fresh, and kept where nothing was learned
+
+
+def _initial_state(inner: PyTree, tasks: Tasks) -> WeightingState:
+    """The state before the first step, its buffers fresh, its arrays checked to be by task."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(inner):
+        shape, _ = leaf_type(leaf, f"The state's leaf {leaf_name(path)!r}")
+        if shape and shape[0] != tasks.number:
+            raise TypeError(
+                f"The state's leaf {leaf_name(path)!r} has shape {shape}: an array in a "
+                f"weighting's state has the tasks ({tasks.number}) as its leading axis."
+            )
+    # Copies, so that no leaf aliases an argument, a constant or another leaf.
+    inner = jax.tree.map(jnp.copy, inner)
+    return WeightingState(jnp.zeros((tasks.number,), jnp.int32), inner, tasks)
+
+
+def _next_state(inner: PyTree, state: WeightingState, present: Mask) -> WeightingState:
+    """The state with another inner part, the step of the present tasks counted."""
+    steps = jnp.where(present, optax.safe_increment(state.steps), state.steps)
+    return state._replace(steps=steps, inner=inner)
+
+
+def read_state(
+    method: VectorMethod, state: Any, tasks: Tasks | None = None, params: PyTree = None
+) -> WeightingState:
+    """The state of a weighting, checked: for these tasks and parameters, if they are given."""
+    tasks = tasks_of(state) if tasks is None else tasks
+    unknown = method.needs is Signal.TASK_GRADIENTS and params is None
+    return _read_state(None if unknown else method.init, state, tasks, params)
+
+
+def _read_state(
+    init: Callable[[Tasks, Array | None, PyTree], WeightingState] | None,
+    state: Any,
+    tasks: Tasks,
+    params: PyTree = None,
+) -> WeightingState:
+    """The state, as arrays.
+
+    Raises:
+      TypeError: if it is no state of a weighting, or a leaf is no array.
+      ValueError: if it is for other tasks, or not like the one that ``init`` makes for these.
+    """
+    known = tasks_of(state)
+    if known != tasks:
+        raise ValueError(
+            f"The state was initialised for {known.number} tasks, but there are losses for "
+            f"{tasks.number}: {', '.join(tasks.names)}. Call `init` with these losses. (The state "
+            f"is for {describe(known.structure)}, the losses are {describe(tasks.structure)}.)"
+        )
+    if init is not None:
+        # Whether there is a random key in it may be the user's choice.
+        keyed = any(is_key(leaf) for leaf in jax.tree.leaves(state))
+        expected = jax.eval_shape(
+            lambda params: init(tasks, jax.random.key(0) if keyed else None, params), params
+        )
+        hint = "Pass the state that this weighting's `init` returned."
+        _check_like(state, expected, "The weighting's state", hint)
+    return jax.tree.map(jnp.asarray, state)
+
+
+def tasks_of(state: Any) -> Tasks:
+    """The tasks that a state is for."""
+    if not isinstance(state, WeightingState) or not isinstance(state.tasks, Tasks):
+        raise TypeError(
+            f"Expected the state that this weighting's `init` returned, got {type(state)}."
+        )
+    return state.tasks
+
+
+def _kind(dtype: Any) -> Any:
+    """What dtypes have in common that may stand in for each other in a state."""
+    kinds = (jnp.floating, jax.dtypes.prng_key)
+    return next((kind for kind in kinds if jnp.issubdtype(dtype, kind)), dtype)
+
+
+def _check_like(tree: PyTree, expected: PyTree, what: str, hint: str) -> None:
+    """Raise an error for a tree whose structure, shapes or kinds of numbers are not as expected."""
+    if jax.tree.structure(tree) != jax.tree.structure(expected):
+        raise ValueError(
+            f"{what} has the structure {describe(jax.tree.structure(tree))} instead of "
+            f"{describe(jax.tree.structure(expected))}. {hint}"
+        )
+    leaves = zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(expected), strict=True)
+    for (path, leaf), like in leaves:
+        name = f"{what}: the leaf {leaf_name(path)!r}"
+        shape, dtype = leaf_type(leaf, name)
+        if shape != like.shape or _kind(dtype) != _kind(like.dtype):
+            raise ValueError(
+                f"{name} is {dtype}{list(shape)} instead of {like.dtype}{list(like.shape)}. {hint}"
+            )
+
+
+def _keep_absent(new: PyTree, old: PyTree, present: Mask) -> PyTree:
+    """The new state, but with the rows of absent tasks as they were."""
+
+    def keep(new: Array, old: Array) -> Array:
+        if not old.ndim:
+            return new
+        return jnp.where(for_each_task(present, old), _cast(new, old.dtype), old)
+
+    return jax.tree.map(keep, new, old)
+
+
+def tree_where(condition: Bool[Array, "..."], chosen: PyTree, otherwise: PyTree) -> PyTree:
+    """``chosen`` where the condition holds, else ``otherwise``, in the dtypes of ``otherwise``."""
+    return jax.tree.map(
+        lambda new, old: jnp.where(condition, _cast(new, old.dtype), old),
+        chosen,
+        jax.tree.map(jnp.asarray, otherwise),
+    )
+
+
+def _cast(leaf: Array, dtype: Any) -> Array:
+    leaf = jnp.asarray(leaf)
+    return leaf if leaf.dtype == dtype else leaf.astype(dtype)
+
+
+def all_finite(tree: PyTree) -> Bool[Array, ""]:
+    """Whether every floating-point number in the tree is finite."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return functools.reduce(
+        jnp.logical_and, (jnp.all(jnp.isfinite(leaf)) for leaf in leaves), jnp.asarray(True)
+    )
+
+
+# Task gradients as rows: each leaf with the tasks as its leading axis
+
+
+def zero_rows(params: PyTree, tasks: Tasks) -> PyTree:
+    """Zeros for every task: the parameters with a leading axis, in at least float32."""
+
+    def zeros(leaf: Array) -> Array:
+        # From the leaf, to be spread over devices as it is.
+        one = jnp.zeros_like(leaf, at_least_float32(jnp.result_type(leaf)))
+        return jnp.broadcast_to(one[None], (tasks.number, *jnp.shape(leaf)))
+
+    return jax.tree.map(zeros, params)
+
+
+def for_each_task(values: Array, leaf: Array) -> Array:
+    """A vector over the tasks, shaped to be broadcast against rows: ``[K, 1, ..., 1]``."""
+    return jnp.reshape(values, (-1,) + (1,) * (leaf.ndim - 1))
+
+
+def weighted_sum(weights: Vector, rows: PyTree) -> PyTree:
+    r"""The sum :math:`\sum_k w_k g_k` of the rows, in the rows' dtypes.
+
+    A contraction, computed in at least float32: a broadcast product and its sum was 200 times
+    slower.
+    """
+
+    def contract(leaf: Array) -> Array:
+        dtype = arithmetic_dtype(leaf.dtype, weights.dtype)
+        total = jnp.tensordot(
+            weights.astype(dtype), leaf.astype(dtype), 1, precision=jax.lax.Precision.HIGHEST
+        )
+        return total.astype(leaf.dtype)
+
+    return jax.tree.map(contract, rows)
+
+
+def squared_norms(rows: PyTree) -> Float[Array, "tasks"]:
+    """The squared norm of every task's gradient."""
+    by_leaf = [
+        jnp.sum(jnp.square(leaf), axis=tuple(range(1, leaf.ndim))) for leaf in jax.tree.leaves(rows)
+    ]
+    return functools.reduce(jnp.add, by_leaf)
+
+
+def leading_axis(task_gradients: PyTree) -> int:
+    """The number of tasks, from the leading axes; an error if they differ."""
+    shapes = {
+        leaf_name(path): leaf_type(leaf, f"The gradient {leaf_name(path)!r}")[0]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(task_gradients)
+    }
+    sizes = {shape[:1] for shape in shapes.values()}
+    if len(sizes) != 1 or sizes == {()}:
+        raise ValueError(
+            "Task gradients need the tasks as the leading axis of every leaf, the same number in "
+            f"each, got the shapes {shapes}."
+        )
+    return sizes.pop()[0]
+
+
+def _without_tasks(task_gradients: PyTree) -> PyTree:
+    """The shapes of the parameters that task gradients are of; ``None`` for ``None``."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf)[1:], jnp.result_type(leaf)),
+        task_gradients,
+    )
+
+
+def _check_real(tree: PyTree, what: str, *, abstract: bool = False) -> None:
+    """Raise an error for parameters, or their gradients, that are not real."""
+    hint = "; task gradients are combined as real floating-point numbers."
+    leaf_types(tree, what, jnp.floating, hint, abstract=abstract)

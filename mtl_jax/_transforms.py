@@ -1,0 +1,583 @@
+"""From the losses of several tasks to one gradient: the weights are the cotangent."""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from mtl_jax._base import (
+    Aggregator,
+    MultiTaskGradient,
+    MultiTaskValue,
+    Signal,
+    Weighting,
+    check_weighting,
+)
+from mtl_jax._checks import (
+    check_flags,
+    check_functions,
+    check_option,
+    leaf_types,
+    read_array,
+)
+from mtl_jax._diagnostics import diagnostics as diagnostics_of
+from mtl_jax._jacobian import (
+    AxisName,
+    ParameterJacobian,
+    RepresentationJacobian,
+    RowsMode,
+    Shared,
+    TaskJacobian,
+    check_whole,
+    choose_rows,
+    finite_norms,
+    gramian_of,
+    read_axis_name,
+    shared_parameters,
+    stacked,
+)
+from mtl_jax._lift import all_finite, read_losses, read_signal, read_state, tree_where
+from mtl_jax._tasks import read_tasks
+from mtl_jax._typing import Losses, PyTree
+
+Encoder = Callable[..., Any]
+Heads = Callable[..., Any]
+
+
+def value_and_grad(
+    losses_fn: Callable[..., Any],
+    weighting: Weighting | Aggregator,
+    *,
+    has_aux: bool = False,
+    shared: Shared = None,
+    rows: RowsMode = "auto",
+    diagnostics: bool = False,
+    axis_name: AxisName = None,
+) -> MultiTaskGradient:
+    r"""Differentiate the weighted sum of the task losses, the weights decided on the way.
+
+    .. math:: g = \sum_k w_k \nabla_\theta L_k(\theta), \qquad w = \text{weighting}(L(\theta), G),
+              \qquad G_{ij} = \langle \nabla L_i, \nabla L_j \rangle
+
+    The losses are one vector-valued function of the parameters, evaluated once; the weights are
+    the cotangent that is pulled back through it, and no gradient flows through them. The price of
+    a step is that of what the weighting reads: one forward and one backward pass for the losses;
+    one forward and K backward passes for the Gramian G, or for an aggregator. Where the network
+    has an encoder and heads, :func:`mtl_jax.representation_value_and_grad` has a Gramian for about
+    the price of plain training.
+
+    Args:
+      losses_fn: ``losses_fn(params, *args)`` returns the losses, a pytree of scalars, or
+        ``(losses, aux)`` with ``has_aux``.
+      weighting: decides the weights; or an :class:`mtl_jax.Aggregator`, which combines the task
+        gradients itself.
+      has_aux: whether ``losses_fn`` returns auxiliary output.
+      shared: the parameters whose gradients enter the Gramian, or the aggregator: a predicate on
+        the path of a parameter, such as ``lambda path: path.startswith("encoder/")``, or a pytree
+        of booleans like the parameters; all of them by default. The other parameters, the tasks'
+        heads, get the gradient of the weighted sum of the losses, and with an aggregator that of
+        the plain sum.
+      rows: how the K task gradients, the rows of the Jacobian, are computed. ``"unrolled"``: one
+        backward pass after the other, which XLA can see across. ``"map"``: in a loop. ``"vmap"``:
+        all at once, with the memory for it. A number: so many at once, in a loop, with a memory
+        between these two. ``"low_memory"``: in a loop that holds one of them, never all, for one
+        forward derivative more each; not where the task gradients themselves are read. ``"auto"``:
+        on CPU ``"unrolled"`` for up to 5 tasks and ``"map"`` for more, and so on several devices
+        with Auto mesh axes; on other backends ``"vmap"``. On CPU the gradient of a convolution is
+        slow inside a loop, so ``"unrolled"`` may be better there.
+      diagnostics: whether to return the :class:`mtl_jax.Diagnostics` of the task gradients; then
+        the Gramian is measured whatever the weighting reads.
+      axis_name: inside ``jax.shard_map``, the mesh axis along which the batch is spread, or a tuple
+        of several. ``losses_fn`` must return the losses of the whole batch there: it sums over the
+        devices itself, since it knows how many labels each has. Under ``jit`` alone nothing need be
+        said, however the arrays are sharded.
+
+    Returns:
+      The :class:`MultiTaskGradient`: ``gradient(params, state, *args, mask=None) -> (value,
+      gradient, state)``, with ``init`` for the state. ``mask`` tells which tasks have labels in
+      this batch (see :class:`Weighting`). If a loss, the signal or the squared norm of the gradient
+      is not finite, the state is returned as it was, and ``value.finite`` is False.
+
+    Raises:
+      ValueError: if there are no losses or no parameters, a loss is not a scalar, the tasks are not
+        as many as the state's, ``mask`` has another structure than the losses, ``shared`` selects
+        nothing, ``rows`` is unknown, or is ``"low_memory"`` where task gradients are read; inside
+        ``shard_map``, if ``axis_name`` is not an axis of it, the losses differ along that axis, an
+        aggregator's parameters are spread over devices, or ``check_vma`` is False.
+      TypeError: if ``losses_fn`` is not a function, ``weighting`` neither a :class:`Weighting` nor
+        an aggregator, ``state`` not its state, a loss or a parameter not floating-point, a leaf of
+        ``mask`` not one boolean, or ``losses_fn`` has no forward derivative and ``rows`` is
+        ``"low_memory"``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import mtl_jax
+      >>> def losses_fn(params, x):
+      ...     return {"a": jnp.mean((params - x) ** 2), "b": jnp.mean(jnp.abs(params + x))}
+      >>> gradient = mtl_jax.value_and_grad(losses_fn, mtl_jax.equal())
+      >>> params, x = jnp.array(3.0), jnp.array([1.0, 2.0])
+      >>> state = gradient.init(params, x)
+      >>> value, found, state = gradient(params, state, x)
+      >>> float(found)
+      4.0
+    """
+    check_functions("value_and_grad", losses_fn=losses_fn)
+    check_flags("value_and_grad", has_aux=has_aux, diagnostics=diagnostics)
+    choose_rows(rows, number=1)
+    if not isinstance(weighting, Aggregator):
+        check_weighting(weighting)
+    if rows == "low_memory" and _reads_rows(weighting):
+        raise ValueError(
+            "rows='low_memory' holds one task gradient at a time, and this weighting or aggregator "
+            "reads all of them."
+        )
+
+    def losses(params: PyTree, *args: Any) -> tuple[Losses, Any]:
+        return read_output(losses_fn(params, *args), has_aux, "`losses_fn`")
+
+    def jacobian(params: PyTree, mask: PyTree | None, args: tuple[Any, ...]) -> TaskJacobian:
+        return ParameterJacobian(
+            lambda params: losses(params, *args),
+            params,
+            mask,
+            shared=shared,
+            rows=rows,
+            axes=read_axis_name(axis_name),
+        )
+
+    return _gradient(weighting, losses, jacobian, shared, diagnostics, axis_name)
+
+
+def representation_value_and_grad(
+    encoder: Encoder,
+    heads: Heads,
+    weighting: Weighting,
+    *,
+    tasks: Sequence[str],
+    has_aux: bool = False,
+    head_gradient: Literal["weighted", "unweighted"] = "weighted",
+    gramian: Literal["representation", "encoder"] = "representation",
+    shared: Shared = None,
+    rows: RowsMode = "auto",
+    diagnostics: bool = False,
+    axis_name: AxisName = None,
+) -> MultiTaskGradient:
+    r"""Differentiate the weighted sum of the task losses, the Gramian taken at a representation.
+
+    .. math:: z = \text{encoder}(\theta), \qquad L_k = \text{heads}_k(\theta, z), \qquad
+              G_{ij} = \left\langle \frac{\partial L_i}{\partial z},
+                       \frac{\partial L_j}{\partial z} \right\rangle, \qquad
+              w = \text{weighting}(L, G).
+
+    Each task is given *its own copy* of z. So one backward pass through the heads finds all K
+    gradients at once, and one through the encoder takes their weighted sum: about the price of
+    plain training, for any number of tasks. The gradient is that of :math:`\sum_k w_k L_k` by all
+    parameters, exactly; but the weights are those of the Gramian at z, which is not the one over
+    the parameters of the encoder. That one is taken with ``gramian="encoder"``, from the same K
+    gradients at z, each pulled back through the encoder: K passes through the encoder, but still
+    one through the heads.
+
+    Args:
+      encoder: ``encoder(params, *args) -> z``, a pytree of arrays; with ``has_aux`` it returns
+        ``(z, aux)``.
+      heads: ``heads(params, zs, *args) -> losses`` with ``zs = {task: z}`` and ``losses`` a
+        dictionary with these tasks; with ``has_aux`` it returns ``(losses, aux)``. It gets the
+        same whole ``params`` as the encoder. The loss of a task may depend on its own copy of z
+        only: another one's gives wrong gradients without an error (:func:`check_heads` finds it).
+      weighting: decides the weights. A weighting that reads the losses alone works, too.
+      tasks: the tasks' names.
+      has_aux: whether both functions return auxiliary output.
+      head_gradient: the gradient of what only the heads use: ``"weighted"``, that of the weighted
+        sum, or ``"unweighted"``, that of the plain sum, in which each head learns from its own
+        task's loss as if it were alone.
+      gramian: where the task gradients are compared: at the ``"representation"``, or over the
+        parameters of the ``"encoder"``.
+      shared: with ``gramian="encoder"``, the parameters that enter, as in
+        :func:`mtl_jax.value_and_grad`; by default all, of which those that the encoder does not
+        use have a gradient of 0. Naming them saves the memory of these zeros.
+      rows: with ``gramian="encoder"``, how the K passes through the encoder are done, as in
+        :func:`mtl_jax.value_and_grad`.
+      diagnostics: whether to return the :class:`mtl_jax.Diagnostics` of the gradients at z; then
+        the Gramian is measured whatever the weighting reads.
+      axis_name: inside ``jax.shard_map``, the mesh axis along which the batch is spread, or a tuple
+        of several: the inner products of the gradients at z are summed over it. ``heads`` must
+        return the losses of the whole batch, as in :func:`mtl_jax.value_and_grad`.
+
+    Returns:
+      The :class:`MultiTaskGradient`, as of :func:`mtl_jax.value_and_grad`; ``value.aux`` is
+      ``(encoder_aux, heads_aux)``.
+
+    Raises:
+      ValueError: if ``tasks`` is empty or names one twice, the losses are not of these tasks, a
+        loss is not a scalar, z or the parameters are empty, the tasks are not as many as the
+        state's, ``mask`` has another structure than the losses, an option is unknown, or
+        ``shared`` selects nothing; inside ``shard_map``, if ``axis_name`` is missing or not an
+        axis of it, the losses differ along that axis, or ``check_vma`` is False.
+      TypeError: if ``encoder`` or ``heads`` is not a function, ``tasks`` not a sequence of strings,
+        ``state`` not the weighting's state, a loss, a parameter or a part of z not floating-point,
+        a leaf of ``mask`` not one boolean, or ``weighting`` not a :class:`Weighting`, or one that
+        reads the task gradients: those by the parameters, as an aggregator.
+
+    References:
+      Sener and Koltun, `Multi-Task Learning as Multi-Objective Optimization
+      <https://arxiv.org/abs/1810.04650>`_, NeurIPS 2018 (MGDA-UB)
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import mtl_jax
+      >>> def encoder(params, x):
+      ...     return jnp.tanh(x @ params["encoder"])
+      >>> def heads(params, zs, x):
+      ...     return {task: jnp.mean((z @ params[task]) ** 2) for task, z in zs.items()}
+      >>> params = {"encoder": jnp.ones((3, 2)), "a": jnp.ones(2), "b": -jnp.ones(2)}
+      >>> x = jnp.ones((5, 3))
+      >>> gradient = mtl_jax.representation_value_and_grad(
+      ...     encoder, heads, mtl_jax.upgrad(), tasks=("a", "b"))
+      >>> state = gradient.init(params, x)
+      >>> value, found, state = gradient(params, state, x)
+      >>> found["encoder"].shape
+      (3, 2)
+    """
+    where = "representation_value_and_grad"
+    check_functions(where, encoder=encoder, heads=heads)
+    check_flags(where, has_aux=has_aux, diagnostics=diagnostics)
+    check_weighting(weighting)
+    if _reads_rows(weighting):
+        raise TypeError(
+            "This weighting reads the task gradients by the parameters: use it through "
+            "mtl_jax.value_and_grad, with `shared`."
+        )
+    names = _read_names(tasks)
+    check_option(head_gradient, ("weighted", "unweighted"), "`head_gradient`")
+    check_option(gramian, ("representation", "encoder"), "`gramian`")
+    choose_rows(rows, number=1)
+
+    def encode(params: PyTree, *args: Any) -> tuple[PyTree, Any]:
+        output = encoder(params, *args)
+        z, aux = split_aux(output, "`encoder`", "z") if has_aux else (output, None)
+        _check_representation(z)
+        return z, aux
+
+    def decode(params: PyTree, zs: dict[str, PyTree], *args: Any) -> tuple[Losses, Any]:
+        losses, aux = read_output(heads(params, zs, *args), has_aux, "`heads`")
+        _check_names(losses, names)
+        return losses, aux
+
+    def losses(params: PyTree, *args: Any) -> tuple[Losses, Any]:
+        z, encoder_aux = encode(params, *args)
+        losses, heads_aux = decode(params, dict.fromkeys(names, z), *args)
+        return losses, (encoder_aux, heads_aux) if has_aux else None
+
+    def jacobian(params: PyTree, mask: PyTree | None, args: tuple[Any, ...]) -> TaskJacobian:
+        found = RepresentationJacobian(
+            lambda params: encode(params, *args),
+            lambda params, zs: decode(params, zs, *args),
+            params,
+            mask,
+            names=names,
+            head_gradient=head_gradient,
+            over_encoder=gramian == "encoder",
+            shared=shared,
+            rows=rows,
+            axes=read_axis_name(axis_name),
+        )
+        found.aux = found.aux if has_aux else None
+        return found
+
+    return _gradient(weighting, losses, jacobian, shared, diagnostics, axis_name)
+
+
+# What both transforms do
+
+
+def _reads_rows(weighting: Weighting | Aggregator) -> bool:
+    return isinstance(weighting, Aggregator) or weighting.needs is Signal.TASK_GRADIENTS
+
+
+def _gradient(
+    weighting: Weighting | Aggregator,
+    losses_and_aux: Callable[..., tuple[Losses, Any]],
+    jacobian: Callable[[PyTree, PyTree | None, tuple[Any, ...]], TaskJacobian],
+    shared: Shared,
+    diagnose: bool,
+    axis_name: AxisName,
+) -> MultiTaskGradient:
+    """The gradient of a weighting, or an aggregator, for a Jacobian."""
+
+    def losses(params: PyTree, *args: Any) -> Losses:
+        return losses_and_aux(params, *args)[0]
+
+    def init(params: PyTree, *args: Any, key: Array | None = None) -> PyTree:
+        _check_params(params, abstract=True)
+        # Outside `shard_map` its axes are unknown to the losses, whose shapes do not depend on it.
+        names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+        trace = jax.make_jaxpr(losses, axis_env=[(name, 1) for name in names], return_shape=True)
+        _, shapes = trace(params, *args)
+        if isinstance(weighting, Aggregator):
+            return weighting.init(shared_parameters(params, shared), shapes, key=key)
+        if weighting.needs is Signal.TASK_GRADIENTS:
+            return weighting.init(shapes, key=key, params=shared_parameters(params, shared))
+        return weighting.init(shapes, key=key)
+
+    def update(
+        params: PyTree, state: PyTree, *args: Any, mask: PyTree | None = None
+    ) -> tuple[MultiTaskValue, PyTree, PyTree]:
+        _check_params(params)
+        at = jacobian(params, mask, args)
+        if isinstance(weighting, Aggregator):
+            assert isinstance(at, ParameterJacobian)
+            value, gradient, new_state = _aggregate(weighting, at, state, mask, diagnose)
+        else:
+            value, gradient, new_state = _weigh(weighting, at, state, diagnose)
+        finite = value.finite & finite_norms(gradient, value.losses)
+        return value._replace(finite=finite), gradient, tree_where(finite, new_state, state)
+
+    def observe(params: PyTree, state: PyTree, *args: Any, mask: PyTree | None = None) -> PyTree:
+        assert isinstance(weighting, Weighting)
+        assert weighting.observe is not None
+        return weighting.observe(losses(params, *args), state, mask=mask)
+
+    observes = isinstance(weighting, Weighting) and weighting.observe is not None
+    return MultiTaskGradient(init, update, losses, observe if observes else None)
+
+
+def _weigh(
+    weighting: Weighting, at: TaskJacobian, state: PyTree, diagnose: bool
+) -> tuple[MultiTaskValue, PyTree, PyTree]:
+    """Decide the weights and take the gradient, measuring the signal only if it is needed."""
+    method, needs = weighting.method, weighting.needs
+    state = read_state(method, state, at.tasks, at.shared)
+    losses = read_losses(at.losses, at.present, at.tasks)
+
+    def measure() -> tuple[Any, Any, Any]:
+        """The Gramian, if one is wanted, the rows, and what the method reads of the two."""
+        gramian = None
+        if needs is Signal.TASK_GRADIENTS:
+            assert isinstance(at, ParameterJacobian)
+            rows = at.task_gradients()
+            check_whole(rows, at.losses, "A parameter", _WHOLE_GRADIENTS)
+            signal = at.as_tree(rows)
+            gramian = gramian_of(rows) if diagnose else None
+        else:
+            gramian, rows = at.measure()
+            check_whole(gramian, at.losses, "The Gramian", "Pass that axis as `axis_name`.")
+            signal = gramian
+        return gramian, rows, read_signal(needs, signal, at.present, at.tasks)
+
+    gramian, measured = None, jnp.asarray(True)
+    if needs is Signal.LOSSES and not diagnose:
+        weights, new_state = method.update(losses, state, at.present, None)
+        gradient = at.pull_back(weights)
+    elif method.due is None:
+        gramian, rows, signal = measure()
+        weights, new_state = method.update(losses, state, at.present, signal)
+        gradient = at.combine(weights, rows)
+    else:
+        shape = jax.eval_shape(lambda: measure()[0])
+
+        def when_due() -> tuple[Any, ...]:
+            gramian, _, signal = measure()
+            return *method.update(losses, state, at.present, signal), gramian
+
+        def otherwise() -> tuple[Any, ...]:
+            zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shape)
+            return *method.update(losses, state, at.present, None), zeros
+
+        measured = _any_due(method.due(state))
+        weights, new_state, gramian = jax.lax.cond(measured, when_due, otherwise)
+        gradient = at.pull_back(weights)
+    value = MultiTaskValue(
+        losses=at.losses,
+        weights=at.tasks.unstack(weights),
+        finite=all_finite(weights),
+        aux=at.aux,
+        gramian=gramian,
+        measured=None if gramian is None else measured,
+        diagnostics=diagnostics_of(gramian, at.present)
+        if diagnose and gramian is not None
+        else None,
+    )
+    return value, gradient, new_state
+
+
+_WHOLE_GRADIENTS = (
+    "Task gradients must be whole where they are read: replicate the parameters in shard_map, or "
+    "shard them under jit."
+)
+
+
+def _aggregate(
+    aggregator: Aggregator, at: ParameterJacobian, state: PyTree, mask: PyTree, diagnose: bool
+) -> tuple[MultiTaskValue, PyTree, PyTree]:
+    """Combine the task gradients; what is not shared gets the gradient of the plain sum."""
+    rows = stacked(at.task_gradients())
+    check_whole(rows, at.losses, "A parameter", _WHOLE_GRADIENTS)
+    combined, new_state = aggregator.update(at.as_tree(rows), state, losses=at.losses, mask=mask)
+    gradient = at.with_rest(jax.tree.leaves(combined), at.present.astype(at.tasks.dtype))
+    gramian = gramian_of(rows) if diagnose else None
+    value = MultiTaskValue(
+        losses=at.losses,
+        weights=None,
+        finite=jnp.asarray(True),
+        aux=at.aux,
+        gramian=gramian,
+        measured=None if gramian is None else jnp.asarray(True),
+        diagnostics=None if gramian is None else diagnostics_of(gramian, at.present),
+    )
+    return value, gradient, new_state
+
+
+def _any_due(due: Bool[Array, ""]) -> Bool[Array, ""]:
+    """The identity; under ``vmap`` whether any of the batch is due, as one boolean.
+
+    A ``cond`` on it remains a branch under ``vmap``, where one on a batched boolean would become a
+    ``select`` that computes both sides.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def identity(due: Bool[Array, ""]) -> Bool[Array, ""]:
+        return due
+
+    @identity.def_vmap
+    def any_of_batch(axis_size: int, in_batched: list[bool], due: Array) -> tuple[Array, bool]:
+        return jnp.any(due), False
+
+    return identity(due)
+
+
+def check_heads(
+    heads: Heads, params: PyTree, z: PyTree, *args: Any, tasks: Sequence[str], has_aux: bool = False
+) -> None:
+    """Check that each task's loss depends on its own copy of the representation only.
+
+    For a test of one's own heads, on values at which no derivative happens to vanish.
+
+    Args:
+      heads: as for :func:`mtl_jax.representation_value_and_grad`.
+      params: the parameters.
+      z: a representation, as the encoder returns it.
+      *args: the further arguments of ``heads``.
+      tasks: the tasks' names.
+      has_aux: whether ``heads`` returns auxiliary output.
+
+    Raises:
+      ValueError: if the loss of a task changes with another one's copy; the message names both.
+        And as :func:`mtl_jax.representation_value_and_grad`, for ``heads``, ``z``, ``tasks`` and
+        losses that it cannot take.
+      TypeError: as :func:`mtl_jax.representation_value_and_grad`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import mtl_jax
+      >>> def heads(params, zs):
+      ...     return {"a": jnp.sum(zs["a"] ** 2), "b": jnp.sum(zs["a"] * zs["b"])}
+      >>> mtl_jax.check_heads(heads, {}, jnp.ones(3), tasks=("a", "b"))
+      Traceback (most recent call last):
+      ...
+      ValueError: The loss of 'b' depends on the representation of 'a'; each task must use its own.
+    """
+    check_functions("check_heads", heads=heads)
+    check_flags("check_heads", has_aux=has_aux)
+    names = _read_names(tasks)
+    _check_representation(z)
+    leaf_types((params, args), "In the arguments of `heads`, the leaf")
+    depends = _dependence(heads, names, has_aux, params, z, args)
+    for task, row in zip(names, np.asarray(depends), strict=True):
+        for other, found in zip(names, row, strict=True):
+            if other != task and found:
+                raise ValueError(
+                    f"The loss of {task!r} depends on the representation of {other!r}; each task "
+                    "must use its own."
+                )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _dependence(
+    heads: Heads,
+    names: tuple[str, ...],
+    has_aux: bool,
+    params: PyTree,
+    z: PyTree,
+    args: tuple[Any, ...],
+) -> Bool[Array, "tasks tasks"]:
+    """Whether the loss of a task, by row, changes with the representation of one, by column."""
+
+    def losses_fn(zs: dict[str, PyTree]) -> Losses:
+        return read_output(heads(params, zs, *args), has_aux, "`heads`")[0]
+
+    losses, pullback = jax.vjp(losses_fn, dict.fromkeys(names, z))
+    _check_names(losses, names)
+    rows = []
+    for task in names:
+        unit = {name: jnp.full_like(loss, name == task) for name, loss in losses.items()}
+        (gradients,) = pullback(unit)
+        by_leaf = [[jnp.any(g != 0) for g in jax.tree.leaves(gradients[name])] for name in names]
+        rows.append(jnp.any(jnp.array(by_leaf), axis=1))
+    return jnp.stack(rows)
+
+
+# What the functions and arguments of a user must be
+
+
+def _check_params(params: PyTree, *, abstract: bool = False) -> None:
+    """Raise an error for no parameters, or for one that is not floating-point."""
+    hint = ", by which nothing can be differentiated. Pass it to `losses_fn` as another argument."
+    if not leaf_types(params, "The parameter", jnp.inexact, hint, abstract=abstract):
+        raise ValueError("There are no parameters: expected a pytree with at least one array.")
+
+
+def _check_representation(z: PyTree) -> None:
+    """Raise an error for what is no pytree by which one can differentiate."""
+    hint = (
+        ", by which nothing can be differentiated. Let the heads compute it from their own "
+        "arguments."
+    )
+    if not leaf_types(z, "The representation's leaf", jnp.inexact, hint):
+        raise ValueError("The representation is empty: expected a pytree with at least one array.")
+
+
+def _read_names(tasks: Sequence[str]) -> tuple[str, ...]:
+    """The tasks' names, checked."""
+    array = hasattr(tasks, "dtype")  # whose iterator may refuse to iterate
+    if isinstance(tasks, str) or not isinstance(tasks, Iterable) or array:
+        raise TypeError(f"`tasks` must be a sequence of names, got {tasks!r}.")
+    names = tuple(tasks)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"`tasks` must hold names, strings; got {name!r}.")
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"`tasks` must name at least one task, and none twice; got {names}.")
+    return names
+
+
+def _check_names(losses: Losses, names: tuple[str, ...]) -> None:
+    """Raise an error for losses that are not those of the tasks."""
+    if not isinstance(losses, dict) or set(losses) != set(names):
+        got = sorted(losses, key=str) if isinstance(losses, dict) else type(losses).__name__
+        raise ValueError(
+            f"`heads` must return a dictionary with the losses of the tasks {sorted(names)}, got "
+            f"{got}."
+        )
+
+
+def read_output(output: Any, has_aux: bool, name: str) -> tuple[Losses, Any]:
+    """The losses, checked, as arrays, and the auxiliary output of the function of that name."""
+    losses, aux = split_aux(output, name, "losses") if has_aux else (output, None)
+    tasks = read_tasks(losses)  # before the backward pass, for its error messages
+    named = zip(tasks.names, jax.tree.leaves(losses), strict=True)
+    leaves = [read_array(leaf, f"The loss {name!r}") for name, leaf in named]
+    return jax.tree.unflatten(tasks.structure, leaves), aux
+
+
+def split_aux(output: Any, name: str, what: str) -> tuple[Any, Any]:
+    """The two parts of what a function with has_aux=True returned."""
+    if not isinstance(output, tuple) or len(output) != 2:
+        raise TypeError(
+            f"With has_aux=True {name} must return a pair ({what}, aux), got "
+            f"{type(output).__name__}."
+        )
+    return output

@@ -1,1 +1,0 @@
-"""Weightings made of weightings: each takes one and returns one, and they compose."""

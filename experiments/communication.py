@@ -126,22 +126,18 @@ def compiled_step(way: str, layout: str, tasks: int, axis_type: AxisType = AxisT
     params, batch = make_problem(tasks)
     name, options = WAYS[way]
     optimizer = optax.sgd(0.1)
-    losses = {task: jax.ShapeDtypeStruct((), jnp.float32) for task in params["heads"]}
     weighting = _WEIGHTINGS.get(name, mtl_jax.equal)()
-
-    def initial(params: Any) -> mtl_jax.TrainState:
-        return mtl_jax.TrainState.create(params, optimizer, weighting, losses)
-
     if "gramian" in options:
-        gradient_fn = mtl_jax.representation_value_and_grad(
-            encoder, heads, weighting, tasks=tuple(losses), shared=_in_encoder, **options
+        gradient = mtl_jax.representation_value_and_grad(
+            encoder, heads, weighting, tasks=tuple(params["heads"]), shared=_in_encoder, **options
         )
     else:
-        gradient_fn = mtl_jax.value_and_grad(losses_fn, weighting, **options)
-    step = mtl_jax.make_train_step(gradient_fn, optimizer, weighting, losses_fn=losses_fn)
+        gradient = mtl_jax.value_and_grad(losses_fn, weighting, **options)
+    step = mtl_jax.make_train_step(gradient, optimizer)
+    state = jax.eval_shape(step.init, params, batch)
+    state = placed(state, mesh, spread=layout == "fsdp")
     if way == PLAIN:
         step = _plain_step(optimizer)
-    state = placed(jax.eval_shape(initial, params), mesh, spread=layout == "fsdp")
     batch = placed(batch, mesh, spread=True)
     with jax.set_mesh(mesh):
         text = jax.jit(step, donate_argnums=0).lower(state, batch).compile().as_text()

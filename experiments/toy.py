@@ -125,13 +125,10 @@ def paths(
             "second": losses["second"] + OFFSET,
         }
 
-    train_step = mtl_jax.make_train_step(
-        mtl_jax.value_and_grad(losses_fn, weighting), optimizer, weighting, losses_fn=losses_fn
-    )
+    train_step = mtl_jax.make_train_step(mtl_jax.value_and_grad(losses_fn, weighting), optimizer)
 
     def run(start: Array, key: Array) -> Array:
-        losses = jax.eval_shape(losses_fn, start)
-        state = mtl_jax.TrainState.create(start, optimizer, weighting, losses, weighting_key=key)
+        state = train_step.init(start, weighting_key=key)
 
         def step(state: mtl_jax.TrainState, _: None) -> tuple[mtl_jax.TrainState, Array]:
             state, _value = train_step(state)

@@ -6,7 +6,7 @@ Everything public is here, as ``mtl_jax.<name>``; the referee is ``mtl_jax.compa
 from mtl_jax._base import Aggregator, MultiTaskGradient, MultiTaskValue, Signal, Weighting
 from mtl_jax._diagnostics import Diagnostics, diagnostics
 from mtl_jax._interop import as_aggregator
-from mtl_jax._lift import rows_aggregator, vector_weighting
+from mtl_jax._lift import WeightingState, rows_aggregator, vector_weighting
 from mtl_jax._masking import masked_mean
 from mtl_jax._microbatching import microbatched, microbatched_encoder
 from mtl_jax._tasks import Tasks

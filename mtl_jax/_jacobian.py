@@ -22,7 +22,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from mtl_jax._checks import leaf_name, read_integer
-from mtl_jax._lift import all_finite, weighted_sum
+from mtl_jax._lift import weighted_sum
 from mtl_jax._tasks import (
     arithmetic_dtype,
     at_least_float32,
@@ -380,15 +380,16 @@ def squared_norm(leaf: Array, axes: Iterable[str] = ()) -> Float[Array, ""]:
     return sum_over_devices(_products(leaf[None], leaf[None])[0, 0], axes)
 
 
-def finite_norms(gradient: PyTree, losses: Losses) -> Array:
-    """Whether the squared norms of a gradient's leaves are finite.
+def has_finite_norm(gradient: PyTree, losses: Losses) -> Array:
+    """Whether the squared norm of a gradient is finite.
 
-    The squared norms, since an optimizer squares the gradient too: where that overflows (in float32
+    The squared norm, since an optimizer squares the gradient too: where that overflows (in float32
     at a norm of 1.8e19), its state is lost although the gradient itself is finite. Devices of a
     ``shard_map`` that share the losses agree on it.
     """
     axes = varying_axes(gradient) - varying_axes(losses)
-    return all_finite([squared_norm(leaf, axes) for leaf in jax.tree.leaves(gradient)])
+    norms = [squared_norm(leaf, axes) for leaf in jax.tree.leaves(gradient)]
+    return jnp.isfinite(sum_of(norms)) if norms else jnp.asarray(True)
 
 
 # The operators

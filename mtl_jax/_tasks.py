@@ -11,7 +11,7 @@ from mtl_jax._typing import Losses, Mask, PyTree, Vector
 
 
 @jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Tasks:
     """What a method may know of its tasks before the first step.
 
@@ -26,7 +26,23 @@ class Tasks:
 
     structure: Any
     names: tuple[str, ...]
-    dtype: Any = dataclasses.field(compare=False)
+    dtype: Any
+
+    # JAX compares and hashes it at every call of a compiled step, so both are quick. The dtype does
+    # not count: it follows from the losses.
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.structure, self.names)))
+
+    def __hash__(self) -> int:
+        return self._hash  # pyright: ignore[reportAttributeAccessIssue]
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, Tasks):
+            return NotImplemented
+        return self.names == other.names and self.structure == other.structure
 
     @property
     def number(self) -> int:

@@ -18,7 +18,7 @@ from mtl_jax._checks import (
     leaf_types,
     read_key,
 )
-from mtl_jax._jacobian import finite_norms
+from mtl_jax._jacobian import has_finite_norm
 from mtl_jax._lift import tree_where
 from mtl_jax._tasks import read_mask, read_tasks
 from mtl_jax._typing import PyTree
@@ -222,7 +222,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         if gradient.observe is not None:
             weighting_state = gradient.observe(params, weighting_state, *args, mask=mask)
-        finite = value.finite & finite_norms(updates, value.losses)
+        finite = value.finite & has_finite_norm(updates, value.losses)
         new_state = TrainState(
             params,
             opt_state,

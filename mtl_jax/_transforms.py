@@ -34,7 +34,7 @@ from mtl_jax._jacobian import (
     TaskJacobian,
     check_whole,
     choose_rows,
-    finite_norms,
+    has_finite_norm,
     gramian_of,
     read_axis_name,
     shared_parameters,
@@ -333,7 +333,7 @@ def _gradient(
             value, gradient, new_state = _aggregate(weighting, at, state, mask, diagnose)
         else:
             value, gradient, new_state = _weigh(weighting, at, state, diagnose)
-        finite = value.finite & finite_norms(gradient, value.losses)
+        finite = value.finite & has_finite_norm(gradient, value.losses)
         return value._replace(finite=finite), gradient, tree_where(finite, new_state, state)
 
     def observe(params: PyTree, state: PyTree, *args: Any, mask: PyTree | None = None) -> PyTree:

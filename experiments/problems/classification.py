@@ -9,8 +9,8 @@ import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
 from experiments.networks.heads import Heads
-from mtl_jax.compare.problem import Batch, Problem, Split, Task
 from mtl_jax._masking import masked_mean
+from mtl_jax.compare.problem import Batch, Problem, Split, Task
 
 MISSING = -1
 """The label of an example that has none."""

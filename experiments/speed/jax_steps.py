@@ -41,9 +41,9 @@ def make_step(problem: Problem, variant: Variant) -> tuple[Step, Any]:
     if weighting is None:
         return _plain_step(problem), _fresh((problem.params, OPTIMIZER.init(problem.params)))
     if variant.form == "losses":
-        gradient_fn = mtl_jax.value_and_grad(problem.losses_fn, weighting)
+        gradient = mtl_jax.value_and_grad(problem.losses_fn, weighting)
     elif variant.form in ("representation", "encoder rows"):
-        gradient_fn = mtl_jax.representation_value_and_grad(
+        gradient = mtl_jax.representation_value_and_grad(
             problem.encoder,
             problem.heads,
             cast(Weighting, weighting),
@@ -53,17 +53,9 @@ def make_step(problem: Problem, variant: Variant) -> tuple[Step, Any]:
         )
     else:
         way = cast(RowsMode, variant.form.partition("=")[2] or "auto")
-        gradient_fn = mtl_jax.value_and_grad(problem.losses_fn, weighting, shared=_shared, rows=way)
-    step = mtl_jax.make_train_step(gradient_fn, OPTIMIZER, weighting, losses_fn=problem.losses_fn)
-    state = mtl_jax.TrainState.create(
-        problem.params,
-        OPTIMIZER,
-        weighting,
-        jax.eval_shape(problem.losses_fn, problem.params, problem.batch),
-        weighting_key=jax.random.key(0),
-        shared=_shared,
-    )
-    return step, state
+        gradient = mtl_jax.value_and_grad(problem.losses_fn, weighting, shared=_shared, rows=way)
+    step = mtl_jax.make_train_step(gradient, OPTIMIZER)
+    return step, step.init(problem.params, problem.batch, weighting_key=jax.random.key(0))
 
 
 def _plain_step(problem: Problem) -> Step:

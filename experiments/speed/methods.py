@@ -8,9 +8,9 @@ import optax
 import mtl_jax
 from experiments.speed.records import LEARNING_RATE, LEAST_TASKS, Network
 from mtl_jax._base import Aggregator, Signal, Weighting
+from mtl_jax._jacobian import RowsMode
 from mtl_jax.compare import WEIGHTINGS, look_up
 from mtl_jax.compare.weightings import RunSettings
-from mtl_jax._jacobian import RowsMode
 
 OPTIMIZER = optax.sgd(LEARNING_RATE)
 PLAIN = "plain"

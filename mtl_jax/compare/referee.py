@@ -12,7 +12,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mtl_jax._base import Aggregator, Weighting
-from mtl_jax._train import TrainState
 from mtl_jax.compare.batches import check_devices, steps_per_epoch
 from mtl_jax.compare.checkpoints import Checkpoints
 from mtl_jax.compare.metrics import Evaluator
@@ -146,9 +145,9 @@ def make_weighting(problem: Problem, name: str, make: MakeWeighting) -> Weightin
     losses = dict.fromkeys(problem.tasks, jax.ShapeDtypeStruct((), jnp.float32))
 
     def initialize(params, losses, key):
-        return TrainState.create(
-            params, optimizer, weighting, losses, weighting_key=key, shared=problem.shared
-        )
+        if isinstance(weighting, Weighting):
+            return weighting.init(losses, key=key, params=params)
+        return weighting.init(params, losses, key=key)
 
     try:
         jax.eval_shape(initialize, params, losses, jax.random.key(0))

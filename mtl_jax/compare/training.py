@@ -14,7 +14,6 @@ from mtl_jax._base import Aggregator, MultiTaskGradient, MultiTaskValue, Signal,
 from mtl_jax._tasks import read_mask, read_tasks
 from mtl_jax._train import TrainState, make_train_step
 from mtl_jax._transforms import (
-    MultiTaskValue,
     representation_value_and_grad,
     value_and_grad,
 )
@@ -211,6 +210,7 @@ class Trainer:
         self, state: TrainState, train: Batch, key: Array
     ) -> tuple[TrainState, History]:
         """One pass over the training split, in a random order, within one `scan`."""
+
         def step(state: TrainState, order: dict[Source, Array]) -> tuple[TrainState, History]:
             batch = take(train, order)
             if self.mesh is not None:

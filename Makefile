@@ -3,23 +3,32 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
+PIP := pip install --quiet --disable-pip-version-check
+# Quick tests of every part of the library proper.
 CORE_TESTS := $(addprefix tests/, loss_weightings/test_golden.py gramian_weightings/test_solved.py \
 	test_tasks.py test_transforms.py test_train.py test_representation.py test_interop.py)
+# What has the extra `test` has every extra.
+installed = $(firstword $(wildcard $(VENV)/installed-test) $(VENV)/installed-$(1))
 
-.PHONY: demo docs notebook test test-lowest setup clean
+.NOTPARALLEL:
+.PHONY: demo docs tables notebook test check test-lowest setup clean
 
-demo: $(VENV)/installed
+demo: $(call installed,experiments)
 	$(BIN)/python -m experiments.compare --resume
 
 # The documentation, into docs/_build: open docs/_build/index.html.
-docs: $(VENV)/installed
+docs: $(call installed,docs)
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build
 
+# The tables of methods in README.md and docs, from mtl_jax/methods.py.
+tables: $(call installed,docs)
+	$(BIN)/python docs/tables.py
+
 # Executes the script again; its outputs are kept in the notebook.
-notebook: $(VENV)/installed
+notebook: $(VENV)/installed-test
 	$(BIN)/python .ci/notebook.py examples/diagnosis.py
 
-test: $(VENV)/installed $(VENV)/chromium/installed
+test: $(VENV)/installed-test $(VENV)/chromium/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
@@ -27,30 +36,38 @@ test: $(VENV)/installed $(VENV)/chromium/installed
 	$(BIN)/python -m pytest -n auto -q
 	$(MAKE) test-lowest
 
+# While working on the library: lint, types and the quick tests.
+check: $(VENV)/installed-test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest -n auto -q $(CORE_TESTS)
+
 # The library alone, as a wheel, with the oldest versions that pyproject.toml allows.
 test-lowest: $(LOWEST)/installed
-	$(LOWEST)/bin/pip install --quiet --disable-pip-version-check --force-reinstall --no-deps \
-		--no-build-isolation .
+	$(LOWEST)/bin/$(PIP) --force-reinstall --no-deps --no-build-isolation .
 	$(LOWEST)/bin/pip check --disable-pip-version-check
 	$(LOWEST)/bin/python .ci/check_installed.py
 	$(LOWEST)/bin/python -m pytest -n auto -q $(CORE_TESTS)
 
-setup: $(VENV)/installed
+setup: $(VENV)/installed-test
 
-$(VENV)/installed: pyproject.toml
+$(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+
+$(VENV)/installed-%: pyproject.toml | $(BIN)/pip
+	$(BIN)/$(PIP) --editable '.[$*]'
 	touch $@
 
 # The browser that the tests open pages with.
-$(VENV)/chromium/installed: tests/chromium.py | $(VENV)/installed
+$(VENV)/chromium/installed: tests/chromium.py | $(VENV)/installed-test
 	$(BIN)/python tests/chromium.py
 	touch $@
 
 $(LOWEST)/installed: pyproject.toml
 	$(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/pip install --quiet --disable-pip-version-check \
-		hatchling pytest pytest-xdist hypothesis $$($(PYTHON) .ci/lowest_versions.py)
+	$(LOWEST)/bin/$(PIP) hatchling pytest pytest-xdist hypothesis \
+		$$($(PYTHON) .ci/lowest_versions.py)
 	touch $@
 
 clean:

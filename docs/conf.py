@@ -37,11 +37,12 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
 # Every reference must be found, except the types of other packages, whose pages are elsewhere; the
-# protocols of functions, which their classes describe; and parts of annotations that are no names.
+# protocols of functions and the method on vectors, which their classes describe; and parts of
+# annotations that are no names.
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:class", r"(collections|jax|jaxlib|jaxtyping|numpy|optax|os)\..*"),
-    ("py:class", r"mtl_jax\.(base\.\w+Fn|compare\.weightings\.T)"),
+    ("py:class", r"mtl_jax\.(_base\.(\w+Fn|VectorMethod)|compare\.weightings\.T)"),
     ("py:.*", r"|dict\[str|typing\.Literal\[.*"),
 ]
 

@@ -57,24 +57,19 @@ def main(steps: int = 400) -> dict[str, list[float]]:
     z = encoder(params, test)
     mtl_jax.check_heads(heads, params, z, test, tasks=TASKS)  # does each use its own copy?
 
-    @jax.jit
-    def losses_fn(params: Params, batch: Batch) -> dict[str, jax.Array]:
-        return heads(params, dict.fromkeys(TASKS, encoder(params, batch)), batch)
-
-    optimizer, weighting = optax.adam(3e-3), mtl_jax.upgrad()
-    gradient_fn = mtl_jax.representation_value_and_grad(
-        encoder, heads, weighting, tasks=TASKS, diagnostics=True
+    gradient = mtl_jax.representation_value_and_grad(
+        encoder, heads, mtl_jax.upgrad(), tasks=TASKS, diagnostics=True
     )
-    train_step = mtl_jax.make_train_step(gradient_fn, optimizer, weighting)
-    before = losses_fn(params, test)
-    state = mtl_jax.TrainState.create(params, optimizer, weighting, before)
-    for step, key in enumerate(jax.random.split(jax.random.key(2), steps)):
-        state, value = train_step(state, make_batch(key))
-        if value.diagnostics is not None and step % 100 == 0:
+    step = mtl_jax.make_train_step(gradient, optax.adam(3e-3))
+    state = step.init(params, test)
+    for number, key in enumerate(jax.random.split(jax.random.key(2), steps)):
+        state, value = step(state, make_batch(key))
+        if value.diagnostics is not None and number % 100 == 0:
             conflicts = value.diagnostics.conflicting
             weights = {task: round(float(weight), 2) for task, weight in value.weights.items()}
-            print(f"step {step}: {conflicts:.0%} of the pairs conflict, weights {weights}")
-    after = losses_fn(state.params, test)
+            print(f"step {number}: {conflicts:.0%} of the pairs conflict, weights {weights}")
+    losses = jax.jit(gradient.losses)
+    before, after = losses(params, test), losses(state.params, test)
     for task in TASKS:
         print(f"{task}: loss {before[task]:.3f} -> {after[task]:.3f}")
     return {task: [float(before[task]), float(after[task])] for task in TASKS}

@@ -57,20 +57,12 @@ def train(
     weighting: mtl_jax.Weighting, steps: int = 600, diagnostics: bool = False
 ) -> tuple[Any, mtl_jax.MultiTaskValue]:
     """Train, and return the parameters and the value of every step."""
-    optimizer = optax.adam(5e-3)
-    gradient_fn = mtl_jax.value_and_grad(losses_fn, weighting, diagnostics=diagnostics)
-
-    def step(states: Any, key: jax.Array) -> tuple[Any, mtl_jax.MultiTaskValue]:
-        params, opt_state, weighting_state = states
-        value, gradient, weighting_state = gradient_fn(params, weighting_state, key)
-        updates, opt_state = optimizer.update(gradient, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state, weighting_state), value
-
-    params = init(jax.random.key(0))
-    states = params, optimizer.init(params), weighting.init(dict.fromkeys(TASKS, 0.0))
-    run = jax.jit(functools.partial(jax.lax.scan, step))
-    states, values = run(states, jax.random.split(jax.random.key(1), steps))
-    return states[0], values
+    gradient = mtl_jax.value_and_grad(losses_fn, weighting, diagnostics=diagnostics)
+    step = mtl_jax.make_train_step(gradient, optax.adam(5e-3))
+    keys = jax.random.split(jax.random.key(1), steps)
+    state = step.init(init(jax.random.key(0)), keys[0])
+    state, values = jax.jit(functools.partial(jax.lax.scan, step))(state, keys)
+    return state.params, values
 
 
 def smooth(series: jax.Array) -> jax.Array:

@@ -40,19 +40,18 @@ def initial() -> mtl_jax.TrainState:
     """The state before the first step, the same in all processes."""
     normal = functools.partial(jax.random.normal, jax.random.key(0))
     params = {"encoder": normal((4, 16)), "sum": normal((16,)), "product": normal((16,))}
-    return mtl_jax.TrainState.create(params, optimizer, weighting, {"sum": 0.0, "product": 0.0})
+    return step.init(params, mine)  # whose losses are traced, not computed
 
 
-weighting, optimizer = mtl_jax.upgrad(), optax.adam(0.01)
-gradient_fn = mtl_jax.value_and_grad(losses_fn, weighting)
-train_step = mtl_jax.make_train_step(gradient_fn, optimizer, weighting)
+gradient = mtl_jax.value_and_grad(losses_fn, mtl_jax.upgrad())
+step = mtl_jax.make_train_step(gradient, optax.adam(0.01))
 mesh = jax.make_mesh((jax.device_count(),), ("data",))
 jax.set_mesh(mesh)
 everything = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
 mine = np.split(everything, jax.process_count())[jax.process_index()]  # read only these
 x = jax.make_array_from_process_local_data(NamedSharding(mesh, P("data")), mine)
 state = jax.jit(initial, out_shardings=NamedSharding(mesh, P()))()
-for step in range(1, options.steps + 1):
-    state, value = train_step(state, x)
-    if jax.process_index() == 0 and step % 20 == 0:
-        print("step", step, {t: float(loss) for t, loss in value.losses.items()}, flush=True)
+for number in range(1, options.steps + 1):
+    state, value = step(state, x)
+    if jax.process_index() == 0 and number % 20 == 0:
+        print("step", number, {t: float(loss) for t, loss in value.losses.items()}, flush=True)

@@ -4,8 +4,6 @@ The Gramian is taken over the trunk alone (`shared=`), at every fifth step (`eve
 weights are held, and a step costs as much as plain training.
 """
 
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -56,16 +54,14 @@ def train(weighting: mtl_jax.Weighting, steps: int) -> dict[str, float]:
         outputs = jax.vmap(eqx.combine(params, static))(batch["x"])
         return {task: jnp.mean((outputs[task] - batch[task]) ** 2) for task in outputs}
 
-    optimizer = optax.adam(3e-3)
-    gradient_fn = mtl_jax.value_and_grad(
+    gradient = mtl_jax.value_and_grad(
         losses_fn, weighting, shared=lambda path: path.startswith("trunk/")
     )
-    train_step = mtl_jax.make_train_step(gradient_fn, optimizer, weighting)
+    step = mtl_jax.make_train_step(gradient, optax.adam(3e-3))
     test = make_batch(jax.random.key(1), 1000)
-    losses: dict[str, Any] = jax.eval_shape(losses_fn, params, test)
-    state = mtl_jax.TrainState.create(params, optimizer, weighting, losses)
+    state = step.init(params, test)
     for key in jax.random.split(jax.random.key(2), steps):
-        state, _ = train_step(state, make_batch(key))
+        state, _ = step(state, make_batch(key))
     losses = losses_fn(state.params, test)
     return {task: float(loss / jnp.var(test[task])) for task, loss in losses.items()}
 

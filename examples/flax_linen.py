@@ -60,27 +60,20 @@ def losses_fn(
 
 def main(steps: int = 300) -> dict[str, float]:
     """Train, and return how well each task does on new points."""
-    optimizer = optax.adam(1e-2)
     weighting = mtl_jax.uncertainty(optax.adam(1e-2))
-    gradient_fn = mtl_jax.value_and_grad(losses_fn, weighting, has_aux=True)
-    train_step = mtl_jax.make_train_step(gradient_fn, optimizer, weighting)
+    gradient = mtl_jax.value_and_grad(losses_fn, weighting, has_aux=True)
+    step = mtl_jax.make_train_step(gradient, optax.adam(1e-2))
 
     keys = jax.random.split(jax.random.key(0), steps + 3)
-    variables = network.init(keys[0], jnp.zeros((1, 2)), train=False)
-    state = mtl_jax.TrainState.create(
-        variables["params"],
-        optimizer,
-        weighting,
-        {"radius": 0.0, "quadrant": 0.0},
-        model_state=variables["batch_stats"],
-        rng=keys[1],
-    )
-    for step, key in enumerate(keys[3:]):
-        state, value = train_step(state, make_batch(key, 128))
-        if step % 100 == 0 or step == steps - 1:
-            print(f"step {step}: losses {rounded(value.losses)}, weights {rounded(value.weights)}")
-
     test = make_batch(keys[2], 1000)
+    variables = network.init(keys[0], test["x"], train=False)
+    state = step.init(variables["params"], test, model_state=variables["batch_stats"], rng=keys[1])
+    for number, key in enumerate(keys[3:]):
+        state, value = step(state, make_batch(key, 128))
+        if number % 100 == 0 or number == steps - 1:
+            losses, weights = rounded(value.losses), rounded(value.weights)
+            print(f"step {number}: losses {losses}, weights {weights}")
+
     variables = {"params": state.params, "batch_stats": state.model_state}
     outputs: Any = network.apply(variables, test["x"], train=False)
     error = jnp.mean(jnp.abs(outputs["radius"] - test["radius"]))

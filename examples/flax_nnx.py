@@ -62,23 +62,21 @@ def main(steps: int = 300) -> dict[str, Any]:
             losses[task] = mtl_jax.masked_mean(errors, batch[f"has_{task}"])
         return losses, nnx.state(model, nnx.Not(nnx.Param))  # with the new batch statistics
 
-    optimizer, weighting = optax.adam(3e-3), mtl_jax.dwa(window=20)
-    gradient_fn = mtl_jax.value_and_grad(losses_fn, weighting, has_aux=True)
-    train_step = mtl_jax.make_train_step(gradient_fn, optimizer, weighting)
-    losses_like = dict.fromkeys(TASKS, 0.0)
-    state = mtl_jax.TrainState.create(params, optimizer, weighting, losses_like, model_state=rest)
+    gradient = mtl_jax.value_and_grad(losses_fn, mtl_jax.dwa(window=20), has_aux=True)
+    step = mtl_jax.make_train_step(gradient, optax.adam(3e-3))
+    test = make_batch(jax.random.key(2), 1000)
+    state = step.init(params, test, model_state=rest)
     present = dict.fromkeys(TASKS, 0)
-    for step, key in enumerate(jax.random.split(jax.random.key(1), steps)):
+    for number, key in enumerate(jax.random.split(jax.random.key(1), steps)):
         batch = make_batch(key)
         mask = {task: jnp.any(batch[f"has_{task}"]) for task in TASKS}
-        state, value = train_step(state, batch, mask=mask)
+        state, value = step(state, batch, mask=mask)
         present = {task: present[task] + int(mask[task]) for task in TASKS}
-        if step % 50 == 0:
-            print(f"step {step}: weights", {t: f"{w:.2f}" for t, w in value.weights.items()})
+        if number % 50 == 0:
+            print(f"step {number}: weights", {t: f"{w:.2f}" for t, w in value.weights.items()})
 
     trained = nnx.merge(graph, state.params, state.model_state)
     trained.eval()
-    test = make_batch(jax.random.key(2), 1000)
     outputs = trained(test["x"])
     errors = {t: float(jnp.mean(jnp.abs(outputs[t] - test[t]))) for t in TASKS}
     for task in TASKS:

@@ -69,14 +69,12 @@ def share_of_best(params: Params) -> jax.Array:
 
 def train(weighting: mtl_jax.Weighting, steps: int) -> jax.Array:
     """The share that each policy earns after training."""
-    optimizer = optax.adam(3e-3)
-    gradient_fn = mtl_jax.representation_value_and_grad(trunk, policies, weighting, tasks=TASKS)
-    train_step = mtl_jax.make_train_step(gradient_fn, optimizer, weighting)
-    params, rng = init(jax.random.key(2)), jax.random.key(3)
-    losses = dict.fromkeys(TASKS, 0.0)
-    state = mtl_jax.TrainState.create(params, optimizer, weighting, losses, rng=rng)
-    for context in jax.random.normal(jax.random.key(4), (steps, 64, CONTEXT)):
-        state, _ = train_step(state, context)  # with a fresh key from the state
+    gradient = mtl_jax.representation_value_and_grad(trunk, policies, weighting, tasks=TASKS)
+    step = mtl_jax.make_train_step(gradient, optax.adam(3e-3))
+    contexts = jax.random.normal(jax.random.key(4), (steps, 64, CONTEXT))
+    state = step.init(init(jax.random.key(2)), contexts[0], rng=jax.random.key(3))
+    for context in contexts:
+        state, _ = step(state, context)  # with a fresh key from the state
     return share_of_best(state.params)
 
 

@@ -59,21 +59,20 @@ def batches(steps: int) -> jax.Array:
 
 def around(steps: int) -> Params:
     """The usual way: the weighting before the chain."""
-    optimizer, weighting = chain(steps), mtl_jax.conflict_free()
-    gradient_fn = mtl_jax.value_and_grad(losses_fn, weighting)
-    train_step = mtl_jax.make_train_step(gradient_fn, optimizer, weighting)
-    params = init(jax.random.key(0))
-    state = mtl_jax.TrainState.create(params, optimizer, weighting, dict.fromkeys(TASKS, 0.0))
-    for x in batches(steps):
-        state, _ = train_step(state, x)
+    gradient = mtl_jax.value_and_grad(losses_fn, mtl_jax.conflict_free())
+    step = mtl_jax.make_train_step(gradient, chain(steps))
+    xs = batches(steps)
+    state = step.init(init(jax.random.key(0)), xs[0])
+    for x in xs:
+        state, _ = step(state, x)
     return state.params
 
 
 def inside(steps: int) -> Params:
     """The same weighting as a part of an optimizer that takes the task gradients."""
 
-    def clip(gradient: Any) -> Any:
-        return optax.projections.projection_l2_ball(gradient, 1.0)
+    def clip(grads: Any) -> Any:
+        return optax.projections.projection_l2_ball(grads, 1.0)
 
     def clip_each(task_gradients: Any, _: Any) -> Any:
         return jax.vmap(clip)(task_gradients)
@@ -85,7 +84,7 @@ def inside(steps: int) -> Params:
     )
 
     @jax.jit
-    def train_step(params: Params, opt_state: Any, x: jax.Array) -> tuple[Params, Any]:
+    def step(params: Params, opt_state: Any, x: jax.Array) -> tuple[Params, Any]:
         by_task = jax.jacrev(losses_fn)(params, x)  # {task: its gradient}
         task_gradients = jax.tree.map(lambda *g: jnp.stack(g), *by_task.values())
         updates, opt_state = optimizer.update(task_gradients, opt_state, params)
@@ -95,7 +94,7 @@ def inside(steps: int) -> Params:
     params = init(jax.random.key(0))
     opt_state = optimizer.init(params)
     for x in batches(steps):
-        params, opt_state = train_step(params, opt_state, x)
+        params, opt_state = step(params, opt_state, x)
     return params
 
 

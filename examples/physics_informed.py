@@ -7,7 +7,6 @@ is known, so the weightings are compared by the error that counts, which none of
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,6 @@ import mtl_jax
 
 Params = list[dict[str, jax.Array]]
 DIFFUSIVITY = 0.1
-TERMS = ("equation", "boundary", "initial")
 WEIGHTINGS = {
     "equal": mtl_jax.equal(),
     "softadapt": mtl_jax.softadapt(window=10),
@@ -71,21 +69,13 @@ def losses_fn(params: Params, key: jax.Array, points: int = 64) -> dict[str, jax
 def train(key: jax.Array, weighting: mtl_jax.Weighting, steps: int) -> jax.Array:
     """Train from one seed; the error relative to the exact solution, by L2 norms on a grid."""
     optimizer = optax.adam(optax.cosine_decay_schedule(5e-3, steps))
-    gradient_fn = mtl_jax.value_and_grad(losses_fn, weighting)
+    step = mtl_jax.make_train_step(mtl_jax.value_and_grad(losses_fn, weighting), optimizer)
     init_key, data_key = jax.random.split(key)
-    params = init(init_key)
-    states = params, optimizer.init(params), weighting.init(dict.fromkeys(TERMS, 0.0))
-
-    def step(states: Any, key: jax.Array) -> tuple[Any, None]:
-        params, opt_state, weighting_state = states
-        _, gradient, weighting_state = gradient_fn(params, weighting_state, key)
-        updates, opt_state = optimizer.update(gradient, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state, weighting_state), None
-
-    states, _ = jax.lax.scan(step, states, jax.random.split(data_key, steps))
+    state = step.init(init(init_key), data_key)
+    state, _ = jax.lax.scan(step, state, jax.random.split(data_key, steps))
     x, t = (axis.ravel() for axis in jnp.meshgrid(*2 * [jnp.linspace(0, 1, 50)]))
     truth = exact(x, t)
-    found = jax.vmap(functools.partial(u, states[0]))(x, t)
+    found = jax.vmap(functools.partial(u, state.params))(x, t)
     return jnp.linalg.norm(found - truth) / jnp.linalg.norm(truth)
 
 

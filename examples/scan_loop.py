@@ -1,7 +1,8 @@
 """A loop of your own: all steps in one `lax.scan`, and several seeds at once with `vmap`.
 
 For small networks most of a step's time is spent on starting it; a scan starts once. The gradient
-function and the states are pure, so they go through `jit`, `scan` and `vmap` as they are.
+is a pure function and its state a pytree of arrays, so they go through `jit`, `scan` and `vmap` as
+they are. (A step of `make_train_step` goes through them, too: see physics_informed.)
 """
 
 import functools
@@ -38,20 +39,17 @@ def losses_fn(params: Params, x: jax.Array) -> dict[str, jax.Array]:
 def train(key: jax.Array, weighting: mtl_jax.Weighting, steps: int) -> dict[str, jax.Array]:
     """Train from one seed; the losses of every step by task."""
     optimizer = optax.adam(1e-2)
-    gradient_fn = mtl_jax.value_and_grad(losses_fn, weighting)
+    gradient = mtl_jax.value_and_grad(losses_fn, weighting)
     init_key, weighting_key, data_key = jax.random.split(key, 3)
     params = init(init_key)
-    states = (
-        params,
-        optimizer.init(params),
-        weighting.init(dict.fromkeys(TASKS, 0.0), key=weighting_key),
-    )
+    weighting_state = gradient.init(params, jnp.zeros((64,)), key=weighting_key)
+    states = params, optimizer.init(params), weighting_state
 
     def step(states: Any, key: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
         params, opt_state, weighting_state = states
         x = jax.random.uniform(key, (64,), minval=-1.0)
-        value, gradient, weighting_state = gradient_fn(params, weighting_state, x)
-        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        value, grads, weighting_state = gradient(params, weighting_state, x)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state, weighting_state), value.losses
 
     _, losses = jax.lax.scan(step, states, jax.random.split(data_key, steps))

@@ -1,6 +1,6 @@
 """Many devices: the batch along one axis of a mesh, the network's width along the other.
 
-Nothing is asked of mtl_jax: arrays are placed, and the same train step runs on all devices. Run as
+Nothing is asked of mtl_jax: arrays are placed, and the same step runs on all devices. Run as
 a program this simulates eight devices on a CPU; take out that line where there are real ones.
 """
 
@@ -41,17 +41,16 @@ def losses_fn(params: Params, x: jax.Array) -> dict[str, jax.Array]:
 
 def train(mesh: jax.sharding.Mesh, steps: int) -> list[dict[str, float]]:
     """The losses of all steps, on the devices of a mesh."""
-    optimizer, weighting = optax.adam(1e-2), mtl_jax.aligned_mtl()
-    gradient_fn = mtl_jax.value_and_grad(losses_fn, weighting)
-    train_step = mtl_jax.make_train_step(gradient_fn, optimizer, weighting)
+    gradient = mtl_jax.value_and_grad(losses_fn, mtl_jax.aligned_mtl())
+    step = mtl_jax.make_train_step(gradient, optax.adam(1e-2))
     params = init(jax.random.key(0))
     params = {n: jax.device_put(p, NamedSharding(mesh, SHARDED[n])) for n, p in params.items()}
-    state = mtl_jax.TrainState.create(params, optimizer, weighting, dict.fromkeys(TASKS, 0.0))
     batches = np.random.default_rng(0).normal(size=(steps, 64, 8)).astype(np.float32)
+    state = step.init(params, batches[0])
     history: list[dict[str, float]] = []
     for batch in batches:
         x = jax.device_put(batch, NamedSharding(mesh, P("data", None)))
-        state, value = train_step(state, x)
+        state, value = step(state, x)
         history.append({task: float(loss) for task, loss in value.losses.items()})
     print(f"on {mesh.size} device(s), the first layer is {state.params['first'].sharding.spec}")
     return history

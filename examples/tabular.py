@@ -1,4 +1,4 @@
-"""Your own problem for the referee: ``mtl-jax compare examples.tabular:problem --seeds 5``.
+"""A problem of your own to compare: ``mtl-jax compare examples.tabular:problem --seeds 5``.
 
 442 patients with diabetes (Efron et al., 2004, from scikit-learn): from age, sex and six blood
 values, how far will the disease go in a year, what is the body mass index, what the blood pressure?

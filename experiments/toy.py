@@ -18,8 +18,9 @@ import tyro
 from jaxtyping import Array, Float
 
 import mtl_jax
+from mtl_jax import RunSettings
 from mtl_jax._base import Aggregator, Weighting
-from mtl_jax.compare import WEIGHTINGS, RunSettings, look_up
+from mtl_jax.compare import WEIGHTINGS, look_up
 
 STARTS = ((-8.5, 7.5), (-8.5, -5.0), (9.0, 9.0), (-7.5, -0.5), (9.0, -1.0))
 """The published starting points: the first three are those of Liu et al., and all but the second

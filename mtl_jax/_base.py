@@ -217,8 +217,8 @@ class MultiTaskValue(NamedTuple):
       losses: the losses, as ``losses_fn`` returned them.
       weights: the weight that each task had in the gradient; the gradient is that of the sum of
         ``weights * losses``. ``None`` with an aggregator, which has no weights.
-      finite: whether the step can be taken: the weights are finite, and so are the squared norms
-        of the gradient's leaves.
+      finite: whether the step can be taken: the weights are finite, and so is the squared norm of
+        the gradient; from a train step, that of the update, too: whether it was taken.
       aux: the auxiliary output of ``losses_fn``, or ``None``.
       gramian: the inner products of the task gradients, in the order of the leaves of the losses:
         ``float[K, K]``, 0 in a step that did not measure them; ``None`` if no step does.

@@ -229,6 +229,7 @@ def gramian_of(rows: Rows, axes: tuple[str, ...] = ()) -> Float[Array, "tasks ta
     groups = [stacked(rows[start : start + size]) for start in range(0, len(rows), size)]
     if size > 1:
         groups = jax.lax.optimization_barrier(groups)
+    # The Gramian is symmetric: only the blocks on and above the diagonal are computed.
     blocks = [[jnp.zeros(())] * len(groups) for _ in groups]
     for i, j in itertools.combinations_with_replacement(range(len(groups)), 2):
         blocks[i][j] = gramian_between(groups[i], groups[j], axes)
@@ -427,6 +428,7 @@ class ParameterJacobian:
         self._parts = Partition.of(params, shared)
         self._axes, self._linear = axes, None
         self.shared = self._parts.join(self._parts.shared(params), None)
+        # The one forward pass. Low memory needs the derivative in both directions.
         if rows == "low_memory":
             self.losses, self._linear, self._transpose, self.aux = linearize(losses_fn, params)
         else:
@@ -534,6 +536,8 @@ class RepresentationJacobian:
             z, self._linear, self._encoder_pullback, encoder_aux = linearize(encode, params)
         else:
             z, self._encoder_pullback, encoder_aux = jax.vjp(encode, params, has_aux=True)
+        # Each task is given its own copy of z: one pass back through the heads then finds the
+        # gradients of all tasks at once, each at its copy.
         self.losses, self._heads_pullback, heads_aux = jax.vjp(
             decode, params, dict.fromkeys(names, z), has_aux=True
         )
@@ -586,6 +590,7 @@ class RepresentationJacobian:
         return gradient
 
     def _with_heads(self, gradient: PyTree, weights: Vector) -> PyTree:
+        # Of this pass XLA keeps what the heads' parameters need; the rest is computed once.
         chosen = weights if self._head_gradient == "weighted" else self._ones
         of_heads, _ = self._heads_pullback(cotangent(chosen, self.losses))
         return jax.tree.map(jnp.add, gradient, of_heads)

@@ -58,7 +58,7 @@ RowsUpdate = Callable[..., tuple[PyTree, PyTree]]
 
 def vector_weighting(
     update: VectorUpdate,
-    init: VectorInit = lambda tasks, key: (),
+    init: VectorInit = lambda tasks, key, params=None: (),
     *,
     observe: VectorObserve | None = None,
     needs: Signal = Signal.LOSSES,
@@ -126,6 +126,8 @@ def vector_weighting(
         if needs is Signal.GRAMIAN and signal is not None:
             # A method need not bear what is not finite: its answer is not used then.
             signal = jnp.where(readable, signal, 0)
+        # The method runs whatever the losses are; whether its answer is used is decided below, so
+        # that no branch is needed.
         extra = () if needs is Signal.LOSSES else (signal,)
         output = update(losses, state.inner, present, state.steps, *extra)
         weights, inner = _read_result(output, state.inner, "weights")
@@ -182,6 +184,8 @@ def lift(method: VectorMethod) -> Weighting:
     of its arguments.
     """
 
+    # One program for the life of the weighting: called outside `jit` it is compiled once for each
+    # structure and dtype, called inside it becomes part of what is compiled there (`inline`).
     @functools.partial(jax.jit, static_argnums=0, inline=True)
     def update(
         tasks: Tasks, losses: Losses, state: PyTree, mask: PyTree | None, signal: PyTree
@@ -216,6 +220,7 @@ def lift(method: VectorMethod) -> Weighting:
         gramian: Gramian | None = None,
         task_gradients: PyTree | None = None,
     ) -> tuple[Weights, WeightingState]:
+        # What JAX itself would refuse, in words of its own, is refused before it sees it.
         tasks = _read_arguments(losses, state, mask)
         leaf_types(gramian, "The Gramian")
         signals = {Signal.GRAMIAN: gramian, Signal.TASK_GRADIENTS: task_gradients}

@@ -1,6 +1,7 @@
 """A jitted train step around a gradient of weighted losses and an optax optimizer."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -120,9 +121,8 @@ def make_train_step(
     ``losses_fn(params, *args)``, with ``model_state`` and then a fresh key put before ``args``
     where the state has a model state and an rng.
 
-    A step is skipped if the weights, or the squared norm of a leaf of the gradient or of the
-    update, is not finite: parameters, optimizer, model and weighting keep their state, and
-    ``skipped`` counts it.
+    A step is skipped if the weights, or the squared norm of the gradient or of the update, are not
+    finite: parameters, optimizer, model and weighting keep their state, and ``skipped`` counts it.
 
     Any optax optimizer will do. One that takes extra arguments gets ``value``, the weighted sum of
     the losses of present tasks with the weights of the step; ``grad``, its gradient; ``value_fn``,
@@ -172,7 +172,7 @@ def make_train_step(
     check_optimizer(optimizer, "make_train_step")
     check_functions("make_train_step", new_model_state=new_model_state)
     check_flags("make_train_step", donate=donate)
-    extended = optax.with_extra_args_support(optimizer)
+    taken = _extra_arguments(optimizer)
 
     def init(
         params: PyTree,
@@ -191,8 +191,9 @@ def make_train_step(
         state = TrainState(
             params, optimizer.init(params), weighting_state, zero, zero, model_state, rng
         )
-        # An optimizer's state may begin as the parameters, or hold an array of its own.
-        return jax.tree.map(jnp.copy, state)
+        # An optimizer's state may begin as the parameters, or hold an array of its own. And no weak
+        # type must remain, which a step would lose: it would be compiled again.
+        return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.result_type(leaf), copy=True), state)
 
     def update(
         state: TrainState, *args: Any, mask: PyTree | None = None
@@ -207,21 +208,29 @@ def make_train_step(
         model_state = None if state.model_state is None else new_model_state(value.aux)
         _check_model_state(model_state, state.model_state)
 
-        def value_fn(params: PyTree, **_: Any) -> Array:
+        # What line searches minimise: the weights are those of this step, and are held.
+        # A line search hands on to it what it does not know.
+        def value_fn(params: PyTree, *, grad_fn: Any = None) -> Array:
             return _weighted_sum(gradient.losses(params, *args), value.weights, mask)
 
-        updates, opt_state = extended.update(
+        extra = {
+            "value": _weighted_sum(value.losses, value.weights, mask),
+            "grad": grads,
+            "value_fn": value_fn,
+            "grad_fn": lambda params, *_: jax.grad(value_fn)(params),
+        }
+        updates, opt_state = optimizer.update(
             grads,
             state.opt_state,
             state.params,
-            value=_weighted_sum(value.losses, value.weights, mask),
-            grad=grads,
-            value_fn=value_fn,
-            grad_fn=lambda params, *_: jax.grad(value_fn)(params),
+            **{name: argument for name, argument in extra.items() if name in taken},
         )
         params = optax.apply_updates(state.params, updates)
         if gradient.observe is not None:
             weighting_state = gradient.observe(params, weighting_state, *args, mask=mask)
+        # The update, not the gradient alone: a step size of 1e30, or a division by a second moment
+        # of 0, makes it infinite where the gradient is not. The gradient, too: an optimizer may
+        # put it into its state and return a finite update all the same.
         finite = value.finite & has_finite_norm(updates, value.losses)
         new_state = TrainState(
             params,
@@ -235,9 +244,20 @@ def make_train_step(
         skipped = state._replace(
             step=new_state.step, skipped=optax.safe_increment(state.skipped), rng=next_rng
         )
-        return tree_where(finite, new_state, skipped), value
+        # A select, not a branch: the update must be known before it can be tested.
+        return tree_where(finite, new_state, skipped), value._replace(finite=finite)
 
     return TrainStep(init, jax.jit(update, donate_argnums=(0,) if donate else ()))
+
+
+def _extra_arguments(optimizer: optax.GradientTransformation) -> frozenset[str]:
+    """The names of the extra arguments that an optimizer takes."""
+    names = frozenset(("value", "grad", "value_fn", "grad_fn"))
+    if not isinstance(optimizer, optax.GradientTransformationExtraArgs):
+        return frozenset()
+    parameters = inspect.signature(optimizer.update).parameters
+    takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    return names if takes_all else names.intersection(parameters)
 
 
 def _context(model_state: PyTree, rng: Array | None) -> tuple[Any, ...]:

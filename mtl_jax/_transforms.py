@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from mtl_jax._checks import (
     leaf_types,
     read_array,
 )
+from mtl_jax._diagnostics import Diagnostics
 from mtl_jax._diagnostics import diagnostics as diagnostics_of
 from mtl_jax._jacobian import (
     AxisName,
@@ -34,15 +35,15 @@ from mtl_jax._jacobian import (
     TaskJacobian,
     check_whole,
     choose_rows,
-    has_finite_norm,
     gramian_of,
+    has_finite_norm,
     read_axis_name,
     shared_parameters,
     stacked,
 )
 from mtl_jax._lift import all_finite, read_losses, read_signal, read_state, tree_where
 from mtl_jax._tasks import read_tasks
-from mtl_jax._typing import Losses, PyTree
+from mtl_jax._typing import Gramian, Losses, Mask, PyTree, Vector
 
 Encoder = Callable[..., Any]
 Heads = Callable[..., Any]
@@ -316,7 +317,15 @@ def _gradient(
         # Outside `shard_map` its axes are unknown to the losses, whose shapes do not depend on it.
         names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
         trace = jax.make_jaxpr(losses, axis_env=[(name, 1) for name in names], return_shape=True)
-        _, shapes = trace(params, *args)
+        try:
+            _, shapes = trace(params, *args)
+        except NameError as error:
+            if "axis name" not in str(error):  # not JAX's, for an axis that is not there
+                raise
+            raise ValueError(
+                f"The losses use a mesh axis that is unknown here: {error} Name it as `axis_name`, "
+                "or make the state inside jax.shard_map."
+            ) from error
         if isinstance(weighting, Aggregator):
             return weighting.init(shared_parameters(params, shared), shapes, key=key)
         if weighting.needs is Signal.TASK_GRADIENTS:
@@ -330,11 +339,20 @@ def _gradient(
         at = jacobian(params, mask, args)
         if isinstance(weighting, Aggregator):
             assert isinstance(at, ParameterJacobian)
-            value, gradient, new_state = _aggregate(weighting, at, state, mask, diagnose)
+            found = _aggregate(weighting, at, state, mask, diagnose)
         else:
-            value, gradient, new_state = _weigh(weighting, at, state, diagnose)
-        finite = value.finite & has_finite_norm(gradient, value.losses)
-        return value._replace(finite=finite), gradient, tree_where(finite, new_state, state)
+            found = _weigh(weighting, at, state, diagnose)
+        gramian = found.gramian
+        value = MultiTaskValue(
+            losses=at.losses,
+            weights=None if found.weights is None else at.tasks.unstack(found.weights),
+            finite=all_finite(found.weights) & has_finite_norm(found.gradient, at.losses),
+            aux=at.aux,
+            gramian=gramian,
+            measured=None if gramian is None else found.measured,
+            diagnostics=None if gramian is None else _diagnosed(gramian, at.present, diagnose),
+        )
+        return value, found.gradient, tree_where(value.finite, found.state, state)
 
     def observe(params: PyTree, state: PyTree, *args: Any, mask: PyTree | None = None) -> PyTree:
         assert isinstance(weighting, Weighting)
@@ -345,9 +363,21 @@ def _gradient(
     return MultiTaskGradient(init, update, losses, observe if observes else None)
 
 
-def _weigh(
-    weighting: Weighting, at: TaskJacobian, state: PyTree, diagnose: bool
-) -> tuple[MultiTaskValue, PyTree, PyTree]:
+def _diagnosed(gramian: Gramian, present: Mask, wanted: bool) -> Diagnostics | None:
+    return diagnostics_of(gramian, present) if wanted else None
+
+
+class _Found(NamedTuple):
+    """What was decided in a step: the gradient, and what it was decided on."""
+
+    weights: Vector | None
+    gradient: PyTree
+    state: PyTree
+    gramian: Gramian | None
+    measured: Bool[Array, ""]
+
+
+def _weigh(weighting: Weighting, at: TaskJacobian, state: PyTree, diagnose: bool) -> _Found:
     """Decide the weights and take the gradient, measuring the signal only if it is needed."""
     method, needs = weighting.method, weighting.needs
     state = read_state(method, state, at.tasks, at.shared)
@@ -355,53 +385,40 @@ def _weigh(
 
     def measure() -> tuple[Any, Any, Any]:
         """The Gramian, if one is wanted, the rows, and what the method reads of the two."""
-        gramian = None
-        if needs is Signal.TASK_GRADIENTS:
-            assert isinstance(at, ParameterJacobian)
-            rows = at.task_gradients()
-            check_whole(rows, at.losses, "A parameter", _WHOLE_GRADIENTS)
-            signal = at.as_tree(rows)
-            gramian = gramian_of(rows) if diagnose else None
-        else:
+        if needs is not Signal.TASK_GRADIENTS:
             gramian, rows = at.measure()
             check_whole(gramian, at.losses, "The Gramian", "Pass that axis as `axis_name`.")
-            signal = gramian
-        return gramian, rows, read_signal(needs, signal, at.present, at.tasks)
+            return gramian, rows, read_signal(needs, gramian, at.present, at.tasks)
+        assert isinstance(at, ParameterJacobian)
+        rows = at.task_gradients()
+        check_whole(rows, at.losses, "A parameter", _WHOLE_GRADIENTS)
+        signal = read_signal(needs, at.as_tree(rows), at.present, at.tasks)
+        return gramian_of(rows) if diagnose else None, rows, signal
 
-    gramian, measured = None, jnp.asarray(True)
+    always = jnp.asarray(True)
     if needs is Signal.LOSSES and not diagnose:
         weights, new_state = method.update(losses, state, at.present, None)
-        gradient = at.pull_back(weights)
-    elif method.due is None:
+        return _Found(weights, at.pull_back(weights), new_state, None, always)
+    if method.due is None:
         gramian, rows, signal = measure()
         weights, new_state = method.update(losses, state, at.present, signal)
-        gradient = at.combine(weights, rows)
-    else:
-        shape = jax.eval_shape(lambda: measure()[0])
+        return _Found(weights, at.combine(weights, rows), new_state, gramian, always)
 
-        def when_due() -> tuple[Any, ...]:
-            gramian, _, signal = measure()
-            return *method.update(losses, state, at.present, signal), gramian
+    shape = jax.eval_shape(lambda: measure()[0])
 
-        def otherwise() -> tuple[Any, ...]:
-            zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shape)
-            return *method.update(losses, state, at.present, None), zeros
+    def when_due() -> tuple[Any, ...]:
+        gramian, _, signal = measure()
+        return *method.update(losses, state, at.present, signal), gramian
 
-        measured = _any_due(method.due(state))
-        weights, new_state, gramian = jax.lax.cond(measured, when_due, otherwise)
-        gradient = at.pull_back(weights)
-    value = MultiTaskValue(
-        losses=at.losses,
-        weights=at.tasks.unstack(weights),
-        finite=all_finite(weights),
-        aux=at.aux,
-        gramian=gramian,
-        measured=None if gramian is None else measured,
-        diagnostics=diagnostics_of(gramian, at.present)
-        if diagnose and gramian is not None
-        else None,
-    )
-    return value, gradient, new_state
+    def otherwise() -> tuple[Any, ...]:
+        zeros = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shape)
+        return *method.update(losses, state, at.present, None), zeros
+
+    # The rows do not leave the branch: the other one would have to hold as many zeros. So the
+    # gradient takes a backward pass of its own, which is the only one in a step that is not due.
+    due = _any_due(method.due(state))
+    weights, new_state, gramian = jax.lax.cond(due, when_due, otherwise)
+    return _Found(weights, at.pull_back(weights), new_state, gramian, due)
 
 
 _WHOLE_GRADIENTS = (
@@ -412,23 +429,14 @@ _WHOLE_GRADIENTS = (
 
 def _aggregate(
     aggregator: Aggregator, at: ParameterJacobian, state: PyTree, mask: PyTree, diagnose: bool
-) -> tuple[MultiTaskValue, PyTree, PyTree]:
+) -> _Found:
     """Combine the task gradients; what is not shared gets the gradient of the plain sum."""
     rows = stacked(at.task_gradients())
     check_whole(rows, at.losses, "A parameter", _WHOLE_GRADIENTS)
     combined, new_state = aggregator.update(at.as_tree(rows), state, losses=at.losses, mask=mask)
     gradient = at.with_rest(jax.tree.leaves(combined), at.present.astype(at.tasks.dtype))
     gramian = gramian_of(rows) if diagnose else None
-    value = MultiTaskValue(
-        losses=at.losses,
-        weights=None,
-        finite=jnp.asarray(True),
-        aux=at.aux,
-        gramian=gramian,
-        measured=None if gramian is None else jnp.asarray(True),
-        diagnostics=None if gramian is None else diagnostics_of(gramian, at.present),
-    )
-    return value, gradient, new_state
+    return _Found(None, gradient, new_state, gramian, jnp.asarray(True))
 
 
 def _any_due(due: Bool[Array, ""]) -> Bool[Array, ""]:

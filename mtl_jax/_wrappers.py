@@ -1,4 +1,4 @@
-"""Wrappers: weightings that decide now and then, or whose weights are averaged or changed."""
+"""Wrappers: weightings that decide on a schedule, or whose weights are averaged or changed."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,8 +14,8 @@ from mtl_jax._typing import Mask, PyTree, Vector
 from mtl_jax.loss_weightings._statistics import ema_rate
 
 
-class TurnsState(NamedTuple):
-    """The state of a wrapper that lets its weighting decide at some steps only.
+class ScheduleState(NamedTuple):
+    """The state of a wrapper that lets its weighting decide at some steps only, on a schedule.
 
     Attributes:
       inner: the state of the weighting inside.
@@ -79,7 +79,7 @@ def every(weighting: Weighting, steps: int) -> Weighting:
         raise ValueError(
             "This weighting already says when its signal is due: put `every` innermost."
         )
-    return _in_turns(weighting.method, lambda total: total % steps == 0, before=0, hold=True)
+    return _scheduled(weighting.method, lambda total: total % steps == 0, before=0, hold=True)
 
 
 def after_warmup(weighting: Weighting, steps: int) -> Weighting:
@@ -111,7 +111,7 @@ def after_warmup(weighting: Weighting, steps: int) -> Weighting:
     """
     check_weighting(weighting)
     steps = read_integer(steps, "after_warmup: `steps`")
-    return _in_turns(weighting.method, lambda total: total >= steps, before=1, hold=False)
+    return _scheduled(weighting.method, lambda total: total >= steps, before=1, hold=False)
 
 
 def ema(weighting: Weighting, decay: float) -> Weighting:
@@ -264,23 +264,23 @@ def with_preference(weighting: Weighting, prior: PyTree) -> Weighting:
     return _changed(weighting.method, multiply)
 
 
-def _in_turns(
+def _scheduled(
     inner: VectorMethod, active: Callable[[Array], Array], *, before: float, hold: bool
 ) -> Weighting:
     """The weighting at the steps at which ``active``; at others its last weights, or ``before``."""
 
     def init(tasks, key, params=None):
         state = inner.init(tasks, key, params)
-        return TurnsState(state, tasks.full(before), jnp.zeros((), jnp.int32))
+        return ScheduleState(state, tasks.full(before), jnp.zeros((), jnp.int32))
 
-    def due(state: TurnsState) -> Bool[Array, ""]:
+    def due(state: ScheduleState) -> Bool[Array, ""]:
         now = active(state.total)
         return now if inner.due is None else now & inner.due(state.inner)
 
     def update(losses, state, present, steps, signal=None):
         now, inner_state = active(state.total), state.inner
         if signal is None and inner.needs is not Signal.LOSSES and inner.due is None:
-            # Not measured, so it must not be the weighting's turn; if it is, that is an error.
+            # Not measured, so the weighting must not be due; if it is, that is an error.
             weights = jnp.where(now, jnp.nan, state.weights)
         else:
             decided, decided_state = inner.update(losses, state.inner, present, signal)
@@ -289,7 +289,7 @@ def _in_turns(
             inner_state = tree_where(now, decided_state, state.inner)
         held = weights if hold else state.weights
         total = jnp.asarray(optax.safe_increment(state.total))
-        return weights, TurnsState(inner_state, held, total)
+        return weights, ScheduleState(inner_state, held, total)
 
     def observe(losses, state, present):
         assert inner.observe is not None

@@ -1,17 +1,34 @@
 import os
+import pathlib
+import sys
 
-# Most of a test's time is spent compiling. There are 8 devices for the tests of sharding; whatever
-# is not put elsewhere is on the first one. Set before JAX is imported.
+# There are 8 devices for the tests of sharding; whatever is not put elsewhere is on the first one.
+# Most of a test's time is spent compiling: programs are compiled quickly rather than well, and what
+# one process has compiled is kept on disk for the others and for the next run. Set before JAX is
+# imported, and inherited by the programs that tests start.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} "
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     "--xla_force_host_platform_device_count=8"
 )
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(sys.prefix, "programs")))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
+import costs
 import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(costs.Costs(config))
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first: with several workers, none is left alone with one."""
+    order = {file: number for number, file in enumerate(costs.LONGEST)}
+    items.sort(key=lambda item: order.get(costs.file_of(item), len(order)))
 
 
 @pytest.fixture
@@ -19,10 +36,3 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def forget_compiled_programs():
-    """A process can hold only so many memory maps, and each program has some."""
-    yield
-    jax.clear_caches()

@@ -1,75 +1,125 @@
-"""The table of all loss-based weightings that the shared checks run through."""
+"""Every method with the parameters that the shared checks run it with, each made once."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-import mtl_jax
+from mtl_jax import METHODS as RECORDS
+from mtl_jax import RunSettings
 
 TASKS = ("a", "b", "c")
+KEY = jax.random.key(7)
+SETTINGS = RunSettings(steps_per_epoch=2, epochs=10, optimizer=optax.adam(0.05))
+EVERYBODY = dict.fromkeys(TASKS, np.True_)
 
-METHODS = {
-    "equal": mtl_jax.equal,
-    "constant": functools.partial(mtl_jax.constant, {"a": 0.5, "b": 1.0, "c": 1.5}),
-    "adaptive": mtl_jax.adaptive,
-    "adaptive[emphasis=2,decay=0.9]": functools.partial(mtl_jax.adaptive, 2.0, decay=0.9),
-    "adaptive[softmax]": functools.partial(mtl_jax.adaptive, rule="softmax"),
-    "adaptive[initial]": functools.partial(mtl_jax.adaptive, relative_to="initial"),
-    "dwa": functools.partial(mtl_jax.dwa, window=2),
-    "uncertainty": functools.partial(mtl_jax.uncertainty, optax.adam(0.05)),
-    "uncertainty[half]": functools.partial(mtl_jax.uncertainty, optax.sgd(0.05), form="half"),
-    "uncertainty[revised]": functools.partial(mtl_jax.uncertainty, optax.sgd(0.05), 0.5, "revised"),
-    "random_weighting": mtl_jax.random_weighting,
-    "random_weighting[dirichlet]": functools.partial(mtl_jax.random_weighting, "dirichlet"),
-    "geometric": mtl_jax.geometric,
-    "dynamic_task_priority": functools.partial(mtl_jax.dynamic_task_priority, 1.0, decay=0.5),
-    "cov_weighting": mtl_jax.cov_weighting,
-    "cov_weighting[decay=0.9]": functools.partial(mtl_jax.cov_weighting, 0.9),
-    "softadapt": functools.partial(mtl_jax.softadapt, window=2, beta=1.0),
-    "softadapt[normalized]": functools.partial(mtl_jax.softadapt, 2, variant="normalized"),
-    "softadapt[loss_weighted]": functools.partial(
-        mtl_jax.softadapt, 1, order=3, variant="loss_weighted"
-    ),
-    "relobralo": functools.partial(mtl_jax.relobralo, alpha=0.9),
-    "relobralo[rho=0.5]": functools.partial(mtl_jax.relobralo, alpha=0.9, rho=0.5),
-    "imtl_l": functools.partial(mtl_jax.imtl_l, optax.adam(0.05)),
-    "stch": functools.partial(mtl_jax.stch, warmup=3),
-    "stch[mu=0.1,window=2]": functools.partial(mtl_jax.stch, warmup=3, mu=0.1, window=2),
-    "famo": mtl_jax.famo,
+# Arguments beside those that the records require.
+OWN = {
+    "constant": {"weights": {"a": 0.5, "b": 1.0, "c": 1.5}},
+    "dynamic_task_priority": {"decay": 0.5},
+    "softadapt": {"beta": 1.0},
+    "relobralo": {"alpha": 0.9},
+    "stch": {"warmup": 3, "window": 1},
+    "gradnorm": {"optimizer": optax.sgd(0.01)},
+    "fair_grad": {"alpha": 2.0},
+    "graddrop": {"leak": 0.3},
+    "moco": {"rho": 0.1},
+    "excess_mtl": {"step_size": 0.5},
 }
-RANDOM = ("random_weighting", "random_weighting[dirichlet]", "relobralo[rho=0.5]")
-SUMS_TO_TASKS = ("equal", "constant", "adaptive", "dwa", "relobralo")
-SUMS_TO_ONE = ("random_weighting", "cov_weighting", "softadapt", "famo")
+VARIANTS = {
+    "adaptive[emphasis=2,decay=0.9]": {"emphasis": 2.0, "decay": 0.9},
+    "adaptive[softmax]": {"rule": "softmax"},
+    "adaptive[initial]": {"relative_to": "initial"},
+    "uncertainty[half]": {"optimizer": optax.sgd(0.05), "form": "half"},
+    "uncertainty[revised]": {
+        "optimizer": optax.sgd(0.05),
+        "initial_log_variance": 0.5,
+        "form": "revised",
+    },
+    "random_weighting[dirichlet]": {"distribution": "dirichlet"},
+    "cov_weighting[decay=0.9]": {"decay": 0.9},
+    "softadapt[normalized]": {"beta": 0.1, "variant": "normalized"},
+    "softadapt[loss_weighted]": {
+        "window": 1,
+        "beta": 0.1,
+        "order": 3,
+        "variant": "loss_weighted",
+    },
+    "relobralo[rho=0.5]": {"rho": 0.5},
+    "stch[mu=0.1,window=2]": {"mu": 0.1, "window": 2},
+    "mgda[l2]": {"normalization": "l2"},
+    "mgda[loss]": {"normalization": "loss"},
+    "mgda[loss+]": {"normalization": "loss+"},
+    "aligned_mtl[rmse]": {"scale": "rmse"},
+}
+# Those that add an epsilon, without it.
+WITHOUT_EPS = {
+    "moco[eps=0]": {"eps": 0.0},
+    "excess_mtl[eps=0]": {"step_size": 0.5, "eps": 0.0},
+    "db_mtl[eps=0]": {"beta": 0.5, "beta_sigma": 0.5, "eps": 0.0},
+}
 
 
-def losses_like(dtype=jnp.float32):
-    return {task: jax.ShapeDtypeStruct((), dtype) for task in TASKS}
+def record(name):
+    """What is known of the method of a name such as ``mgda[l2]``."""
+    return RECORDS[name.partition("[")[0]]
 
 
+def arguments(name):
+    if name in WITHOUT_EPS:
+        return WITHOUT_EPS[name]
+    return OWN.get(record(name).name, {}) | VARIANTS.get(name, {})
+
+
+def make(name):
+    return record(name).make(SETTINGS, **arguments(name))
+
+
+made = functools.cache(make)
+"""The method of a name, made once, so that what it compiles is compiled once."""
+
+
+def _table(*reads):
+    """The factories of the methods that read this, each with its variants."""
+    names = sorted([*RECORDS, *VARIANTS], key=lambda name: list(RECORDS).index(record(name).name))
+    return {name: functools.partial(make, name) for name in names if record(name).reads in reads}
+
+
+METHODS = _table("the losses", "the losses after the step, too")
+GRAMIAN_METHODS = _table("the Gramian")
+ROW_METHODS = _table("the task gradients")
+RANDOM = (
+    *(name for name in [*RECORDS, *VARIANTS] if record(name).draws),
+    "relobralo[rho=0.5]",
+)
+TOTALS = {name: {"K": len(TASKS), "1": 1}.get(record(name).total) for name in METHODS}
+TOTALS["constant"] = len(TASKS)
+
+
+@functools.cache
 def loss_sequence(steps=8, dtype=jnp.float32, seed=0):
     """Losses that fall at different rates, with noise: one pytree for each step."""
     keys = jax.random.split(jax.random.key(seed), steps)
-    rates = (0.3, 0.1, 0.02)
+    noise = np.asarray(jax.vmap(lambda key: jax.random.uniform(key, (3,)))(keys))
+    falling = (2.0 + np.arange(3)) * np.exp(-np.outer(np.arange(steps), (0.3, 0.1, 0.02)))
     return [
-        {
-            task: jnp.asarray((2.0 + k) * jnp.exp(-rate * step) * (0.8 + 0.4 * noise), dtype)
-            for k, (task, rate, noise) in enumerate(
-                zip(TASKS, rates, jax.random.uniform(key, (3,)), strict=True)
-            )
-        }
-        for step, key in enumerate(keys)
+        {task: jnp.asarray(loss, dtype) for task, loss in zip(TASKS, losses, strict=True)}
+        for losses in falling * (0.8 + 0.4 * noise)
     ]
 
 
-def run(weighting, sequence, *, masks=None, key=None, jit=True):
-    """Run a weighting over a sequence of losses, observing 0.9 of each after the step."""
-    update = jax.jit(weighting.update) if jit else weighting.update
+def run(weighting, sequence, *, masks=None, key=KEY, update=None):
+    """Run a weighting over a sequence of losses, observing 0.9 of each after the step.
+
+    A mask is always given, so that all calls of a weighting are of one program.
+    """
+    update = weighting.update if update is None else update
     state = weighting.init(sequence[0], key=key)
     history = []
     for step, losses in enumerate(sequence):
-        mask = None if masks is None else masks[step]
+        mask = EVERYBODY if masks is None else masks[step]
         weights, state = update(losses, state, mask=mask)
         if weighting.observe is not None:
             after = {

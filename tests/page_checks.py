@@ -19,11 +19,11 @@ def readme(after, tmp_path):
     first, second = after
     assert sorted(first["value"].weights) == ["depth", "normals"]
     assert int(first["state"].step) == 1
-    state = second["weighting"].init(second["losses"])
-    value, gradient, _ = jax.jit(second["gradient_fn"])(first["params"], state, first["batch"])
+    params, batch, gradient = first["state"].params, first["batch"], second["gradient"]
+    value, grads, _ = jax.jit(gradient)(params, gradient.init(params, batch), batch)
     assert value.gramian.shape == (2, 2)
     assert all(weight > 0 for weight in value.weights.values())
-    assert jax.tree.structure(gradient) == jax.tree.structure(first["params"])
+    assert jax.tree.structure(grads) == jax.tree.structure(params)
 
 
 def index(after, tmp_path):
@@ -41,9 +41,8 @@ def representation(after, tmp_path):
     value = after[0]["value"]
     assert value.gramian.shape == (2, 2)
     assert all(weight >= 0.499 for weight in value.weights.values())  # 1/K and more
-    state = mtl_jax.upgrad().init(value.losses)
-    gradient_fn = jax.jit(after[1]["gradient_fn"])
-    encoder_rows, *_ = gradient_fn(after[1]["params"], state, after[1]["batch"])
+    params, batch, gradient = (after[1][name] for name in ("params", "batch", "gradient"))
+    encoder_rows, *_ = jax.jit(gradient)(params, gradient.init(params, batch), batch)
     assert not np.allclose(encoder_rows.gramian, value.gramian)
     diagnosed = after[-1]["value"]
     assert diagnosed.weights == {"depth": 1, "normals": 1}
@@ -65,8 +64,9 @@ def own_weighting(after, tmp_path):
     )
     params, x = after[3]["params"], after[3]["x"]
     rows = jax.jacobian(after[3]["losses_fn"])(params, x)
-    assert float(after[3]["gradient"]) == pytest.approx(float(max(rows.values(), key=abs)))
-    assert isinstance(after[4]["weightings"]["rising"](None), mtl_jax.Weighting)
+    assert_trees_close(after[3]["value"].weights, value.weights, rtol=1e-5, atol=0)  # one number
+    assert float(after[4]["grads"]) == pytest.approx(float(max(rows.values(), key=abs)))
+    assert isinstance(after[5]["weightings"]["rising"](None), mtl_jax.Weighting)
 
 
 def moving(after, tmp_path):
@@ -89,12 +89,12 @@ def scale(after, tmp_path):
 
 def accumulation(after, tmp_path):
     names = after[-1]
-    pieces, state = after[0]["value"], after[0]["state"]
+    value, state = after[0]["value"], after[0]["state"]
     params, batch, weighting = names["params"], names["batch"], mtl_jax.adaptive()
     losses = names["losses_fn"](params, batch)
-    assert_trees_close(pieces.losses, losses, rtol=1e-5, atol=0)
+    assert_trees_close(value.losses, losses, rtol=1e-5, atol=0)
     expected = weighting.update(losses, weighting.init(losses))[0]
-    assert_trees_close(pieces.weights, expected, rtol=1e-5, atol=0)
+    assert_trees_close(value.weights, expected, rtol=1e-5, atol=0)
     assert (state.step, state.skipped) == (1, 0)
     assert_trees_close(after[2]["value"].losses, losses, rtol=1e-5, atol=0)
     assert names["memory"][8] < names["memory"][1] / 4
@@ -145,6 +145,9 @@ def evaluation(after, tmp_path):
 
 def how_it_works(after, tmp_path):
     assert after[0]["value"].weights == after[0]["weights"]
+    state, params = after[1]["state"], after[1]["params"]
+    assert (state.step, state.skipped) == (1, 0)
+    assert float(state.params) != float(params)
 
 
 CHECKS = {

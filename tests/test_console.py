@@ -9,7 +9,7 @@ import pytest
 import mtl_jax
 from mtl_jax.__main__ import main
 from mtl_jax.compare import load_problem
-from mtl_jax.compare.listing import methods
+from mtl_jax.compare.listing import parameters
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -75,18 +75,21 @@ def test_list_shows_every_method_with_all_its_parameters(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     main(["list"])
     printed = capsys.readouterr().out
-    for method in methods():
-        assert re.search(rf"^\s*{method.name}\b", printed, re.MULTILINE)
-        for parameter in inspect.signature(getattr(mtl_jax, method.name)).parameters:
-            assert re.search(rf"\b{parameter}\b", method.parameters)
+    for name, method in mtl_jax.METHODS.items():
+        (row,) = re.findall(rf"^\s*{name}\b(.*)$", printed, re.MULTILINE)
+        for parameter in inspect.signature(method.factory).parameters:
+            assert re.search(rf"\b{parameter}\b", parameters(method.factory))
+        if len(parameters(method.factory)) < 60:  # on one line
+            assert parameters(method.factory) in row
+        assert all(label in row for label, _ in method.sources[:1])
+    for reads in {method.reads for method in mtl_jax.METHODS.values()}:
+        assert len(re.findall(rf"^\s*reads {reads}  ", printed, re.MULTILINE)) == 1
     folders = pathlib.Path(mtl_jax.__file__).parent.glob("*_*/*.py")
-    public = {path.stem for path in folders} & set(mtl_jax.__all__)
-    assert {method.name for method in methods()} == public
-    assert len(public) == 32
+    assert set(mtl_jax.METHODS) == {path.stem for path in folders} & set(mtl_jax.__all__)
 
 
 def test_every_method_names_its_source():
-    without = {method.name for method in methods() if not (method.authors and method.link)}
+    without = {name for name, method in mtl_jax.METHODS.items() if not method.sources}
     assert without == {"adaptive"}
 
 

@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtl_jax import masked_mean
+import mtl_jax
 
 RNG = np.random.default_rng(0)
+masked_mean = jax.jit(mtl_jax.masked_mean)
+gradient_of_mean = jax.jit(jax.grad(mtl_jax.masked_mean))
 
 
 @given(st.lists(st.tuples(st.floats(-1e6, 1e6, width=32), st.booleans()), min_size=12, max_size=12))
@@ -35,50 +37,43 @@ def test_a_mask_of_the_leading_axes(shape):
 
 
 def test_gradient_is_one_over_the_number_present():
-    values = jnp.asarray(RNG.normal(size=(4, 3)), jnp.float32)
-    present = jnp.array([True, False, True, True])
-    gradient = jax.grad(masked_mean)(values, present)
+    values = RNG.normal(size=(4, 3)).astype(np.float32)
+    present = np.array([True, False, True, True])
+    gradient = gradient_of_mean(values, present)
     expected = np.where(present[:, None], 1 / 9, 0) * np.ones((4, 3))
     np.testing.assert_allclose(gradient, expected, rtol=1e-6)
 
 
 def test_all_absent_is_zero_with_zero_gradient():
-    values, present = jnp.array([1.0, jnp.nan, jnp.inf]), jnp.zeros(3, bool)
-    value, gradient = jax.value_and_grad(masked_mean)(values, present)
-    assert value == 0
-    np.testing.assert_array_equal(gradient, 0)
+    values, present = np.array([1, np.nan, np.inf], np.float32), np.zeros(3, bool)
+    assert masked_mean(values, present) == 0
+    np.testing.assert_array_equal(gradient_of_mean(values, present), 0)
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 def test_what_is_not_finite_where_absent_is_harmless(bad):
-    present = jnp.array([True, False, True])
-
-    def loss(scale):
-        return masked_mean(scale * jnp.array([1.0, bad, 3.0]), present)
-
-    value = loss(2.0)
-    gradient = jax.grad(lambda v: masked_mean(v, present))(jnp.array([1.0, bad, 3.0]))
-    assert value == 4
-    np.testing.assert_array_equal(gradient, [0.5, 0, 0.5])
+    present, values = np.array([True, False, True]), np.array([1, bad, 3], np.float32)
+    assert masked_mean(np.float32(2) * values, present) == 4
+    np.testing.assert_array_equal(gradient_of_mean(values, present), [0.5, 0, 0.5])
 
 
 def test_what_is_not_finite_where_present_is_not_hidden():
-    assert jnp.isnan(masked_mean(jnp.array([1.0, jnp.nan]), jnp.array([True, True])))
+    assert np.isnan(masked_mean(np.array([1, np.nan], np.float32), np.array([True, True])))
 
 
 def test_bfloat16_is_summed_in_float32():
     # Summed in bfloat16, 4096 ones stay at 256.
-    values = jnp.full((4096,), 1.0078125, jnp.bfloat16)
-    mean = masked_mean(values, jnp.ones(4096, bool))
+    values = np.full((4096,), 1.0078125, jnp.bfloat16)
+    mean = masked_mean(values, np.ones(4096, bool))
     assert mean.dtype == jnp.float32
     assert mean == 1.0078125
-    gradient = jax.grad(masked_mean)(values, jnp.ones(4096, bool))
+    gradient = gradient_of_mean(values, np.ones(4096, bool))
     assert gradient.dtype == jnp.bfloat16
 
 
 def test_float16_does_not_overflow():
-    values = jnp.full((16,), 6e4, jnp.float16)
-    np.testing.assert_allclose(masked_mean(values, jnp.ones(16, bool)), 6e4, rtol=1e-3)
+    values = np.full((16,), 6e4, jnp.float16)
+    np.testing.assert_allclose(masked_mean(values, np.ones(16, bool)), 6e4, rtol=1e-3)
 
 
 def test_float64_stays_float64(x64):
@@ -90,35 +85,35 @@ def test_float64_stays_float64(x64):
 
 
 def test_integers_have_a_mean():
-    mean = masked_mean(jnp.array([1, 2, 7]), jnp.array([True, True, False]))
+    mean = masked_mean(np.array([1, 2, 7]), np.array([True, True, False]))
     assert mean == 1.5
 
 
 def test_jit_and_vmap():
-    values = jnp.asarray(RNG.normal(size=(5, 8)), jnp.float32)
-    present = jnp.asarray(RNG.random((5, 8)) < 0.5)
+    values = RNG.normal(size=(5, 8)).astype(np.float32)
+    present = RNG.random((5, 8)) < 0.5
     many = jax.jit(jax.vmap(masked_mean))(values, present)
-    one_by_one = [masked_mean(v, p) for v, p in zip(values, present, strict=True)]
+    one_by_one = [mtl_jax.masked_mean(v, p) for v, p in zip(values, present, strict=True)]
     np.testing.assert_allclose(many, one_by_one, rtol=1e-6)
 
 
 def test_strict_dtype_promotion():
     with jax.numpy_dtype_promotion("strict"):
-        masked_mean(jnp.ones((2, 3), jnp.bfloat16), jnp.ones(2, bool))
+        masked_mean(np.ones((2, 3), jnp.bfloat16), np.ones(2, bool))
 
 
 @pytest.mark.parametrize("shape", [(3,), (4, 4), (4, 3, 1)])
 def test_shapes_that_do_not_fit(shape):
     with pytest.raises(ValueError, match=r"leading axes.*\(4, 3\)"):
-        masked_mean(jnp.ones((4, 3)), jnp.ones(shape, bool))
+        mtl_jax.masked_mean(np.ones((4, 3)), np.ones(shape, bool))
 
 
 def test_one_boolean_for_the_whole_batch():
-    assert masked_mean(jnp.ones((4, 3)), jnp.array(True)) == 1
-    assert masked_mean(jnp.ones((4, 3)), jnp.array(False)) == 0
+    assert masked_mean(np.ones((4, 3)), np.array(True)) == 1
+    assert masked_mean(np.ones((4, 3)), np.array(False)) == 0
 
 
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.float32])
 def test_present_is_boolean(dtype):
     with pytest.raises(TypeError, match=f"boolean, got {np.dtype(dtype).name}"):
-        masked_mean(jnp.ones(3), jnp.ones(3, dtype))
+        mtl_jax.masked_mean(np.ones(3), np.ones(3, dtype))

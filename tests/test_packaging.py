@@ -1,8 +1,10 @@
 """What is distributed, what importing it imports, and what its public names are."""
 
+import ast
 import contextlib
 import doctest
 import email
+import functools
 import inspect
 import io
 import pathlib
@@ -24,7 +26,7 @@ import mtl_jax.evaluation
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODULES = (mtl_jax, mtl_jax.evaluation, mtl_jax.compare)
-ALIASES = {"Losses", "SPACES", "Space", "Verdict", "WEIGHTINGS", "Weights"}
+ALIASES = {"Losses", "METHODS", "SPACES", "Space", "Verdict", "WEIGHTINGS", "Weights"}
 """Types and tables, described where they are defined: they can have no docstring."""
 PUBLIC = [(module, name) for module in MODULES for name in module.__all__ if name not in ALIASES]
 
@@ -104,6 +106,46 @@ def test_importing_it_imports_little_more_than_jax_and_optax():
     assert set(ran.stdout.split()) <= {"mtl_jax", "jaxtyping", "numpy", "wadler_lindig"}
 
 
+MODULE_PATHS = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in (ROOT / "mtl_jax").rglob("*.py")
+}
+
+
+def imports(module):
+    """The modules of the library that this one imports, wherever it does."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULE_PATHS[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inside & MODULE_PATHS.keys() or {node.module}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found & MODULE_PATHS.keys()
+
+
+@functools.cache
+def floor(module):
+    """How many modules the longest chain of imports that ends in this one has."""
+    return 1 + max(map(floor, imports(module)), default=0)
+
+
+def test_imports_run_one_way_over_ten_floors():
+    """And the contributing page says which modules are on which; a folder is where its top is."""
+    library = {name for name in MODULE_PATHS if not name.startswith("mtl_jax.compare")}
+    library -= {"mtl_jax", "mtl_jax.__main__"}  # which only hand on what is there
+    assert all(imports(name) <= library for name in library)
+    assert max(map(floor, library)) <= 10
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| ([^|]*) \|", page, re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, 11))
+    for number, names in rows:
+        for name in re.findall(r"`([\w/]+)`", names):
+            module = "mtl_jax." + name.rstrip("/").replace("/", ".")
+            inside = {found for found in library if f"{found}.".startswith(f"{module}.")}
+            assert max(map(floor, inside)) == int(number), name
+
+
 def test_completion_offers_the_documented_names_only():
     imported = {"compare", "evaluation"}
     for module in MODULES:
@@ -135,12 +177,21 @@ def test_every_public_name_says_what_it_is():
 
 def test_the_method_of_the_contributing_page_works(monkeypatch):
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"   ```python\n(.*?)   ```", page, re.DOTALL)
+    blocks = re.findall(r"   ```python\n(.*?)   ```", page, re.DOTALL)
+    file, record, test = map(textwrap.dedent, blocks)
     names = {"__name__": "square_root"}
-    exec(textwrap.dedent(block), names)
+    exec(file, names)
     monkeypatch.setattr(mtl_jax, "square_root", names["square_root"], raising=False)
     (example,) = doctest.DocTestFinder().find(names["square_root"], "square_root", globs={})
     assert doctest.DocTestRunner().run(example) == (0, 4)
+    (method,) = eval(record, {"Method": mtl_jax.Method, **names})
+    assert method.call == "square_root()"
+    tests = {"__name__": "test_square_root"}
+    exec(test, tests)
+    tests["test_definition"]()
     paths = re.findall(r"[`(]((?:mtl_jax|tests|docs|experiments)/[\w./]*)[`)]", page)
     there = {path for path in paths if (ROOT / path).exists()}
-    assert set(paths) - there == {"mtl_jax/loss_weightings/square_root.py"}
+    assert set(paths) - there <= {
+        "mtl_jax/loss_weightings/square_root.py",
+        "tests/loss_weightings/test_square_root.py",
+    }

@@ -1,7 +1,5 @@
 """The Gramian at a representation."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,22 +11,20 @@ import mtl_jax
 TASKS = ("a", "b", "c")
 
 
-def make_params(tasks=TASKS, dtype=jnp.float64):
-    keys = iter(jax.random.split(jax.random.key(0), 2 + len(tasks)))
-    normal = functools.partial(jax.random.normal, dtype=dtype)
-    return {
-        "encoder": {"one": normal(next(keys), (4, 5)), "two": normal(next(keys), (4, 3))},
-        "heads": {task: normal(next(keys), (8,)) for task in tasks},
-        "temperature": jnp.asarray(0.7, dtype),  # used by the encoder and by every head
+def make_params(tasks=TASKS, dtype=np.float64):
+    rng = np.random.default_rng(0)
+    params = {
+        "encoder": {"one": rng.normal(size=(4, 5)), "two": rng.normal(size=(4, 3))},
+        "heads": rng.normal(size=(len(tasks), 8)),
+        "temperature": np.float64(0.7),  # used by the encoder and by every head
     }
+    return jax.tree.map(dtype, params)
 
 
-def make_batch(tasks=TASKS, dtype=jnp.float64):
-    x, *ys = jax.random.split(jax.random.key(1), 1 + len(tasks))
-    return (
-        jax.random.normal(x, (6, 4), dtype),
-        {task: jax.random.normal(y, (6,), dtype) for task, y in zip(tasks, ys, strict=True)},
-    )
+def make_batch(tasks=TASKS, dtype=np.float64):
+    rng = np.random.default_rng(1)
+    batch = rng.normal(size=(6, 4)), rng.normal(size=(len(tasks), 6))
+    return jax.tree.map(dtype, batch)
 
 
 def encoder(params, x, y):
@@ -38,16 +34,20 @@ def encoder(params, x, y):
 
 
 def heads(params, zs, x, y):
-    def loss(task):
-        z = jnp.concatenate([zs[task]["one"], zs[task]["two"]], axis=1)
-        return jnp.mean((params["temperature"] * (z @ params["heads"][task]) - y[task]) ** 2)
+    def loss(k, z):
+        z = jnp.concatenate([z["one"], z["two"]], axis=1)
+        return jnp.mean((params["temperature"] * (z @ params["heads"][k]) - y[k]) ** 2)
 
-    return {task: loss(task) for task in params["heads"]}
+    return {task: loss(k, zs[task]) for k, task in enumerate(sorted(zs))}
+
+
+def names_of(params):
+    return tuple("abcdefg"[: len(params["heads"])])
 
 
 def losses_fn(params, x, y):
     z = encoder(params, x, y)
-    return heads(params, dict.fromkeys(params["heads"], z), x, y)
+    return heads(params, dict.fromkeys(names_of(params), z), x, y)
 
 
 def flat(tree):
@@ -55,84 +55,124 @@ def flat(tree):
 
 
 def row_sums():
-    """A weighting that shows the Gramian it was given: the sums of its rows."""
+    """A weighting that shows the Gramian it was given: the sums of its rows, also its state."""
 
     def update(losses, state, present, steps, gramian):
-        return jnp.sum(gramian, axis=1), state
+        sums = jnp.sum(gramian, axis=1)
+        return sums, sums
 
-    return mtl_jax.vector_weighting(update, needs=mtl_jax.Signal.GRAMIAN)
-
-
-def rows_at_z(params, batch):
-    z = encoder(params, *batch)
-    return np.stack(
-        [
-            flat(jax.grad(lambda z, t=t: heads(params, dict.fromkeys(TASKS, z), *batch)[t])(z))
-            for t in heads(params, dict.fromkeys(TASKS, z), *batch)
-        ]
+    return mtl_jax.vector_weighting(
+        update, lambda tasks, key: tasks.full(0), needs=mtl_jax.Signal.GRAMIAN
     )
+
+
+ROW_SUMS = row_sums()
+
+
+def total(losses, weights):
+    return sum(weights[task] * loss for task, loss in losses.items())
+
+
+@jax.jit
+def weighted_gradient(params, weights, *batch):
+    """The gradient of the weighted sum of the losses."""
+    return jax.grad(lambda params: total(losses_fn(params, *batch), weights))(params)
+
+
+@jax.jit
+def gradient_at_z(params, weights, *batch):
+    def of_z(z):
+        return total(heads(params, dict.fromkeys(names_of(params), z), *batch), weights)
+
+    return jax.grad(of_z)(encoder(params, *batch))
+
+
+@jax.jit
+def gradient_through_encoder(params, weights, *batch):
+    """Through the encoder alone: the heads' parameters are held."""
+
+    def through_encoder(changed):
+        z = encoder(changed, *batch)
+        return total(heads(params, dict.fromkeys(names_of(params), z), *batch), weights)
+
+    return jax.grad(through_encoder)(params)
+
+
+def rows_of(gradient, params, batch):
+    """The gradient of each task's loss alone."""
+    tasks = names_of(params)
+    return [gradient(params, {t: float(t == task) for t in tasks}, *batch) for task in tasks]
 
 
 @pytest.mark.parametrize("tasks", [TASKS, tuple("abcdefg")])
 def test_gramian_at_z_and_gradient_over_all_parameters(x64, tasks):
     params, batch = make_params(tasks), make_batch(tasks)
-    weighting = row_sums()
-    gradient_fn = jax.jit(
-        mtl_jax.representation_value_and_grad(encoder, heads, weighting, tasks=tasks)
-    )
-    losses = losses_fn(params, *batch)
-    value, gradient, _ = gradient_fn(params, weighting.init(losses), *batch)
-    z = encoder(params, *batch)
-    J = np.stack(
-        [
-            flat(jax.grad(lambda z, t=t: heads(params, dict.fromkeys(tasks, z), *batch)[t])(z))
-            for t in tasks
-        ]
-    )
+    gradient_fn = mtl_jax.representation_value_and_grad(encoder, heads, ROW_SUMS, tasks=tasks)
+    state = gradient_fn.init(params, *batch)
+    value, gradient, _ = jax.jit(gradient_fn.update)(params, state, *batch)
+    J = np.stack([flat(row) for row in rows_of(gradient_at_z, params, batch)])
     np.testing.assert_allclose(value.gramian, J @ J.T, rtol=1e-12, atol=1e-14)
-    expected = jax.grad(
-        lambda p: sum(value.weights[task] * loss for task, loss in losses_fn(p, *batch).items())
-    )(params)
+    expected = weighted_gradient(params, value.weights, *batch)
     np.testing.assert_allclose(flat(gradient), flat(expected), rtol=1e-12, atol=1e-14)
+    losses = jax.jit(losses_fn)(params, *batch)
     np.testing.assert_allclose(flat(value.losses), flat(losses), rtol=1e-14)
 
 
-@pytest.mark.parametrize("rows", ["auto", "unrolled", "map", "vmap", "low_memory"])
-@pytest.mark.parametrize("shared", [None, lambda path: path == "encoder/one"])
-def test_gramian_over_the_parameters_of_the_encoder(x64, rows, shared):
-    params, batch = make_params(), make_batch()
-    weighting = row_sums()
-    gradient_fn = jax.jit(
-        mtl_jax.representation_value_and_grad(
-            encoder, heads, weighting, tasks=TASKS, gramian="encoder", shared=shared, rows=rows
-        )
+def over_the_encoder(rows, shared):
+    """A gradient with the Gramian over the parameters of the encoder."""
+    return mtl_jax.representation_value_and_grad(
+        encoder, heads, ROW_SUMS, tasks=TASKS_OF[rows], gramian="encoder", shared=shared, rows=rows
     )
-    losses = losses_fn(params, *batch)
-    value, gradient, _ = gradient_fn(params, weighting.init(losses), *batch)
 
-    def through_encoder(changed, task):
-        z = encoder(changed, *batch)
-        return heads(params, dict.fromkeys(TASKS, z), *batch)[task]
 
-    gradients = [jax.grad(through_encoder)(params, task) for task in TASKS]
+TASKS_OF = dict.fromkeys(("auto", "unrolled", "map", "vmap", "low_memory"), TASKS)
+TASKS_OF |= dict.fromkeys((2, 3), tuple("abcdefg"))
+
+
+def only_one(path):
+    return path == "encoder/one"
+
+
+@pytest.mark.parametrize(
+    ("rows", "shared"),
+    [
+        *(
+            (rows, shared)
+            for rows in TASKS_OF
+            if isinstance(rows, str)
+            for shared in (None, only_one)
+        ),
+        (2, None),
+        (3, only_one),
+    ],
+)
+def test_gramian_over_the_parameters_of_the_encoder(x64, rows, shared):
+    params, batch = make_params(TASKS_OF[rows]), make_batch(TASKS_OF[rows])
+    gradient_fn = over_the_encoder(rows, shared)
+    state = gradient_fn.init(params, *batch)
+    if rows == "auto":  # the same program
+        texts = [
+            str(jax.make_jaxpr(over_the_encoder(rows, shared).update)(params, state, *batch))
+            for rows in ("auto", "unrolled", "map")
+        ]
+        assert texts[0] == texts[1] != texts[2]
+        return
+    value, gradient, _ = jax.jit(gradient_fn.update)(params, state, *batch)
+    gradients = rows_of(gradient_through_encoder, params, batch)
     J = np.stack([flat(g if shared is None else g["encoder"]["one"]) for g in gradients])
     np.testing.assert_allclose(value.gramian, J @ J.T, rtol=1e-12, atol=1e-14)
-    expected = jax.grad(
-        lambda p: sum(value.weights[task] * loss for task, loss in losses_fn(p, *batch).items())
-    )(params)
+    expected = weighted_gradient(params, value.weights, *batch)
     np.testing.assert_allclose(flat(gradient), flat(expected), rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("make", [mtl_jax.equal, mtl_jax.adaptive])
 def test_a_weighting_of_the_losses_gives_what_value_and_grad_gives(x64, make):
-    params, batch = make_params(), make_batch()
-    weighting = make()
-    state = weighting.init(losses_fn(params, *batch))
+    params, batch, weighting = make_params(), make_batch(), make()
     there = mtl_jax.representation_value_and_grad(encoder, heads, weighting, tasks=TASKS)
-    value, gradient, _ = there(params, state, *batch)
-    expected_value, expected, _ = mtl_jax.value_and_grad(losses_fn, weighting)(
-        params, state, *batch
-    )
+    here = mtl_jax.value_and_grad(losses_fn, weighting)
+    state = there.init(params, *batch)
+    value, gradient, _ = jax.jit(there.update)(params, state, *batch)
+    expected_value, expected, _ = jax.jit(here.update)(params, here.init(params, *batch), *batch)
     np.testing.assert_allclose(flat(gradient), flat(expected), rtol=1e-12)
     np.testing.assert_allclose(flat(value.weights), flat(expected_value.weights))
     assert value.gramian is None
@@ -141,36 +181,34 @@ def test_a_weighting_of_the_losses_gives_what_value_and_grad_gives(x64, make):
 def test_unweighted_heads(x64):
     params, batch = make_params(), make_batch()
     weighting = mtl_jax.constant({"a": 2.0, "b": 0.5, "c": 3.0})
-    state = weighting.init(losses_fn(params, *batch))
     gradient_fn = mtl_jax.representation_value_and_grad(
         encoder, heads, weighting, tasks=TASKS, head_gradient="unweighted"
     )
-    mask = {"a": jnp.array(True), "b": jnp.array(True), "c": jnp.array(False)}
-    _, gradient, _ = gradient_fn(params, state, *batch, mask=mask)
-    plain = jax.grad(lambda p: losses_fn(p, *batch)["a"] + losses_fn(p, *batch)["b"])(params)
-    weighted = jax.grad(
-        lambda p: 2.0 * losses_fn(p, *batch)["a"] + 0.5 * losses_fn(p, *batch)["b"]
-    )(params)
+    state = gradient_fn.init(params, *batch)
+    mask = {"a": True, "b": True, "c": False}
+    _, gradient, _ = jax.jit(gradient_fn.update)(params, state, *batch, mask=mask)
+    plain = weighted_gradient(params, {"a": 1.0, "b": 1.0, "c": 0.0}, *batch)
+    weighted = weighted_gradient(params, {"a": 2.0, "b": 0.5, "c": 0.0}, *batch)
     np.testing.assert_allclose(flat(gradient["heads"]), flat(plain["heads"]), rtol=1e-12)
     np.testing.assert_allclose(flat(gradient["encoder"]), flat(weighted["encoder"]), rtol=1e-12)
-    np.testing.assert_array_equal(gradient["heads"]["c"], 0)
+    np.testing.assert_array_equal(gradient["heads"][2], 0)
 
 
 def test_an_absent_task_counts_nowhere(x64):
     params, batch = make_params(), make_batch()
-    weighting = mtl_jax.mgda()
-    state = weighting.init(losses_fn(params, *batch))
+    weighting = mtl_jax.imtl_g()
     gradient_fn = mtl_jax.representation_value_and_grad(
         encoder, heads, weighting, tasks=TASKS, diagnostics=True
     )
-    mask = {"a": jnp.array(True), "b": jnp.array(False), "c": jnp.array(True)}
-    value, gradient, _ = gradient_fn(params, state, *batch, mask=mask)
-    J = rows_at_z(params, batch)[[0, 2]]
-    two = (jnp.float64(1), jnp.float64(1))
-    expected, _ = mtl_jax.mgda().update(two, mtl_jax.mgda().init(two), gramian=J @ J.T)
+    state = gradient_fn.init(params, *batch)
+    mask = {"a": True, "b": False, "c": True}
+    value, gradient, _ = jax.jit(gradient_fn.update)(params, state, *batch, mask=mask)
+    J = np.stack([flat(row) for row in rows_of(gradient_at_z, params, batch)])[[0, 2]]
+    two = (np.float64(1), np.float64(1))
+    expected, _ = weighting.update(two, weighting.init(two), gramian=J @ J.T)
     np.testing.assert_allclose([value.weights[t] for t in "ac"], expected, rtol=1e-10)
     assert value.weights["b"] == 0
-    np.testing.assert_array_equal(gradient["heads"]["b"], 0)
+    np.testing.assert_array_equal(gradient["heads"][1], 0)
     np.testing.assert_allclose(value.diagnostics.norms[::2], np.linalg.norm(J, axis=1))
 
 
@@ -206,7 +244,7 @@ class Counter:
 @pytest.mark.parametrize("k", [1, 3])
 def test_one_pass_through_the_encoder_and_k_steps_between_gramians(k):
     counter = Counter()
-    params, batch = make_params(dtype=jnp.float32), make_batch(dtype=jnp.float32)
+    params, batch = make_params(dtype=np.float32), make_batch(dtype=np.float32)
     at_z, at_losses = counter.identity("encoder"), counter.identity("heads")
 
     def counted_encoder(params, *batch):
@@ -217,22 +255,19 @@ def test_one_pass_through_the_encoder_and_k_steps_between_gramians(k):
         losses = heads(params, zs, *batch)
         return losses | {"b": at_losses(losses["b"])}
 
-    weighting = row_sums() if k == 1 else mtl_jax.every(row_sums(), k)
-    gradient_fn = jax.jit(
-        mtl_jax.representation_value_and_grad(
-            counted_encoder, counted_heads, weighting, tasks=TASKS
-        )
+    weighting = ROW_SUMS if k == 1 else mtl_jax.every(ROW_SUMS, k)
+    gradient_fn = mtl_jax.representation_value_and_grad(
+        counted_encoder, counted_heads, weighting, tasks=TASKS
     )
-    state = weighting.init(losses_fn(params, *batch))
+    state = gradient_fn.init(params, *batch)
+    assert counter.since() == {}  # the losses were traced, not computed
+    update = jax.jit(gradient_fn.update)
     calls = []
-    for _ in range(4):
-        value, gradient, state = gradient_fn(params, state, *batch)
+    for step in range(4):
+        value, gradient, state = update(params, state, *batch)
         calls.append(counter.since())
-        expected = jax.grad(
-            lambda p, w=value.weights: sum(
-                w[task] * loss for task, loss in losses_fn(p, *batch).items()
-            )
-        )(params)
+        assert value.measured == (step % k == 0)
+        expected = weighted_gradient(params, value.weights, *batch)
         np.testing.assert_allclose(flat(gradient), flat(expected), rtol=1e-4, atol=1e-6)
     for call in calls:
         assert call["encoder forward"] == call["encoder backward"] == call["heads forward"] == 1
@@ -245,8 +280,7 @@ def test_one_pass_through_the_encoder_and_k_steps_between_gramians(k):
 
 def test_aux_and_the_train_step():
     """A model state that the encoder renews, and an aux output of the heads."""
-    params, batch = make_params(dtype=jnp.float32), make_batch(dtype=jnp.float32)
-    weighting, optimizer = mtl_jax.every(row_sums(), 2), optax.sgd(1e-3)
+    params, batch = make_params(dtype=np.float32), make_batch(dtype=np.float32)
 
     def stateful_encoder(params, model_state, *batch):
         return encoder(params, *batch), model_state + 1
@@ -256,14 +290,12 @@ def test_aux_and_the_train_step():
         return losses, model_state * 10
 
     gradient_fn = mtl_jax.representation_value_and_grad(
-        stateful_encoder, stateful_heads, weighting, tasks=TASKS, has_aux=True
+        stateful_encoder, stateful_heads, mtl_jax.every(ROW_SUMS, 2), tasks=TASKS, has_aux=True
     )
     train_step = mtl_jax.make_train_step(
-        gradient_fn, optimizer, weighting, new_model_state=lambda aux: aux[0]
+        gradient_fn, optax.sgd(1e-3), new_model_state=lambda aux: aux[0]
     )
-    state = mtl_jax.TrainState.create(
-        params, optimizer, weighting, losses_fn(params, *batch), model_state=jnp.array(0)
-    )
+    state = train_step.init(params, *batch, model_state=jnp.array(0))
     first = None
     for _ in range(5):
         state, value = train_step(state, *batch)
@@ -274,7 +306,7 @@ def test_aux_and_the_train_step():
 
 
 def test_a_state_is_kept_if_the_gradient_is_not_finite():
-    weighting = mtl_jax.ema(row_sums(), 0.5)
+    weighting = mtl_jax.ema(ROW_SUMS, 0.5)
 
     def fragile(params, x):
         return jnp.sqrt(params) * x
@@ -283,14 +315,16 @@ def test_a_state_is_kept_if_the_gradient_is_not_finite():
         return {task: jnp.sum(z**2 + z) for task, z in zs.items()}
 
     gradient_fn = mtl_jax.representation_value_and_grad(fragile, heads, weighting, tasks=("a",))
-    state = weighting.init({"a": 0.0})
-    _, _, after = gradient_fn(jnp.array([1.0, 0.0]), state, jnp.ones(2))
+    params, x = np.array([1.0, 0.0], np.float32), np.ones(2, np.float32)
+    state = gradient_fn.init(params, x)
+    value, _, after = jax.jit(gradient_fn.update)(params, state, x)
     jax.tree.map(np.testing.assert_array_equal, after, state)
+    assert not value.finite
 
 
 def test_check_heads():
-    params, batch = make_params(dtype=jnp.float32), make_batch(dtype=jnp.float32)
-    z = encoder(params, *batch)
+    params, batch = make_params(dtype=np.float32), make_batch(dtype=np.float32)
+    z = jax.jit(encoder)(params, *batch)
     mtl_jax.check_heads(heads, params, z, *batch, tasks=TASKS)
 
     def crossed(params, zs, *batch):
@@ -302,7 +336,7 @@ def test_check_heads():
 
 
 def test_errors():
-    params, batch = make_params(dtype=jnp.float32), make_batch(dtype=jnp.float32)
+    params, batch = make_params(dtype=np.float32), make_batch(dtype=np.float32)
     weighting = mtl_jax.mgda()
 
     def make(**options):
@@ -320,7 +354,9 @@ def test_errors():
         make(rows="none")
     with pytest.raises(TypeError, match="got an Aggregator"):
         mtl_jax.representation_value_and_grad(encoder, heads, mtl_jax.graddrop(), tasks=TASKS)
-    state = weighting.init(losses_fn(params, *batch))
+    with pytest.raises(TypeError, match="reads the task gradients by the parameters"):
+        mtl_jax.representation_value_and_grad(encoder, heads, mtl_jax.excess_mtl(), tasks=TASKS)
+    state = make().init(params, *batch)
     with pytest.raises(ValueError, match=r"losses of the tasks \['a', 'b'\], got \['a', 'b', 'c'"):
         mtl_jax.representation_value_and_grad(
             encoder,

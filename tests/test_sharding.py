@@ -14,27 +14,29 @@ import mtl_jax
 from experiments.hlo import Collective, collectives
 from mtl_jax._jacobian import choose_rows, gramian_of
 
-TASKS = ("a", "b", "c")
+TASKS, SEVEN = ("a", "b", "c"), tuple("abcdefg")
 MASKS = [{task: np.array(task != absent) for task in TASKS} for absent in (None, "b", None)]
 
 
-def make_params():
-    keys = iter(jax.random.split(jax.random.key(0), 3 + len(TASKS)))
-    return {
+def make_params(tasks=TASKS):
+    rng = np.random.default_rng(0)
+    params = {
         "encoder": {
-            "kernel": jax.random.normal(next(keys), (8, 16)) / 3,
-            "bias": jax.random.normal(next(keys), (16,)) / 3,
-            "mix": jax.random.normal(next(keys), (2, 16, 8)) / 4,
+            "kernel": rng.normal(size=(8, 16)) / 3,
+            "bias": rng.normal(size=16) / 3,
+            "mix": rng.normal(size=(2, 16, 8)) / 4,
         },
-        "heads": {task: jax.random.normal(next(keys), (8,)) for task in TASKS},
+        "heads": {task: rng.normal(size=8) for task in tasks},
     }
+    return jax.tree.map(np.float32, params)
 
 
-def make_batch():
-    x, y, seen = jax.random.split(jax.random.key(1), 3)
-    y, seen = jax.random.normal(y, (3, 16)), jax.random.bernoulli(seen, 0.6, (3, 16))
-    batch = {"x": jax.random.normal(x, (16, 8))}
-    return batch | {task: (y[k], seen[k]) for k, task in enumerate(TASKS)}
+def make_batch(tasks=TASKS):
+    rng = np.random.default_rng(1)
+    batch = {"x": rng.normal(size=(16, 8)).astype(np.float32)}
+    return batch | {
+        t: (rng.normal(size=16).astype(np.float32), rng.random(16) < 0.6) for t in tasks
+    }
 
 
 PARAMS, BATCH = make_params(), make_batch()
@@ -52,7 +54,7 @@ def heads(params, zs, batch, mean=mtl_jax.masked_mean):
         z = zs[task]["one"] + zs[task]["two"]
         return mean((z @ params["heads"][task] - label) ** 2, seen)
 
-    return {task: loss(task) for task in TASKS}
+    return {task: loss(task) for task in params["heads"]}
 
 
 def global_mean(values, present):
@@ -65,22 +67,32 @@ global_heads = functools.partial(heads, mean=global_mean)
 
 
 def losses_of(params, batch, heads=heads):
-    return heads(params, dict.fromkeys(TASKS, encoder(params, batch)), batch)
+    return heads(params, dict.fromkeys(params["heads"], encoder(params, batch)), batch)
 
 
 def in_encoder(path):
     return path.startswith("encoder/")
 
 
+def inverse_norms():
+    """A weighting of the Gramian that compiles quickly."""
+
+    def update(losses, state, present, steps, gramian):
+        return jnp.where(present, 1 / jnp.sqrt(jnp.diagonal(gramian)), 0), state
+
+    return mtl_jax.vector_weighting(update, needs=mtl_jax.Signal.GRAMIAN)
+
+
 # One weighting of each signal, and in what form it gets it.
 SIGNALS = {
-    "losses": (mtl_jax.adaptive, {}),
-    "losses after the step": (mtl_jax.famo, {}),
-    "representation": (mtl_jax.upgrad, {"gramian": "representation"}),
-    "encoder": (mtl_jax.imtl_g, {"gramian": "encoder", "shared": in_encoder}),
-    "parameters": (mtl_jax.conflict_free, {"diagnostics": True}),
-    "every": (lambda: mtl_jax.every(mtl_jax.imtl_g(), 2), {"gramian": "representation"}),
-    "task gradients": (mtl_jax.db_mtl, {"shared": in_encoder}),
+    "losses": (mtl_jax.adaptive(), {}),
+    "losses after the step": (mtl_jax.famo(), {}),
+    "representation": (inverse_norms(), {"gramian": "representation"}),
+    "encoder": (mtl_jax.imtl_g(), {"gramian": "encoder", "shared": in_encoder}),
+    "parameters": (mtl_jax.conflict_free(), {"diagnostics": True}),
+    "every": (mtl_jax.every(inverse_norms(), 2), {"gramian": "representation"}),
+    "task gradients": (mtl_jax.excess_mtl(), {"shared": in_encoder}),
+    "aggregator": (mtl_jax.db_mtl(), {"shared": in_encoder}),
 }
 
 
@@ -131,19 +143,11 @@ def spread(leaf):
     return P("data")
 
 
-def start(signal, params, heads=heads, axis_name=None):
-    make, options = SIGNALS[signal]
-    weighting, optimizer = make(), optax.sgd(0.05, momentum=0.9)
-    state = mtl_jax.TrainState.create(
-        params, optimizer, weighting, dict.fromkeys(TASKS, 0.0), shared=options.get("shared")
-    )
-    step = mtl_jax.make_train_step(
-        transform(weighting, options, heads=heads, axis_name=axis_name),
-        optimizer,
-        weighting,
-        losses_fn=functools.partial(losses_of, heads=heads),
-    )
-    return step, state
+def start(signal, params, batch, heads=heads, axis_name=None):
+    weighting, options = SIGNALS[signal]
+    gradient = transform(weighting, options, heads=heads, axis_name=axis_name)
+    step = mtl_jax.make_train_step(gradient, optax.sgd(0.05, momentum=0.9))
+    return step, step.init(params, batch)
 
 
 def follow(step, state, batch, masks):
@@ -158,7 +162,7 @@ def follow(step, state, batch, masks):
 
 @functools.cache
 def on_one_device(signal):
-    step, state = start(signal, PARAMS)
+    step, state = start(signal, PARAMS, BATCH)
     return jax.device_get(follow(step, state, BATCH, MASKS))
 
 
@@ -166,6 +170,7 @@ def assert_same(actual, expected):
     """Equal to 1e-5 of a leaf's largest entry; a solver's residual is rounding and nothing else."""
 
     def check(actual, expected):
+        actual, expected = (np.asarray(leaf, np.float64) for leaf in (actual, expected))
         largest = np.max(np.abs(expected), initial=0.1)
         np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * largest)
 
@@ -176,7 +181,7 @@ RUNS = [
     *((signal, "replicated, Explicit") for signal in SIGNALS),
     *((signal, "fsdp, Auto") for signal in SIGNALS if signal != "every"),
     ("encoder", "replicated, Auto"),
-    ("task gradients", "fsdp, Explicit"),
+    ("aggregator", "fsdp, Explicit"),
 ]
 
 
@@ -185,24 +190,27 @@ def test_train_steps_give_what_one_device_gives(signal, layout):
     axis_type, rule = LAYOUTS[layout]
     mesh = make_mesh(axis_type)
     with jax.set_mesh(mesh):
-        step, state = start(signal, put(PARAMS, mesh, rule))
+        batch = put(BATCH, mesh, spread)
+        step, state = start(signal, put(PARAMS, mesh, rule), batch)
         initial = jax.tree.map(lambda leaf: leaf.sharding, state.params)
         masks = put(MASKS, mesh, whole)
-        history, state = follow(step, state, put(BATCH, mesh, spread), masks)
+        history, state = follow(step, state, batch, masks)
     assert_same((history, state), on_one_device(signal))
 
     def check(leaf, sharding):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
 
     jax.tree.map(check, state.params, initial)
-    if signal == "task gradients" and layout == "fsdp, Auto":
-        assert not state.weighting_state.inner.smoothed["encoder"]["mix"].is_fully_replicated
+    if layout == "fsdp, Auto":  # what is kept of every parameter is spread as it is
+        inner = state.weighting_state.inner
+        kept = {"aggregator": "smoothed", "task gradients": "squares"}.get(signal)
+        assert not (kept and getattr(inner, kept)["encoder"]["mix"].is_fully_replicated)
 
 
 @pytest.mark.parametrize("signal", SIGNALS)
 def test_train_steps_in_shard_map_give_what_one_device_gives(signal):
     mesh = make_mesh()
-    step, state = start(signal, PARAMS, global_heads, "data")
+    step, state = start(signal, PARAMS, BATCH, global_heads, "data")
     spread_step = jax.jit(
         jax.shard_map(
             lambda state, batch, mask: step(state, batch, mask=mask),
@@ -218,6 +226,17 @@ def test_train_steps_in_shard_map_give_what_one_device_gives(signal):
         put(MASKS, mesh, whole),
     )
     assert_same(found, on_one_device(signal))
+
+
+@pytest.mark.parametrize("signal", ["losses", "representation", "task gradients", "aggregator"])
+def test_a_state_begins_the_same_inside_and_outside_of_shard_map(signal):
+    """Where the losses sum over an axis that is known inside only."""
+    step, outside = start(signal, PARAMS, BATCH, global_heads, "data")
+    inside = jax.shard_map(step.init, mesh=make_mesh(), in_specs=(P(), P("data")), out_specs=P())
+    for init in (inside, step.init):
+        state = jax.jit(init)(PARAMS, BATCH)
+        assert jax.tree.structure(state) == jax.tree.structure(outside)
+        jax.tree.map(np.testing.assert_array_equal, state, outside)
 
 
 # Rows
@@ -243,34 +262,46 @@ PARTS = jax.tree.map(lambda _: P(), PARAMS)
 PARTS["encoder"] |= {"kernel": P("data"), "mix": P(None, None, "data")}
 
 
-@pytest.mark.parametrize("rows", ["unrolled", "map", "vmap", "low_memory"])
-def test_rows_however_the_parameters_are_spread(rows):
-    weighting = row_sums()
-    state = weighting.init(dict.fromkeys(TASKS, 0.0))
-    expected = jax.jit(mtl_jax.value_and_grad(losses_of, weighting, rows=rows))(
-        PARAMS, state, BATCH
+ROW_SUMS = row_sums()
+
+
+@functools.cache
+def rows_on_one_device(tasks):
+    params, batch = make_params(tasks), make_batch(tasks)
+    gradient_fn = mtl_jax.value_and_grad(losses_of, ROW_SUMS)
+    return jax.device_get(
+        jax.jit(gradient_fn.update)(params, gradient_fn.init(params, batch), batch)
     )
+
+
+@pytest.mark.parametrize("rows", ["unrolled", "map", "vmap", "low_memory", 2, 3])
+def test_rows_however_the_parameters_are_spread(rows):
+    tasks = SEVEN if isinstance(rows, int) else TASKS
+    params, batch, expected = make_params(tasks), make_batch(tasks), rows_on_one_device(tasks)
+    gradient_fn = mtl_jax.value_and_grad(losses_of, ROW_SUMS, rows=rows)
+    state = gradient_fn.init(params, batch)
     for layout in ("fsdp, Explicit", "fsdp, Auto"):
         axis_type, rule = LAYOUTS[layout]
         mesh = make_mesh(axis_type)
         with jax.set_mesh(mesh):
-            gradient_fn = jax.jit(mtl_jax.value_and_grad(losses_of, weighting, rows=rows))
-            found = gradient_fn(put(PARAMS, mesh, rule), state, put(BATCH, mesh, spread))
+            update = jax.jit(gradient_fn.update)
+            found = update(put(params, mesh, rule), state, put(batch, mesh, spread))
         assert_same(found, expected)
 
     gradient_fn = mtl_jax.value_and_grad(
         lambda params, batch: losses_of(gathered(params), batch, global_heads),
-        weighting,
+        ROW_SUMS,
         rows=rows,
         axis_name="data",
     )
+    parts = PARTS | {"heads": dict.fromkeys(tasks, P())}
     in_parts = jax.shard_map(
-        gradient_fn,
+        gradient_fn.update,
         mesh=make_mesh(AxisType.Auto),
-        in_specs=(PARTS, P(), P("data")),
-        out_specs=(P(), PARTS, P()),
+        in_specs=(parts, P(), P("data")),
+        out_specs=(P(), parts, P()),
     )
-    assert_same(jax.jit(in_parts)(PARAMS, state, BATCH), expected)
+    assert_same(jax.jit(in_parts)(params, state, batch), expected)
 
 
 def test_rows_are_not_batched_where_xla_would_gather_the_batch(monkeypatch):
@@ -305,9 +336,9 @@ def spread_call(transform_, weighting, params=PARAMS, spec=None, **options):
     if isinstance(weighting, mtl_jax.Aggregator):
         state = weighting.init(params, dict.fromkeys(TASKS, 0.0))
     else:
-        state = weighting.init(dict.fromkeys(TASKS, 0.0))
+        state = weighting.init(dict.fromkeys(TASKS, 0.0), params=params)
     fn = jax.shard_map(
-        transform_,
+        transform_.update,
         mesh=make_mesh(AxisType.Auto),
         in_specs=(spec, P(), P("data")),
         out_specs=(P(), spec, P()),
@@ -323,7 +354,7 @@ def at_representation(weighting, heads=global_heads, axis_name="data"):
 
 @pytest.mark.parametrize("axis_name", ["data", None])
 def test_untracked_axes_are_refused(axis_name):
-    weighting = mtl_jax.mgda()
+    weighting = inverse_norms()
     for fn in (
         at_representation(weighting, axis_name=axis_name),
         transform(weighting, {}, heads=global_heads, axis_name=axis_name),
@@ -333,17 +364,16 @@ def test_untracked_axes_are_refused(axis_name):
     spread_call(at_representation(weighting), weighting)
 
 
-@pytest.mark.parametrize("make", [mtl_jax.mgda, lambda: mtl_jax.every(mtl_jax.mgda(), 2)])
-def test_an_axis_that_is_not_named(make):
-    weighting = make()
-    with pytest.raises(ValueError, match="Gramian differs.*along 'data'.*as `axis_name`"):
+@pytest.mark.parametrize("weighting", [inverse_norms(), mtl_jax.every(inverse_norms(), 2)])
+def test_an_axis_that_is_not_named(weighting):
+    with pytest.raises(ValueError, match="The Gramian differs.*along 'data'.*as `axis_name`"):
         spread_call(at_representation(weighting, axis_name=None), weighting)
     # The gradients of replicated parameters are summed by JAX.
     spread_call(transform(weighting, {}, heads=global_heads), weighting)
 
 
 def test_an_axis_that_is_not_there():
-    weighting = mtl_jax.mgda()
+    weighting = inverse_norms()
     with pytest.raises(ValueError, match="'model' is not an axis.*axes are \\('data',\\)"):
         spread_call(at_representation(weighting, axis_name=("data", "model")), weighting)
     state = weighting.init(dict.fromkeys(TASKS, 0.0))
@@ -351,7 +381,7 @@ def test_an_axis_that_is_not_there():
         at_representation(weighting)(PARAMS, state, BATCH)
 
 
-@pytest.mark.parametrize("make", [mtl_jax.equal, mtl_jax.mgda])
+@pytest.mark.parametrize("make", [mtl_jax.equal, inverse_norms])
 @pytest.mark.parametrize("axis_name", ["data", None])
 def test_losses_of_a_device_alone_are_refused(make, axis_name):
     weighting = make()
@@ -363,12 +393,12 @@ def test_losses_of_a_device_alone_are_refused(make, axis_name):
             spread_call(fn, weighting)
 
 
-def test_an_aggregator_needs_whole_gradients():
-    aggregator = mtl_jax.trimmed_mean(1)
-
+@pytest.mark.parametrize("make", [lambda: mtl_jax.trimmed_mean(1), mtl_jax.excess_mtl])
+def test_what_reads_task_gradients_needs_whole_ones(make):
     def losses_fn(params, batch):
         return losses_of(gathered(params), batch, global_heads)
 
-    fn = mtl_jax.value_and_grad(losses_fn, aggregator, axis_name="data")
-    with pytest.raises(ValueError, match="An aggregator needs whole gradients"):
-        spread_call(fn, aggregator, spec=PARTS)
+    weighting = make()
+    fn = mtl_jax.value_and_grad(losses_fn, weighting, axis_name="data")
+    with pytest.raises(ValueError, match="A parameter differs.*Task gradients must be whole"):
+        spread_call(fn, weighting, spec=PARTS)

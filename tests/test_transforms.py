@@ -10,30 +10,67 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from methods import METHODS
 
 import mtl_jax
 
 KEY = jax.random.key(3)
 TASKS = ("a", "b", "c")
-X = jnp.asarray(np.random.default_rng(0).normal(size=(5, 4)), jnp.float32)
-PARAMS = {
-    "encoder": {"kernel": jnp.linspace(-1.0, 1.0, 12).reshape(4, 3), "bias": jnp.zeros((1, 3))},
-    "heads": [jnp.array([0.5, -1.0, 2.0]), jnp.array([1.0, 1.0, 0.0]), jnp.ones(3)],
-}
+X = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+PARAMS = jax.tree.map(
+    np.float32,
+    {
+        "encoder": {"kernel": np.linspace(-1, 1, 12).reshape(4, 3), "bias": np.zeros((1, 3))},
+        "heads": [np.array([[0.5, -1, 2], [1, 1, 0], [1, 1, 1]])],
+    },
+)
+EVERYBODY = dict.fromkeys(TASKS, True)
+LOSSES = dict.fromkeys(TASKS, np.float32(0))
 
 
 def losses_fn(params, x):
+    """One row of `heads` for each task."""
     z = jnp.tanh(x @ params["encoder"]["kernel"] + params["encoder"]["bias"])
-    return {
-        task: (k + 1.0) * jnp.mean((z @ head - 1) ** 2)
-        for k, (task, head) in enumerate(zip(TASKS, params["heads"], strict=True))
-    }
+    losses = jnp.arange(1.0, 4) * jnp.mean((params["heads"][0] @ z.T - 1) ** 2, axis=1)
+    return dict(zip(TASKS, jnp.unstack(losses.astype(z.dtype)), strict=True))
 
 
-def weighted_sum(params, weights, *args, losses_fn=losses_fn):
-    losses = losses_fn(params, *args)
-    return sum(weights[task] * losses[task] for task in losses)
+@functools.partial(jax.jit, static_argnames="losses_fn")
+def weighted_gradient(params, weights, *args, losses_fn=losses_fn):
+    """The gradient of the weighted sum of the losses."""
+
+    def total(params):
+        losses = losses_fn(params, *args)
+        return sum(weights[task] * losses[task] for task in losses)
+
+    return jax.grad(total)(params)
+
+
+WEIGHTINGS = {
+    "equal": mtl_jax.equal(),
+    "constant": mtl_jax.constant({"a": 0.5, "b": 1.0, "c": 1.5}),
+    "adaptive": mtl_jax.adaptive(),
+    "adaptive[emphasis=2,decay=0.9]": mtl_jax.adaptive(2.0, decay=0.9),
+    "dwa": mtl_jax.dwa(2),
+    "uncertainty": mtl_jax.uncertainty(optax.adam(0.05)),
+    "geometric": mtl_jax.geometric(),
+    "stch": mtl_jax.stch(warmup=3),
+    "relobralo": mtl_jax.relobralo(alpha=0.9),
+    "random_weighting": mtl_jax.random_weighting(),
+    "famo": mtl_jax.famo(),
+}
+
+
+@functools.cache
+def program(name):
+    """The compiled gradient of :func:`losses_fn`."""
+    return jax.jit(mtl_jax.value_and_grad(losses_fn, WEIGHTINGS[name]).update)
+
+
+def initial(name):
+    return WEIGHTINGS[name].init(LOSSES, key=KEY)
+
+
+plain_losses = jax.jit(losses_fn)
 
 
 def assert_trees_close(actual, expected, rtol=1e-5, atol=1e-6):
@@ -74,47 +111,47 @@ def assert_same_state(actual, expected):
     ],
 )
 def test_the_gradient_is_that_of_the_sum_with_the_reported_weights(name):
-    weighting = METHODS[name]()
-    gradient_fn = jax.jit(mtl_jax.value_and_grad(losses_fn, weighting))
-    state = weighting.init(jax.eval_shape(losses_fn, PARAMS, X), key=KEY)
+    weighting = WEIGHTINGS[name]
+    state = initial(name)
     expected_state = state
     for step in range(4):
-        x = X * (1 + step)
-        value, gradient, state = gradient_fn(PARAMS, state, x)
-        weights, expected_state = weighting.update(losses_fn(PARAMS, x), expected_state)
-        assert_trees_close(value.losses, losses_fn(PARAMS, x))
+        x = X * np.float32(1 + step)
+        value, gradient, state = program(name)(PARAMS, state, x, mask=EVERYBODY)
+        weights, expected_state = weighting.update(value.losses, expected_state)
+        assert_trees_close(value.losses, plain_losses(PARAMS, x))
         assert_trees_close(value.weights, weights)
-        assert_trees_close(gradient, jax.grad(weighted_sum)(PARAMS, value.weights, x))
+        assert_trees_close(gradient, weighted_gradient(PARAMS, value.weights, x))
         assert value.aux is None
+        assert value.finite
 
 
 def test_no_gradient_flows_through_the_weights():
     """The derivative of the weights would change the gradient by much: sum_k w'_k L_k."""
-    weighting = mtl_jax.adaptive()
 
+    @jax.jit
+    @jax.grad
     def leaking(params):
         losses = losses_fn(params, X)
         total = sum(losses.values())
         return sum(3 * loss / total * loss for loss in losses.values())
 
-    state = weighting.init(losses_fn(PARAMS, X))
-    _, gradient, _ = mtl_jax.value_and_grad(losses_fn, weighting)(PARAMS, state, X)
-    leaked = jax.grad(leaking)(PARAMS)
-    difference = jax.tree.map(lambda g, h: jnp.max(jnp.abs(g - h)), gradient, leaked)
+    _, gradient, _ = program("adaptive")(PARAMS, initial("adaptive"), X, mask=EVERYBODY)
+    leaked = leaking(PARAMS)
+    difference = jax.tree.map(lambda g, h: np.max(np.abs(g - h)), gradient, leaked)
     assert max(jax.tree.leaves(difference)) > 0.1
 
 
 def test_a_total_that_is_known_is_differentiated():
-    """The geometric mean's own gradient, and the uncertainty total's at fixed variances."""
-    weighting = mtl_jax.geometric()
-    state = weighting.init(losses_fn(PARAMS, X))
-    _, gradient, _ = mtl_jax.value_and_grad(losses_fn, weighting)(PARAMS, state, X)
+    """The geometric mean's own gradient."""
 
+    @jax.jit
+    @jax.grad
     def geometric_mean(params):
         losses = losses_fn(params, X)
         return (losses["a"] * losses["b"] * losses["c"]) ** (1 / 3)
 
-    assert_trees_close(gradient, jax.grad(geometric_mean)(PARAMS))
+    _, gradient, _ = program("geometric")(PARAMS, initial("geometric"), X, mask=EVERYBODY)
+    assert_trees_close(gradient, geometric_mean(PARAMS))
 
 
 def test_aux_is_returned_and_not_differentiated():
@@ -122,38 +159,29 @@ def test_aux_is_returned_and_not_differentiated():
         losses = losses_fn(params, x)
         return losses, {"sum": sum(losses.values()), "batch": x}
 
-    weighting = mtl_jax.adaptive()
-    state = weighting.init(losses_fn(PARAMS, X))
-    value, gradient, _ = jax.jit(mtl_jax.value_and_grad(with_aux, weighting, has_aux=True))(
-        PARAMS, state, X
-    )
-    plain, expected, _ = mtl_jax.value_and_grad(losses_fn, weighting)(PARAMS, state, X)
+    gradient_fn = mtl_jax.value_and_grad(with_aux, WEIGHTINGS["adaptive"], has_aux=True)
+    state = gradient_fn.init(PARAMS, X)
+    value, gradient, _ = jax.jit(gradient_fn.update)(PARAMS, state, X)
+    plain, expected, _ = program("adaptive")(PARAMS, state, X, mask=EVERYBODY)
     np.testing.assert_allclose(value.aux["sum"], sum(plain.losses.values()), rtol=1e-6)
     np.testing.assert_array_equal(value.aux["batch"], X)
     assert_trees_close(gradient, expected)
+    assert_trees_close(jax.jit(gradient_fn.losses)(PARAMS, X), plain.losses)
 
 
 def test_the_mask_reaches_the_weighting():
-    weighting = mtl_jax.adaptive()
-    state = weighting.init(losses_fn(PARAMS, X))
     mask = {"a": True, "b": False, "c": True}
-    value, gradient, new_state = jax.jit(mtl_jax.value_and_grad(losses_fn, weighting))(
-        PARAMS, state, X, mask=mask
-    )
+    value, gradient, new_state = program("adaptive")(PARAMS, initial("adaptive"), X, mask=mask)
     assert value.weights["b"] == 0
     np.testing.assert_allclose(value.weights["a"] + value.weights["c"], 2, rtol=1e-6)
     np.testing.assert_array_equal(new_state.steps, [1, 0, 1])
-    assert_trees_close(gradient, jax.grad(weighted_sum)(PARAMS, value.weights, X))
-    np.testing.assert_array_equal(gradient["heads"][1], 0)
+    assert_trees_close(gradient, weighted_gradient(PARAMS, value.weights, X))
+    np.testing.assert_array_equal(gradient["heads"][0][1], 0)
 
 
 def test_nobody_present_is_a_gradient_of_zero():
-    weighting = mtl_jax.adaptive()
-    state = weighting.init(losses_fn(PARAMS, X))
-    nobody = dict.fromkeys(TASKS, False)
-    _, gradient, new_state = mtl_jax.value_and_grad(losses_fn, weighting)(
-        PARAMS, state, X, mask=nobody
-    )
+    nobody, state = dict.fromkeys(TASKS, False), initial("adaptive")
+    _, gradient, new_state = program("adaptive")(PARAMS, state, X, mask=nobody)
     jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf, 0), gradient)
     assert_same_state(new_state, state)
 
@@ -164,20 +192,18 @@ def test_an_absent_task_with_masked_mean_leaves_the_gradient_finite(name):
         z = jnp.tanh(x @ params["encoder"]["kernel"])
         return {
             task: mtl_jax.masked_mean((z @ head - 1) ** 2, present[task])
-            for task, head in zip(TASKS, params["heads"], strict=True)
+            for task, head in zip(TASKS, params["heads"][0], strict=True)
         }
 
-    weighting = METHODS[name]()
-    present = {"a": jnp.ones(5, bool), "b": jnp.zeros(5, bool), "c": jnp.arange(5) < 2}
-    mask = jax.tree.map(jnp.any, present)
-    state = weighting.init(masked_losses(PARAMS, X, present))
-    value, gradient, _ = mtl_jax.value_and_grad(masked_losses, weighting)(
-        PARAMS, state, X, present, mask=mask
-    )
+    present = {"a": np.ones(5, bool), "b": np.zeros(5, bool), "c": np.arange(5) < 2}
+    mask = jax.tree.map(np.any, present)
+    gradient_fn = mtl_jax.value_and_grad(masked_losses, WEIGHTINGS[name])
+    state = gradient_fn.init(PARAMS, X, present)
+    value, gradient, _ = jax.jit(gradient_fn.update)(PARAMS, state, X, present, mask=mask)
     assert value.weights["b"] == 0
     assert value.weights["a"] > 0
-    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
-    assert jnp.any(gradient["encoder"]["kernel"] != 0)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
+    assert np.any(gradient["encoder"]["kernel"] != 0)
 
 
 # The price: one forward and one backward pass
@@ -187,30 +213,39 @@ def mlp_losses(params, x, number):
     h = x
     for kernel in params["encoder"]:
         h = jax.nn.relu(h @ kernel)
-    return {f"task{k}": jnp.mean((h @ params["heads"][k]) ** 2) for k in range(number)}
+    outputs = jnp.reshape(h @ params["heads"], (len(x), number, 8))
+    losses = jnp.unstack(jnp.mean(outputs**2, axis=(0, 2)))
+    return {f"task{k:02}": loss for k, loss in enumerate(losses)}
 
 
-def mlp_params(number, width=96):
-    keys = jax.random.split(KEY, 3 + number)
-    encoder = [jax.random.normal(key, (width, width)) / width**0.5 for key in keys[:3]]
-    return {"encoder": encoder, "heads": [jax.random.normal(key, (width, 8)) for key in keys[3:]]}
+def mlp_shapes(number, width=96):
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    return {"encoder": [shape((width, width))] * 3, "heads": shape((width, 8 * number))}
 
 
 def flops(function, *args):
     return jax.jit(function).lower(*args).compile().cost_analysis()["flops"]
 
 
+@functools.cache
+def plain_flops(number):
+    def total(params, x):
+        return sum(mlp_losses(params, x, number).values())
+
+    x = jax.ShapeDtypeStruct((64, 96), jnp.float32)
+    return flops(jax.value_and_grad(total), mlp_shapes(number), x)
+
+
 @pytest.mark.parametrize("number", [2, 5, 20])
 @pytest.mark.parametrize("method", ["adaptive", "uncertainty"])
 def test_flops_are_those_of_plain_training(method, number):
-    losses_fn = functools.partial(mlp_losses, number=number)
-    params, x = mlp_params(number), jnp.ones((64, 96))
-    weighting = METHODS[method]()
-    state = weighting.init(jax.eval_shape(losses_fn, params, x))
-    plain = flops(
-        jax.value_and_grad(lambda params, x: sum(losses_fn(params, x).values())), params, x
+    gradient_fn = mtl_jax.value_and_grad(
+        functools.partial(mlp_losses, number=number), WEIGHTINGS[method]
     )
-    ours = flops(mtl_jax.value_and_grad(losses_fn, weighting), params, state, x)
+    args = mlp_shapes(number), jax.ShapeDtypeStruct((64, 96), jnp.float32)
+    state = jax.eval_shape(gradient_fn.init, *args)
+    plain = plain_flops(number)
+    ours = flops(gradient_fn.update, args[0], state, args[1])
     assert plain > 6 * 64 * 96 * 96 * 2  # the passes are in the count
     assert 0.99 < ours / plain < 1.01
 
@@ -245,14 +280,16 @@ def test_one_forward_and_one_backward_pass_are_run(number, jit):
     identity = counted_identity(calls)
 
     def losses_fn(params, x):
-        h = identity(x @ params["encoder"][0])
-        return [jnp.mean((h @ head) ** 2) for head in params["heads"]]
+        h = identity(x @ params["encoder"])
+        return list(jnp.unstack(jnp.mean((h @ params["heads"]) ** 2, axis=0)))
 
-    weighting = mtl_jax.adaptive()
-    params, x = mlp_params(number, width=6), jnp.ones((3, 6))
-    state = weighting.init(jax.eval_shape(losses_fn, params, x))
-    gradient_fn = mtl_jax.value_and_grad(losses_fn, weighting)
-    jax.block_until_ready((jax.jit(gradient_fn) if jit else gradient_fn)(params, state, x))
+    params = {"encoder": np.ones((6, 6), np.float32), "heads": np.ones((6, number), np.float32)}
+    x = np.ones((3, 6), np.float32)
+    gradient_fn = mtl_jax.value_and_grad(losses_fn, WEIGHTINGS["adaptive" if jit else "equal"])
+    state = gradient_fn.init(params, x)
+    update = jax.jit(gradient_fn.update) if jit else gradient_fn.update
+    calls.clear()  # the losses were traced
+    jax.block_until_ready(update(params, state, x))
     jax.effects_barrier()
     assert calls == {"forward": 1, "backward": 1}
 
@@ -261,14 +298,16 @@ def test_one_forward_and_one_backward_pass_are_run(number, jit):
 
 
 def test_a_loss_that_is_not_finite_leaves_the_state_as_it_was():
-    weighting = mtl_jax.adaptive(decay=0.9)
-    state = weighting.init(losses_fn(PARAMS, X))
-    gradient_fn = jax.jit(mtl_jax.value_and_grad(losses_fn, weighting))
-    _, _, state = gradient_fn(PARAMS, state, X)
-    value, gradient, after = gradient_fn(PARAMS, state, X.at[0, 0].set(jnp.nan))
+    name = "adaptive[emphasis=2,decay=0.9]"
+    gradient_fn = program(name)
+    _, _, state = gradient_fn(PARAMS, initial(name), X, mask=EVERYBODY)
+    bad = X.copy()
+    bad[0, 0] = np.nan
+    value, gradient, after = gradient_fn(PARAMS, state, bad, mask=EVERYBODY)
     assert_same_state(after, state)
-    assert all(jnp.isnan(weight) for weight in value.weights.values())
-    assert jnp.all(jnp.isnan(gradient["encoder"]["kernel"]))
+    assert all(np.isnan(weight) for weight in value.weights.values())
+    assert np.all(np.isnan(gradient["encoder"]["kernel"]))
+    assert not value.finite
 
 
 @pytest.mark.parametrize(
@@ -284,15 +323,14 @@ def test_a_gradient_that_is_not_finite_leaves_the_state_as_it_was(name):
             "c": params["w"] + 2,
         }
 
-    weighting = METHODS[name]()
-    params = {"w": jnp.float32(1)}
-    state = weighting.init(losses_fn(params, 1.0), key=KEY)
-    gradient_fn = jax.jit(mtl_jax.value_and_grad(losses_fn, weighting))
-    _, _, state = gradient_fn(params, state, 1.0)
-    value, gradient, after = gradient_fn({"w": jnp.float32(0)}, state, 1.0)
-    assert all(jnp.isfinite(loss) for loss in value.losses.values())
-    assert all(jnp.isfinite(weight) for weight in value.weights.values())
-    assert not jnp.isfinite(gradient["w"])
+    params = {"w": np.float32(1)}
+    gradient_fn = jax.jit(mtl_jax.value_and_grad(losses_fn, WEIGHTINGS[name]).update)
+    _, _, state = gradient_fn(params, initial(name), 1.0)
+    value, gradient, after = gradient_fn({"w": np.float32(0)}, state, 1.0)
+    assert all(np.isfinite(loss) for loss in value.losses.values())
+    assert all(np.isfinite(weight) for weight in value.weights.values())
+    assert not np.isfinite(gradient["w"])
+    assert not value.finite
     assert_same_state(after, state)
     _, _, after = gradient_fn(params, state, 1.0)
     assert not np.array_equal(after.steps, state.steps)
@@ -304,18 +342,14 @@ def test_a_gradient_that_is_not_finite_leaves_the_state_as_it_was(name):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision(dtype):
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), PARAMS)
-    weighting = mtl_jax.adaptive()
-    losses = losses_fn(params, X.astype(dtype))
-    state = weighting.init(losses)
-    value, gradient, state = jax.jit(mtl_jax.value_and_grad(losses_fn, weighting))(
-        params, state, X.astype(dtype)
-    )
+    x, state = X.astype(dtype), initial("adaptive")
+    value, gradient, state = program("adaptive")(params, state, x, mask=EVERYBODY)
     assert all(loss.dtype == dtype for loss in jax.tree.leaves(value.losses))
     assert all(weight.dtype == jnp.float32 for weight in jax.tree.leaves(value.weights))
     assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(gradient))
-    exact = jax.grad(weighted_sum)(PARAMS, value.weights, X)
-    size = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(exact))
-    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradient)
+    exact = weighted_gradient(PARAMS, value.weights, X)
+    size = max(float(np.max(np.abs(leaf))) for leaf in jax.tree.leaves(exact))
+    wide = jax.tree.map(np.float32, gradient)
     assert_trees_close(wide, exact, rtol=0, atol=8 * float(jnp.finfo(dtype).eps) * size)
 
 
@@ -323,11 +357,9 @@ def test_mixed_dtypes_of_losses(x64):
     def losses_fn(params):
         return (jnp.sum(params**2).astype(jnp.bfloat16), jnp.sum(params.astype(jnp.float64) ** 2))
 
-    weighting = mtl_jax.equal()
-    params = jnp.array([1.0, 2.0], jnp.float32)
-    value, gradient, _ = mtl_jax.value_and_grad(losses_fn, weighting)(
-        params, weighting.init(losses_fn(params))
-    )
+    gradient_fn = mtl_jax.value_and_grad(losses_fn, WEIGHTINGS["equal"])
+    params = np.array([1.0, 2.0], np.float32)
+    value, gradient, _ = jax.jit(gradient_fn.update)(params, gradient_fn.init(params))
     assert [weight.dtype for weight in value.weights] == [jnp.float64] * 2
     np.testing.assert_array_equal(gradient, [4.0, 8.0])
     assert gradient.dtype == jnp.float32
@@ -335,10 +367,11 @@ def test_mixed_dtypes_of_losses(x64):
 
 def test_a_loss_that_is_a_python_number():
     """A task switched off by hand, as `0.0`, is a floating-point scalar like any other."""
-    weighting = mtl_jax.equal()
-    value, gradient, _ = mtl_jax.value_and_grad(
-        lambda params: {"a": jnp.sum(params), "b": 0.5}, weighting
-    )(jnp.ones(2), weighting.init({"a": 1.0, "b": 1.0}))
+    gradient_fn = mtl_jax.value_and_grad(
+        lambda params: {"a": jnp.sum(params), "b": 0.5}, WEIGHTINGS["equal"]
+    )
+    params = np.ones(2, np.float32)
+    value, gradient, _ = jax.jit(gradient_fn.update)(params, gradient_fn.init(params))
     np.testing.assert_array_equal(gradient, 1)
     assert value.losses["b"] == 0.5
 
@@ -347,29 +380,27 @@ def test_a_loss_that_is_a_python_number():
 
 
 def test_vmap_over_seeds_equals_one_by_one():
-    weighting = mtl_jax.uncertainty(optax.adam(0.1))
-    params = jax.vmap(lambda key: {"w": jax.random.normal(key, (4,))})(jax.random.split(KEY, 3))
+    params = {"w": np.random.default_rng(3).normal(size=(3, 4)).astype(np.float32)}
 
     def losses_fn(params, x):
         return {"a": jnp.mean((x @ params["w"]) ** 2), "b": jnp.mean(jnp.abs(x @ params["w"] - 1))}
 
-    shapes = {"a": 1.0, "b": 1.0}
-    gradient_fn = mtl_jax.value_and_grad(losses_fn, weighting)
-    state = jax.vmap(lambda _: weighting.init(shapes))(jnp.arange(3))
-    many = jax.jit(jax.vmap(gradient_fn, in_axes=(0, 0, None)))
+    gradient_fn = mtl_jax.value_and_grad(losses_fn, WEIGHTINGS["uncertainty"])
+    alone = [{"w": w} for w in params["w"]]
+    first = gradient_fn.init(alone[0], X)
+    state = jax.vmap(lambda params: gradient_fn.init(params, X))(params)
+    many = jax.jit(jax.vmap(gradient_fn.update, in_axes=(0, 0, None)))
     _, _, state = many(params, state, X)
     got = many(params, state, X)
-    for seed in range(3):
-        one = jax.tree.map(lambda leaf, seed=seed: leaf[seed], params)
-        _, _, state_of_one = gradient_fn(one, weighting.init(shapes), X)
-        expected = gradient_fn(one, state_of_one, X)
+    one = jax.jit(gradient_fn.update)
+    for seed, params_of_one in enumerate(alone):
+        _, _, state_of_one = one(params_of_one, first, X)
+        expected = one(params_of_one, state_of_one, X)
         assert_trees_close(jax.tree.map(lambda leaf, seed=seed: leaf[seed], got), expected)
 
 
 def test_scan_equals_a_loop():
-    weighting = mtl_jax.dwa(2)
-    gradient_fn = mtl_jax.value_and_grad(losses_fn, weighting)
-    state = weighting.init(losses_fn(PARAMS, X))
+    gradient_fn = mtl_jax.value_and_grad(losses_fn, WEIGHTINGS["dwa"])
 
     def step(carry, x):
         params, state = carry
@@ -377,12 +408,13 @@ def test_scan_equals_a_loop():
         params = jax.tree.map(lambda p, g: p - 0.05 * g, params, gradient)
         return (params, state), value.weights
 
-    batches = X[None] * jnp.linspace(0.5, 1.5, 6).reshape(6, 1, 1)
-    scanned, weights = jax.jit(lambda *carry: jax.lax.scan(step, carry, batches))(PARAMS, state)
-    carry = (PARAMS, state)
+    batches = X[None] * np.linspace(0.5, 1.5, 6, dtype=np.float32).reshape(6, 1, 1)
+    carry = jax.tree.map(jnp.asarray, PARAMS), initial("dwa")
+    scanned, weights = jax.jit(lambda carry: jax.lax.scan(step, carry, batches))(carry)
+    one = jax.jit(step)
     for k, x in enumerate(batches):
-        carry, expected = jax.jit(step)(carry, x)
-        assert_trees_close(jax.tree.map(lambda leaf, k=k: leaf[k], weights), expected)
+        carry, expected = one(carry, x)
+        assert_trees_close({task: weight[k] for task, weight in weights.items()}, expected)
     assert_trees_close(scanned, carry)
     assert weights["a"][5] != weights["a"][0]
 
@@ -395,17 +427,15 @@ def test_flax_linen():
             return {task: flax.linen.Dense(1, name=task)(z) for task in TASKS}
 
     network = Network()
-    variables = network.init(KEY, X)
+    variables = jax.jit(network.init)(KEY, X)
 
     def losses_fn(params, x):
         return jax.tree.map(lambda out: jnp.mean((out - 1) ** 2), network.apply(params, x))
 
-    weighting = mtl_jax.adaptive()
-    state = weighting.init(jax.eval_shape(losses_fn, variables, X))
-    value, gradient, _ = jax.jit(mtl_jax.value_and_grad(losses_fn, weighting))(variables, state, X)
-    expected = jax.grad(functools.partial(weighted_sum, losses_fn=losses_fn))(
-        variables, value.weights, X
-    )
+    gradient_fn = mtl_jax.value_and_grad(losses_fn, WEIGHTINGS["adaptive"])
+    state = gradient_fn.init(variables, X)
+    value, gradient, _ = jax.jit(gradient_fn.update)(variables, state, X)
+    expected = weighted_gradient(variables, value.weights, X, losses_fn=losses_fn)
     assert_trees_close(gradient, expected)
 
 
@@ -425,31 +455,31 @@ def test_flax_nnx():
         outputs = nnx.merge(graph, params, copy=True)(x)
         return {task: jnp.mean((out - 1) ** 2) for task, out in outputs.items()}
 
-    weighting = mtl_jax.adaptive()
-    state = weighting.init(jax.eval_shape(losses_fn, params, X))
-    value, gradient, _ = jax.jit(mtl_jax.value_and_grad(losses_fn, weighting))(params, state, X)
-    expected = jax.grad(functools.partial(weighted_sum, losses_fn=losses_fn))(
-        params, value.weights, X
-    )
+    gradient_fn = mtl_jax.value_and_grad(losses_fn, WEIGHTINGS["adaptive"])
+    state = gradient_fn.init(params, X)
+    value, gradient, _ = jax.jit(gradient_fn.update)(params, state, X)
+    expected = weighted_gradient(params, value.weights, X, losses_fn=losses_fn)
     assert_trees_close(gradient, expected)
     assert any(jnp.any(leaf != 0) for leaf in jax.tree.leaves(gradient))
 
 
 def test_the_gradient_goes_into_optax():
-    weighting, optimizer = mtl_jax.adaptive(), optax.adam(0.05)
-    gradient_fn = mtl_jax.value_and_grad(losses_fn, weighting)
-    state = weighting.init(losses_fn(PARAMS, X))
+    optimizer = optax.adam(0.05)
+    gradient_fn = mtl_jax.value_and_grad(losses_fn, WEIGHTINGS["adaptive"])
 
     @jax.jit
-    def step(params, opt_state, state):
-        value, gradient, state = gradient_fn(params, state, X)
-        updates, opt_state = optimizer.update(gradient, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, state, value
+    def train(params):
+        def step(carry, _):
+            params, opt_state, state = carry
+            value, gradient, state = gradient_fn(params, state, X)
+            updates, opt_state = optimizer.update(gradient, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state, state), value.losses
 
-    params, opt_state = PARAMS, optimizer.init(PARAMS)
-    for _ in range(50):
-        params, opt_state, state, _ = step(params, opt_state, state)
-    before, after = losses_fn(PARAMS, X), losses_fn(params, X)
+        carry = params, optimizer.init(params), gradient_fn.init(params, X)
+        return jax.lax.scan(step, carry, length=50)
+
+    (params, _, _), _ = train(jax.tree.map(jnp.asarray, PARAMS))
+    before, after = plain_losses(PARAMS, X), plain_losses(params, X)
     assert all(after[task] < before[task] / 2 for task in TASKS)
 
 
@@ -473,13 +503,18 @@ def test_something_that_is_no_weighting(weighting, says):
 
 
 def test_losses_that_are_not_scalars_are_named():
-    weighting = mtl_jax.equal()
-    gradient_fn = mtl_jax.value_and_grad(lambda params: {"a": params}, weighting)
-    with pytest.raises(ValueError, match=r"'a' has shape \(3,\)"):
-        gradient_fn(jnp.ones(3), weighting.init({"a": 1.0}))
-    gradient_fn = mtl_jax.value_and_grad(lambda params: {"a": jnp.int32(1)}, weighting)
-    with pytest.raises(TypeError, match="'a' has dtype int32"):
-        gradient_fn(jnp.ones(3), weighting.init({"a": 1.0}))
+    weighting = WEIGHTINGS["equal"]
+    for loss, error, says in (
+        (lambda params: params, ValueError, r"'a' has shape \(3,\)"),
+        (lambda params: jnp.int32(1), TypeError, "'a' has dtype int32"),
+    ):
+        gradient_fn = mtl_jax.value_and_grad(
+            lambda params, loss=loss: {"a": loss(params)}, weighting
+        )
+        with pytest.raises(error, match=says):
+            gradient_fn(jnp.ones(3), weighting.init({"a": 1.0}))
+        with pytest.raises(error, match=says):
+            gradient_fn.init(jnp.ones(3))
 
 
 @pytest.mark.parametrize(
@@ -488,16 +523,16 @@ def test_losses_that_are_not_scalars_are_named():
 def test_has_aux_without_a_pair(output):
     gradient_fn = mtl_jax.value_and_grad(
         lambda params: jax.tree.map(lambda c: c * jnp.sum(params), output),
-        mtl_jax.equal(),
+        WEIGHTINGS["equal"],
         has_aux=True,
     )
     with pytest.raises(TypeError, match=r"must return a pair \(losses, aux\), got"):
-        gradient_fn(jnp.ones(3), mtl_jax.equal().init({"a": 1.0}))
+        gradient_fn(jnp.ones(3), WEIGHTINGS["equal"].init({"a": 1.0}))
 
 
 def test_a_forgotten_has_aux():
     """The pair is read as losses: an error, which names the place."""
-    weighting = mtl_jax.equal()
+    weighting = WEIGHTINGS["equal"]
     gradient_fn = mtl_jax.value_and_grad(
         lambda params: ({"a": jnp.sum(params)}, {"features": params}), weighting
     )
@@ -506,14 +541,33 @@ def test_a_forgotten_has_aux():
 
 
 def test_a_state_of_another_number_of_tasks():
-    weighting = mtl_jax.equal()
+    weighting = WEIGHTINGS["equal"]
     with pytest.raises(ValueError, match="initialised for 2 tasks.*for 3: a, b, c"):
         mtl_jax.value_and_grad(losses_fn, weighting)(PARAMS, weighting.init((1.0, 1.0)), X)
 
 
 def test_a_parameter_that_is_an_integer_is_named():
-    weighting = mtl_jax.equal()
+    weighting = WEIGHTINGS["equal"]
     gradient_fn = mtl_jax.value_and_grad(lambda params: {"a": params["w"] * 1.0}, weighting)
     params = {"w": jnp.ones(()), "table": jnp.arange(3)}
     with pytest.raises(TypeError, match="parameter 'table' has dtype int32"):
         gradient_fn(params, weighting.init({"a": 1.0}))
+    with pytest.raises(TypeError, match="parameter 'table' has dtype int32"):
+        gradient_fn.init(params)
+
+
+def test_a_state_of_other_tasks():
+    weighting = WEIGHTINGS["equal"]
+    with pytest.raises(ValueError, match=r"The state is for \{'x': \*, 'y': \*, 'z': \*\}"):
+        mtl_jax.value_and_grad(losses_fn, weighting)(
+            PARAMS, weighting.init(dict.fromkeys("xyz", 1.0)), X
+        )
+
+
+def test_the_state_begins_the_same_from_shapes():
+    gradient_fn = mtl_jax.value_and_grad(losses_fn, WEIGHTINGS["random_weighting"])
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (PARAMS, X))
+    for args in ((PARAMS, X), shapes):
+        assert_same_state(gradient_fn.init(*args, key=KEY), initial("random_weighting"))
+    with pytest.raises(ValueError, match="random_weighting draws.*key="):
+        gradient_fn.init(PARAMS, X)

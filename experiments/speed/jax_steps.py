@@ -12,7 +12,15 @@ from jaxtyping import PyTree
 
 import mtl_jax
 from experiments.speed.child import package_versions, progress, serve
-from experiments.speed.methods import EVERY, HELD, OPTIMIZER, Variant, variants, why_not
+from experiments.speed.methods import (
+    EVERY,
+    HELD,
+    OPTIMIZER,
+    OWN_STEP,
+    Variant,
+    variants,
+    why_not,
+)
 from experiments.speed.problem import Problem, make_problem
 from experiments.speed.records import (
     MORE_FORWARD,
@@ -40,7 +48,7 @@ def make_step(problem: Problem, variant: Variant) -> tuple[Step, Any]:
     weighting = variant.weighting
     if weighting is None:
         return _plain_step(problem), _fresh((problem.params, OPTIMIZER.init(problem.params)))
-    if variant.form == "losses":
+    if variant.form in ("losses", OWN_STEP):
         gradient = mtl_jax.value_and_grad(problem.losses_fn, weighting)
     elif variant.form in ("representation", "encoder rows"):
         gradient = mtl_jax.representation_value_and_grad(
@@ -52,10 +60,28 @@ def make_step(problem: Problem, variant: Variant) -> tuple[Step, Any]:
             shared=_shared,
         )
     else:
-        way = cast(RowsMode, variant.form.partition("=")[2] or "auto")
+        way = variant.form.partition("=")[2] or "auto"
+        way = int(way) if way.isdecimal() else cast(RowsMode, way)
         gradient = mtl_jax.value_and_grad(problem.losses_fn, weighting, shared=_shared, rows=way)
+    key = jax.random.key(0)
+    if variant.form == OWN_STEP:
+        states = (
+            OPTIMIZER.init(problem.params),
+            gradient.init(problem.params, problem.batch, key=key),
+        )
+        return _own_step(gradient), _fresh((problem.params, *states))
     step = mtl_jax.make_train_step(gradient, OPTIMIZER)
-    return step, step.init(problem.params, problem.batch, weighting_key=jax.random.key(0))
+    return step, step.init(problem.params, problem.batch, weighting_key=key)
+
+
+def _own_step(gradient: mtl_jax.MultiTaskGradient) -> Step:
+    def step(states: Any, batch: PyTree) -> tuple[Any, Any]:
+        params, opt_state, weighting_state = states
+        value, grads, weighting_state = gradient(params, weighting_state, batch)
+        updates, opt_state = OPTIMIZER.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state, weighting_state), value
+
+    return step
 
 
 def _plain_step(problem: Problem) -> Step:

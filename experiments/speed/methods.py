@@ -6,11 +6,11 @@ from typing import NamedTuple
 import optax
 
 import mtl_jax
-from experiments.speed.records import LEARNING_RATE, LEAST_TASKS, Network
+from experiments.speed.records import LEARNING_RATE, Network
 from mtl_jax._base import Aggregator, Signal, Weighting
 from mtl_jax._jacobian import RowsMode
 from mtl_jax.compare import WEIGHTINGS, look_up
-from mtl_jax.compare.weightings import RunSettings
+from mtl_jax.methods import RunSettings
 
 OPTIMIZER = optax.sgd(LEARNING_RATE)
 PLAIN = "plain"
@@ -20,7 +20,10 @@ HELD = f"nash_mtl_every_{EVERY}"
 METHODS = (*(name for name in WEIGHTINGS if name != "constant"), HELD)  # its step is equal's
 ROWS_METHOD = "mgda"
 """The method with which every way to compute the rows is timed."""
-ROWS_WAYS: tuple[RowsMode, ...] = ("unrolled", "map", "vmap", "low_memory")
+ROWS_WAYS: tuple[RowsMode, ...] = ("unrolled", "map", 5, "vmap", "low_memory")
+OWN_STEP = "own step"
+OWN_STEP_METHODS = ("adaptive", "dwa", "uncertainty")
+"""The methods that are timed in a step written by hand, too, around ``value_and_grad``."""
 
 
 class Variant(NamedTuple):
@@ -28,9 +31,9 @@ class Variant(NamedTuple):
 
     Attributes:
       method: its name.
-      form: "plain"; "losses"; "representation"; "encoder rows", the Gramian over the shared
-        parameters with one pass through the heads; "rows" or "rows=<way>", without encoder and
-        heads being told apart.
+      form: "plain"; "losses"; "own step", by hand around the gradient; "representation"; "encoder
+        rows", the Gramian over the shared parameters with one pass through the heads; "rows" or
+        "rows=<way>", without encoder and heads being told apart.
       weighting: the weighting or the aggregator; ``None`` for the plain step.
     """
 
@@ -64,19 +67,26 @@ def variants(methods: Sequence[str] = ()) -> Iterator[Variant]:
 
 
 def _forms(name: str, weighting: Weighting | Aggregator) -> Iterator[str]:
-    if isinstance(weighting, Aggregator):
+    if isinstance(weighting, Aggregator) or weighting.needs is Signal.TASK_GRADIENTS:
         yield "rows"
     elif weighting.needs is Signal.LOSSES:
         yield "losses"
+        if name in OWN_STEP_METHODS:
+            yield OWN_STEP
     else:
         yield from ("representation", "encoder rows", "rows")
         if name == ROWS_METHOD:
             yield from (f"rows={way}" for way in ROWS_WAYS)
 
 
+def least_tasks(method: str) -> int:
+    """How many tasks a method needs."""
+    return mtl_jax.METHODS[method].least_tasks if method in mtl_jax.METHODS else 1
+
+
 def why_not(variant: Variant, network: Network) -> str | None:
     """Why a variant cannot be had on this network; ``None`` if it can."""
-    least = LEAST_TASKS.get(variant.method, 1)
+    least = least_tasks(variant.method)
     if network.tasks < least:
         return f"needs {least} tasks"
     if variant.form == "rows=low_memory" and network.channels:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
-from experiments.speed.methods import EVERY, HELD
+from experiments.speed.methods import EVERY, HELD, OWN_STEP
 from experiments.speed.records import MORE_FORWARD, NETWORKS, Measured, NetworkResult, Speed
 from experiments.speed.timing import floor_ratio
 
@@ -93,6 +93,22 @@ def promises(speed: Speed) -> Iterator[Promise]:
             and one.temporary_bytes
             and result.plain.temporary_bytes
         },
+    )
+    yield Promise(
+        "CPU seconds that a method adds to the compilation of the step, K = 20",
+        1.0,
+        {
+            name(result, one): one.compile_seconds - result.plain.compile_seconds
+            for result, one in many
+            if one.form in ("losses", "representation")
+            and one.compile_seconds is not None
+            and result.plain.compile_seconds is not None
+        },
+    )
+    yield Promise(
+        "value_and_grad in a step of one's own, of the plain step",
+        1.03,
+        {name(*pair): pair[1].ratio[1] for pair in measured if pair[1].form == OWN_STEP},
     )
     shares = {name(*pair): solver_share(pair[1]) for pair in many}
     yield Promise(

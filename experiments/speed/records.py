@@ -9,9 +9,6 @@ from typing import Any
 
 LEARNING_RATE = 1e-3
 """Of plain gradient descent: the cheapest optimizer hides the least."""
-LEAST_TASKS = {"krum": 3, "trimmed_mean": 3}
-"""The methods that need more than one task, as they are set here."""
-
 MORE_FORWARD = "1 more forward pass"
 """Noted where a method observes the losses after the step."""
 
@@ -53,6 +50,7 @@ NETWORKS: Mapping[str, Network] = {
     "mlp-2": _mlp(2),
     "mlp-5": _mlp(5),
     "mlp-20": _mlp(20),
+    "mlp-5-batch-128": dataclasses.replace(_mlp(5), batch_size=128),
     "conv-2": _convolutional(2),
     "conv-20": _convolutional(20),
     "tiny": _TINY,
@@ -83,8 +81,8 @@ class Measured:
 
     Attributes:
       method: the method's name; "plain" for the sum of the losses and nothing else.
-      form: what the method reads and how: "plain", "losses", "representation", "rows" for the
-        library's own choice, or "rows=<way>".
+      form: what the method reads and how: "plain", "losses", "own step", "representation", "rows"
+        for the library's own choice, or "rows=<way>".
       step_seconds: the median time of a step.
       ratio: the step time relative to the plain step of the same round: lower quartile, median,
         upper quartile over the rounds.

@@ -20,9 +20,10 @@ def markdown_report(speed: Speed) -> str:
         "to the plain step of the same round: the sum of the losses, differentiated, and plain "
         f"gradient descent. Medians of {request.rounds} rounds, quartiles in brackets. *of floor* "
         "compares with the least that K gradients cost, 1 forward and K backward passes in "
-        "compiled floating-point operations. *compile* and *memory* (temporary, as the compiler "
-        "says) are relative to the plain step, too; *solver* is the way from the Gramian to the "
-        "weights, in % of the method's own step.",
+        "compiled floating-point operations. *compile* is the CPU time, in seconds, by which "
+        "tracing and compiling the step takes longer than for the plain step. *memory* "
+        "(temporary, as the compiler says) is relative to the plain step; *solver* is the way "
+        "from the Gramian to the weights, in % of the method's own step.",
         "",
         ", ".join(f"{name} {version}" for name, version in versions.items())
         + f", Python {speed.machine['python']}.",
@@ -74,13 +75,13 @@ def network_table(result: NetworkResult) -> str:
                 one.form,
                 f"{median:.3f} [{low:.3f}, {high:.3f}]",
                 "" if floor is None else f"{median / floor:.2f}",
-                _relative(one.compile_seconds, result.plain.compile_seconds),
+                _added(one.compile_seconds, result.plain.compile_seconds),
                 _relative(one.temporary_bytes, result.plain.temporary_bytes),
                 "" if share is None else f"{100 * share:.1f}",
                 one.note,
             ]
         )
-    headers = ["method", "form", "step time", "of floor", "compile", "memory", "solver, %", ""]
+    headers = ["method", "form", "step time", "of floor", "compile, s", "memory", "solver, %", ""]
     return _table(rows, headers)
 
 
@@ -142,6 +143,10 @@ def promises_table(speed: Speed) -> str:
 
 def _relative(value: float | None, reference: float | None) -> str:
     return "" if value is None or not reference else f"{value / reference:.2f}"
+
+
+def _added(value: float | None, reference: float | None) -> str:
+    return "" if value is None or reference is None else f"{value - reference:+.2f}"
 
 
 def _milliseconds(seconds: float) -> str:

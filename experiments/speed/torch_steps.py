@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.speed.child import package_versions, progress, serve
+from experiments.speed.methods import least_tasks
 from experiments.speed.records import (
     LEARNING_RATE,
-    LEAST_TASKS,
     NETWORKS,
     FrameworkResult,
     Measured,
@@ -201,7 +201,7 @@ def measure_network(torch: Any, name: str, request: Request) -> NetworkResult:
     clock, network = time.process_time, NETWORKS[name]
     variants, ways, left_out = {"plain": plain_step(torch, network)}, {}, []
     for method in request.methods or PEERS:
-        if method not in PEERS or network.tasks < LEAST_TASKS.get(method, 1):
+        if method not in PEERS or network.tasks < least_tasks(method):
             continue
         try:
             ways[method], variants[method] = fastest(torch, network, method, request.seconds, clock)

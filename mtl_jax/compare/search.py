@@ -12,6 +12,7 @@ import numpy as np
 import scipy.stats
 from jax.sharding import Mesh
 
+from mtl_jax._search_space import Range, Space
 from mtl_jax.compare.devices import is_first_process
 from mtl_jax.compare.files import write_text
 from mtl_jax.compare.fingerprint import Fingerprint, OtherConfigurationError, difference
@@ -19,7 +20,6 @@ from mtl_jax.compare.metrics import Evaluator
 from mtl_jax.compare.problem import Problem
 from mtl_jax.compare.referee import make_weighting
 from mtl_jax.compare.run import Run
-from mtl_jax.compare.search_space import Range, Space
 from mtl_jax.compare.settings import PRUNED, Trial, TuningError
 from mtl_jax.compare.training import Trainer
 from mtl_jax.compare.weightings import MakeWeighting

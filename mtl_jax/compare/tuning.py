@@ -11,13 +11,13 @@ from types import MappingProxyType
 
 from jax.sharding import Mesh
 
+from mtl_jax._search_space import Space
 from mtl_jax.compare.batches import check_devices
 from mtl_jax.compare.metrics import Evaluator
 from mtl_jax.compare.problem import Problem
 from mtl_jax.compare.referee import BASELINE, lone_name, make_weighting, with_baselines
 from mtl_jax.compare.run import Run, folder_name
 from mtl_jax.compare.search import Search, last_metrics
-from mtl_jax.compare.search_space import Space
 from mtl_jax.compare.settings import TUNING_SEED, Trial, Tuning
 from mtl_jax.compare.sources import by_source, joined
 from mtl_jax.compare.weightings import SPACES, WEIGHTINGS, MakeWeighting

@@ -58,7 +58,7 @@ def famo(
 
     Returns:
       The weighting. A custom train loop must call its ``observe`` after each step;
-      :func:`mtl_jax.make_train_step` does, given ``losses_fn``.
+      :func:`mtl_jax.make_train_step` does.
 
     Raises:
       ValueError: if ``learning_rate`` is not positive, ``weight_decay`` is negative, or a

@@ -11,11 +11,12 @@ from mtl_jax._checks import compiled
 from mtl_jax.solvers._cosines import (
     Solution,
     check_at_least_zero,
+    inverse_lengths,
     product,
     read_gramian,
     safe_divide,
 )
-from mtl_jax.solvers._quadratic import minimum_norm_point
+from mtl_jax.solvers._quadratic import shortest_combination
 
 
 def fair_point(
@@ -95,7 +96,9 @@ def _fair_point(
         factor = jax.scipy.linalg.cho_factor(H)
         dy = jax.scipy.linalg.cho_solve(factor, slack + z - product(C, y))
         dz = slack - slope * dy
+        # At most 0.9 of the way to where a y or z would become 0.
         size = 0.9 / jnp.maximum(jnp.max(jnp.maximum(-dy / y, -dz / z), initial=0), 0.9)
+        # Newton's steps shrink quadratically near the solution, until rounding stops them.
         now = jnp.max(jnp.abs(dy / y), initial=0)
         converged = (now < 0.01) & (now > change / 2)
         return y + size * dy, z + size * dz, now, converged, count + 1
@@ -118,7 +121,7 @@ def _fair_point(
 
     def other() -> Solution:
         # The gain of a long gradient can be that small, too; but then 0 is not near the hull.
-        nearest = minimum_norm_point(gramian, present).x
+        nearest = shortest_combination(rows, inverse_lengths(rows)).x
         share = rows.lengths * nearest
         apart = jnp.sum(share * product(C, share)) > noise * jnp.sum(share) ** 2
         found = solved & apart

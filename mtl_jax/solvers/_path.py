@@ -70,23 +70,26 @@ def follow(
     M = C + a[:, None] * a[None, :]
 
     def pivot(path: _Path) -> _Path:
+        # 1. Solve for the segment: y of the tasks inside, and where it goes as tau grows. In a
+        # principally pivoted tableau the block of the tasks inside is minus the inverse of M's.
         T, inside, tau = path.tableau, path.inside, path.tau
         inverse = jnp.where(inside[:, None] & inside[None, :], -T, 0)
 
-        def solve(b, x):
-            for _ in range(3):
-                x = x + product(inverse, jnp.where(inside, b - product(M, x), 0))
-            return x
+        def refine(_, x):
+            return x + product(inverse, jnp.where(inside[:, None], wanted - product(M, x), 0))
 
         # y does not jump where the set changes: from where it was, there is little to correct.
-        y = solve(tau * a - q, jnp.where(inside, path.segment.y, 0))
-        ray = solve(a, jnp.zeros_like(a))
+        wanted = jnp.stack([tau * a - q, a], axis=1)
+        start = jnp.stack([jnp.where(inside, path.segment.y, 0), jnp.zeros_like(a)], axis=1)
+        y, ray = jnp.unstack(lax.fori_loop(0, 3, refine, start), axis=1)
+        # 2. How fast nu grows with tau: not at all where the gradients inside are dependent.
         size = jnp.sum(jnp.abs(ray))
         gain, curvature = jnp.sum(a * ray), jnp.sum(ray * product(C, ray))
         slope = jnp.where(curvature > 4 * eps * size**2, safe_divide(curvature, gain), 0)
         slope = jnp.where(jnp.any(inside), slope, 1)
         y = jnp.where(slope > 0, y, path.segment.y)  # else it would pick up noise along the ray
 
+        # 3. Find the task that meets zero first: y_k of one inside, z_k of one outside.
         # On a segment where nu stays, C ray = 0, so that no task can enter.
         independent = jnp.diagonal(T) > 4 * K * eps
         movable = inside | (usable & independent & (slope > 0))
@@ -95,6 +98,7 @@ def follow(
         meets = movable & (rate < -4 * eps * (a + size))
         steps = jnp.where(meets, safe_divide(jnp.maximum(value, 0), -rate), jnp.inf)
         k = jnp.argmin(steps)
+        # 4. Go to that corner, or to the wanted point if it comes first.
         end = until(Segment(y, ray, tau - jnp.sum(a * y), slope))
         step = jnp.minimum(steps[k], end)
         done = (end <= steps[k]) | jnp.isinf(step)
@@ -102,6 +106,7 @@ def follow(
         tau, y = tau + step, jnp.maximum(y + step * ray, 0)
         segment = Segment(y, jnp.maximum(ray, 0), tau - jnp.sum(a * y), slope)
 
+        # 5. Pivot on the task's diagonal entry: it changes sides, and the tableau with it.
         this = jnp.arange(K) == k
         row = T[k]
         line = jnp.where(inside[k], -row, row) / row[k]
@@ -110,6 +115,7 @@ def follow(
         T = jnp.where(this[:, None] & this[None, :], -1 / row[k], T)
         return _Path(segment, tau, T, inside ^ this, done, path.pivots + 1)
 
+    # The path begins where the first of the z_k, still with y = 0, meets zero.
     start = jnp.min(jnp.where(usable, q / jnp.where(usable, a, 1), jnp.inf), initial=jnp.inf)
     start = jnp.where(jnp.any(usable), start, 0)
     zeros = jnp.zeros_like(q)

@@ -113,11 +113,13 @@ def _exchange(
         y, r, count = state
         i = jnp.argmin(jnp.where(rows.usable, r, jnp.inf))
         j = jnp.argmax(jnp.where(y > 0, r, -jnp.inf))
-        curvature = a[i] ** 2 + a[j] ** 2 - 2 * a[i] * a[j] * C[i, j]
-        wanted = safe_divide(a[i] * r[j] - a[j] * r[i], curvature, jnp.inf)
-        most = safe_divide(y[j], a[i], jnp.inf)
-        y = y.at[i].add(jnp.minimum(wanted, most) * a[j])
-        y = y.at[j].set(jnp.where(wanted < most, y[j] - wanted * a[i], 0))
+        (a_i, r_i), (a_j, r_j, y_j) = jnp.stack([a, r])[:, i], jnp.stack([a, r, y])[:, j]
+        curvature = a_i**2 + a_j**2 - 2 * a_i * a_j * C[i, j]
+        wanted = safe_divide(a_i * r_j - a_j * r_i, curvature, jnp.inf)
+        most = safe_divide(y_j, a_i, jnp.inf)
+        task = jnp.arange(y.size)
+        y = y + jnp.where(task == i, jnp.minimum(wanted, most) * a_j, 0)
+        y = jnp.where(task == j, jnp.where(wanted < most, y_j - wanted * a_i, 0), y)
         return y, reduced(y), count + 1
 
     y, r, _ = lax.while_loop(violated, exchange, (y, reduced(y), jnp.int32(0)))

@@ -85,9 +85,9 @@ def slow_rows(place, params, model_state, key, batch):
 def test_gramian_and_gradient_against_their_definitions(form, place):
     problem = make_problem(THREE_TARGETS, **FORMS[form])
     weighting = mtl_jax.upgrad()
-    gradient_fn = Trainer(problem, Evaluator(problem), weighting, "upgrad").gradient_fn()
+    gradient_fn = Trainer(problem, Evaluator(problem), weighting, "upgrad").gradient()
     params, *arguments = step_arguments(problem)
-    state = weighting.init(dict.fromkeys(problem.tasks, 0.0))
+    state = gradient_fn.init(params, *arguments)
     value, gradient, _ = jax.jit(gradient_fn)(params, state, *arguments)
     rows = slow_rows(place, params, *arguments)
     order = [list(params["heads"]).index(task) for task in sorted(problem.tasks)]  # the leaves'
@@ -107,10 +107,10 @@ def test_gramian_and_gradient_against_their_definitions(form, place):
 def test_an_aggregator_works_on_the_shared_parameters():
     problem = make_problem(THREE_TARGETS, **IN_PARTS)
     aggregator = mtl_jax.trimmed_mean(1)
-    gradient_fn = Trainer(problem, Evaluator(problem), aggregator, "median").gradient_fn()
+    gradient_fn = Trainer(problem, Evaluator(problem), aggregator, "median").gradient()
     params, *arguments = step_arguments(problem)
-    state = aggregator.init({"encoder": params["encoder"]}, dict.fromkeys(problem.tasks, 0.0))
-    value, gradient, _ = gradient_fn(params, state, *arguments)
+    state = gradient_fn.init(params, *arguments)
+    value, gradient, _ = jax.jit(gradient_fn)(params, state, *arguments)
     assert value.weights is None
     median = np.median(slow_rows("parameters", params, *arguments), axis=0)
     np.testing.assert_allclose(np.ravel(gradient["encoder"]), median, rtol=1e-4, atol=1e-6)

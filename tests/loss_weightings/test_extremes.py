@@ -12,19 +12,20 @@ import jax.numpy as jnp
 import methods
 import numpy as np
 import pytest
-from methods import TASKS
-from trees import as_numpy
+from methods import KEY, made
 
 import mtl_jax
 from mtl_jax._lift import all_finite, tree_where
 
-KEY = jax.random.key(11)
+MOST = 128
+STEPS = 40
 RECOVERY = 12
-METHODS = methods.METHODS | {
-    "adaptive[softmax,initial]": functools.partial(
-        mtl_jax.adaptive, rule="softmax", relative_to="initial"
-    )
+OTHERS = {
+    "constant": lambda: mtl_jax.constant((1.0,) * MOST),
+    "adaptive[softmax,initial]": lambda: mtl_jax.adaptive(rule="softmax", relative_to="initial"),
 }
+METHODS = methods.METHODS | OTHERS
+each_method = pytest.mark.parametrize("name", METHODS)
 
 ONES = np.ones((5, 3))
 SCENARIOS = {
@@ -63,94 +64,20 @@ GIVES_NAN = {
 }
 
 
-@functools.cache
-def compiled(name):
-    weighting = METHODS[name]()
-    observe = None if weighting.observe is None else jax.jit(weighting.observe)
-    return weighting.init, jax.jit(weighting.update), observe
+# All runs of a method are one program, on 128 tasks of which some are absent.
 
 
-def step(name, row, state):
-    """One step, which keeps the promise; its weights, or None where they are NaN."""
-    _, update, observe = compiled(name)
-    losses = dict(zip(TASKS, row.astype(np.float32), strict=True))
-    weights, after = update(losses, state)
-    weights = np.array([weights[task] for task in TASKS])
-    if np.all(np.isnan(weights)):
-        for new, old in zip(as_numpy(after), as_numpy(state), strict=True):
-            np.testing.assert_array_equal(new, old)
-        return None, after
-    assert np.all(np.isfinite(weights)), weights
-    assert np.all(weights >= 0), weights
-    if observe is not None:
-        after = observe({task: 0.9 * loss for task, loss in losses.items()}, after)
-    for leaf in as_numpy(after):
-        assert np.all(np.isfinite(leaf))
-    return weights, after
+def in_scenario(rows):
+    """The losses of three tasks, and after them ordinary ones; the other tasks are absent."""
+    ordinary = [np.array([1.0, 2.0, 3.0]) * 0.99**number for number in range(RECOVERY)]
+    rows = np.concatenate([rows, ordinary])
+    losses, present = np.ones((STEPS, MOST)), np.zeros((STEPS, MOST), bool)
+    losses[: len(rows), 1:4], present[: len(rows), 1:4] = rows, True
+    return losses, present
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
-@pytest.mark.parametrize("name", METHODS)
-def test_finite_or_nan_with_the_state_as_it_was_and_a_way_back(name, scenario):
-    state = compiled(name)[0](dict.fromkeys(TASKS, np.float32(0)), key=KEY)
-    gave_nan = False
-    for row in SCENARIOS[scenario]:
-        weights, state = step(name, row, state)
-        gave_nan |= weights is None
-    allowed = GIVES_NAN.get(name, set())
-    assert not gave_nan or scenario in allowed
-    # Outside the domain it is said, at once or when the average leaves the domain.
-    if scenario in allowed & (NEGATIVE | ZERO):
-        assert gave_nan
-    for number in range(RECOVERY):
-        weights, state = step(name, np.array([1.0, 2.0, 3.0]) * 0.99**number, state)
-    assert weights is not None
-
-
-@pytest.mark.parametrize("name", ["equal", "adaptive", "dwa", "softadapt", "relobralo", "famo"])
-def test_constant_zero_losses_get_equal_weights(name):
-    state = compiled(name)[0](dict.fromkeys(TASKS, np.float32(0)), key=KEY)
-    for _ in range(20):
-        weights, state = step(name, np.zeros(3), state)
-        np.testing.assert_allclose(weights, weights[0], rtol=1e-6)
-
-
-# Up to 128 tasks, which come and go
-
-MOST = 128
-STEPS = 40
-
-
-@functools.cache
-def many_steps(name):
-    """Steps on vectors, the first loss in bfloat16: weights, and what became of the state."""
-    weighting = mtl_jax.constant((1.0,) * MOST) if name == "constant" else METHODS[name]()
-
-    def same(after, before):
-        def data(leaf):
-            key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-            return jax.random.key_data(leaf) if key else leaf
-
-        pairs = zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True)
-        return jnp.all(jnp.stack([jnp.all(data(a) == data(b)) for a, b in pairs]))
-
-    def step(state, inputs):
-        first, *rest = jnp.unstack(inputs[0])
-        losses, mask = (first.astype(jnp.bfloat16), *rest), tuple(jnp.unstack(inputs[1]))
-        weights, after = weighting.update(losses, state, mask=mask)
-        weights = jnp.stack(weights)
-        if weighting.observe is not None:
-            lower = tuple(jnp.unstack(0.9 * inputs[0]))
-            observed = weighting.observe(lower, after, mask=mask)
-            after = tree_where(jnp.all(jnp.isfinite(weights)), observed, after)
-        return after, (weights, same(after, state), all_finite(after))
-
-    state = weighting.init((np.float32(0),) * MOST, key=KEY)
-    return jax.jit(lambda *inputs: jax.lax.scan(step, state, inputs)[1])
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_up_to_128_tasks_that_come_and_go(name):
+def of_many_tasks():
+    """Losses of every size, and then some that are odd, too; tasks come and go."""
     rng = np.random.default_rng(0)
     for domain in ("positive", "any"):
         losses = 10 ** rng.uniform(-30, 30, (STEPS, MOST))
@@ -164,17 +91,86 @@ def test_up_to_128_tasks_that_come_and_go(name):
             odd = rng.random((STEPS, MOST)) < 0.01
             losses = np.where(odd, rng.choice([0.0, -1.0, np.nan, np.inf], odd.shape), losses)
         losses[-RECOVERY:], present[-RECOVERY:] = rng.uniform(1, 2, (RECOVERY, MOST)), True
-        weights, kept, finite = map(np.array, many_steps(name)(losses.astype(np.float32), present))
-        nan = np.isnan(weights).any(axis=1)
-        np.testing.assert_array_equal(np.isnan(weights), nan[:, None] & present)
-        np.testing.assert_array_equal(weights[~present], 0)
-        assert np.all(kept[nan])
-        assert np.all(finite)
-        valid = weights[~nan]
-        assert np.all(np.isfinite(valid)), valid
-        assert np.all(valid >= 0)
+        yield domain, (losses, present)
+
+
+RUNS = {name: in_scenario(rows) for name, rows in SCENARIOS.items()} | dict(of_many_tasks())
+
+
+@functools.cache
+def found(name):
+    """For every run the weights at each step, whether it left the state, and a finite one."""
+    weighting = OTHERS[name]() if name in OTHERS else made(name)
+
+    def same(after, before):
+        def data(leaf):
+            key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            return jax.random.key_data(leaf) if key else leaf
+
+        pairs = zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True)
+        return jnp.all(jnp.stack([jnp.all(data(a) == data(b)) for a, b in pairs]))
+
+    def step(state, inputs):  # the first loss in bfloat16
+        first, *rest = jnp.unstack(inputs[0])
+        losses, mask = (first.astype(jnp.bfloat16), *rest), tuple(jnp.unstack(inputs[1]))
+        weights, after = weighting.update(losses, state, mask=mask)
+        weights = jnp.stack(weights)
+        if weighting.observe is not None:
+            lower = tuple(jnp.unstack(0.9 * inputs[0]))
+            observed = weighting.observe(lower, after, mask=mask)
+            after = tree_where(jnp.all(jnp.isfinite(weights)), observed, after)
+        return after, (weights, same(after, state), all_finite(after))
+
+    state = weighting.init((np.float32(0),) * MOST, key=KEY)
+    losses, present = (np.stack(arrays) for arrays in zip(*RUNS.values(), strict=True))
+    program = jax.jit(jax.vmap(lambda *inputs: jax.lax.scan(step, state, inputs)[1]))
+    results = map(np.array, program(losses.astype(np.float32), present))
+    return dict(zip(RUNS, zip(*results, strict=True), strict=True))
+
+
+def check(name, run):
+    """Every step keeps the promise; which gave NaN, and all weights."""
+    weights, kept, finite = found(name)[run]
+    present = RUNS[run][1]
+    nan = np.isnan(weights).any(axis=1)
+    np.testing.assert_array_equal(np.isnan(weights), nan[:, None] & present)
+    np.testing.assert_array_equal(weights[~present], 0)
+    assert np.all(kept[nan])
+    assert np.all(finite)
+    valid = weights[~nan]
+    assert np.all(np.isfinite(valid)), valid
+    assert np.all(valid >= 0)
+    return nan, weights
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@each_method
+def test_finite_or_nan_with_the_state_as_it_was_and_a_way_back(name, scenario):
+    nan, _ = check(name, scenario)
+    steps = len(SCENARIOS[scenario])
+    gave_nan = np.any(nan[:steps])
+    allowed = GIVES_NAN.get(name, set())
+    assert not gave_nan or scenario in allowed
+    # Outside the domain it is said, at once or when the average leaves the domain.
+    if scenario in allowed & (NEGATIVE | ZERO):
+        assert gave_nan
+    assert not nan[steps + RECOVERY - 1]
+
+
+@pytest.mark.parametrize("name", ["equal", "adaptive", "dwa", "softadapt", "relobralo", "famo"])
+def test_constant_zero_losses_get_equal_weights(name):
+    _, weights = check(name, "all 0")
+    for row in weights[:20, 1:4]:
+        np.testing.assert_allclose(row, row[0], rtol=1e-6)
+
+
+@each_method
+def test_up_to_128_tasks_that_come_and_go(name):
+    for domain in ("positive", "any"):
+        nan, _ = check(name, domain)
         assert not nan[-1]
         if domain == "positive" and name != "geometric":  # whose weights can overflow
             assert not np.any(nan)
+        losses, present = RUNS[domain]
         bad = present & ~np.isfinite(losses)
         assert np.all(nan[bad.any(axis=1)])

@@ -1,0 +1,221 @@
+"""The tables of the pages, made from the records of the methods: ``make tables``.
+
+Only what stands between a table's marks is replaced; the text around it is written by hand, and so
+are the measured prices in the README's table.
+"""
+
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+from mtl_jax import METHODS
+from mtl_jax._search_space import Range
+from mtl_jax.methods import Method
+
+ROOT = pathlib.Path(__file__).parents[1]
+LOSSES, AFTER, GRAMIAN, ROWS = (
+    "the losses",
+    "the losses after the step, too",
+    "the Gramian",
+    "the task gradients",
+)
+REFERENCE = {
+    LOSSES: "loss_weightings",
+    AFTER: "loss_weightings",
+    GRAMIAN: "gramian_weightings",
+    ROWS: "aggregators",
+}
+"""The page of the reference that a method is on, by what it reads."""
+
+README_ROWS = {
+    "the losses": LOSSES,
+    "the losses, again after the step": AFTER,
+    "the inner products of the task gradients": GRAMIAN,
+    "the task gradients": ROWS,
+}
+"""What the methods of a row of the README's table read, by the row's first cell."""
+
+
+class Part(NamedTuple):
+    """A part of a page that is made.
+
+    Attributes:
+      start: the text in front of it.
+      end: the text behind it.
+      make: from what is there to what belongs there.
+    """
+
+    start: str
+    end: str
+    make: Callable[[str], str]
+
+
+def marked(name: str, make: Callable[[str], str], gap: str = "\n") -> Part:
+    """A part between two comments, which the page does not show."""
+    start = f"<!-- {name}: made by docs/tables.py -->\n"
+    end = f"<!-- end of {name} -->"
+    return Part(start, end, lambda old: f"{gap}{make(old)}{gap}")
+
+
+def reading(*reads: str, aggregators: bool | None = None) -> list[Method]:
+    """The methods that read one of these; only aggregators, or none of them, if so asked."""
+    return [
+        method
+        for method in METHODS.values()
+        if method.reads in reads and aggregators in (None, method.total is None)
+    ]
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown."""
+    lines = [list(header), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    text = ["| " + " | ".join(cells) + " |" for cells in lines]
+    text[1] = text[1].replace(" ", "")
+    return "\n".join(re.sub(r"\|  (?=\|)", "| ", line) for line in text) + "\n"
+
+
+def linked(method: Method) -> str:
+    """The shortest call, which leads to the method's place in the reference."""
+    page = f"reference/{REFERENCE[method.reads]}.md#{method.name}"
+    return f"[`{method.call}`]({page})" + (" (one more F)" if method.reads == AFTER else "")
+
+
+def sources(method: Method) -> str:
+    """The publications."""
+    return ", ".join(f"[{label}]({address})" for label, address in method.sources) or "this project"
+
+
+def weightings(*reads: str) -> str:
+    """The table of weightings, by what gets more weight."""
+    return table(
+        ("method", "what gets more weight", "weights sum to", "losses", "source"),
+        (
+            (linked(method), method.effect, method.total or "", method.domain, sources(method))
+            for method in reading(*reads, aggregators=False)
+        ),
+    )
+
+
+def directions() -> str:
+    """The table of the weightings of the Gramian, by the direction that they take."""
+
+    def weights(method: Method) -> str:
+        return f"sum to {method.total}" if method.total in ("K", "1") else method.total or ""
+
+    words: dict[bool | str, str] = {True: "yes", False: ""}
+    return table(
+        ("method", "the direction", "harms none", "weights", "losses", "source"),
+        (
+            (
+                linked(method),
+                method.effect,
+                words.get(method.harmless, str(method.harmless)),
+                weights(method),
+                method.domain,
+                sources(method),
+            )
+            for method in reading(GRAMIAN)
+        ),
+    )
+
+
+def aggregators() -> str:
+    """The table of the aggregators."""
+    return table(
+        ("method", "the gradient", "losses", "source"),
+        (
+            (linked(method), method.effect, method.domain, sources(method))
+            for method in reading(ROWS, aggregators=True)
+        ),
+    )
+
+
+def measured() -> str:
+    """The sentence on which methods docs/speed.md has step times of."""
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    found = set(re.findall(r"^\| (\w+) +\|", page, re.MULTILINE)) | {"constant"}
+    missing = [f"`{name}`" for name in METHODS if name not in found]
+    said = "Measured: [speed.md](speed.md); a step of `constant` is one of `equal`."
+    return said + (f" Not measured yet: {', '.join(missing)}.\n" if missing else "\n")
+
+
+def reference(methods: Iterable[Method]) -> str:
+    """A heading for each method, with its docstring."""
+    return "\n".join(
+        f"## {method.name}\n\n```{{eval-rst}}\n.. autofunction:: mtl_jax.{method.name}\n```\n"
+        for method in methods
+    )
+
+
+def readme(old: str) -> str:
+    """The README's table with all methods and the prices that it has."""
+    header, _, *rows = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in old.splitlines()
+    )
+    if [row[0] for row in rows] != list(README_ROWS):
+        raise ValueError(f"README.md: the rows of the table must be {', '.join(README_ROWS)}.")
+    calls = (
+        " ".join(f"`{method.call}`" for method in reading(reads)) for reads in README_ROWS.values()
+    )
+    return table(header, [(*row[:2], names) for row, names in zip(rows, calls, strict=True)])
+
+
+def searched() -> str:
+    """What tuning searches."""
+    lines = []
+    for key, method in METHODS.items():
+        entries = []
+        for parameter, dimension in method.search.items():
+            default = f", {dimension.default:g} by default" if isinstance(dimension, Range) else ""
+            entries.append(f"`{parameter}`: {dimension}{default}")
+        names = (key, *method.variants) if entries else ()
+        lines += [f"| `{name}` | {'; '.join(entries)} |" for name in names]
+    return "\n".join(lines)
+
+
+PARTS: Mapping[str, list[Part]] = {
+    "README.md": [marked("methods", readme, gap="")],
+    "docs/methods.md": [
+        marked("what is measured", lambda old: measured()),
+        marked("weightings of the losses", lambda old: weightings(LOSSES, AFTER)),
+        marked("weightings of the Gramian", lambda old: directions()),
+        marked("weightings of the task gradients", lambda old: weightings(ROWS)),
+        marked("aggregators", lambda old: aggregators()),
+    ],
+    "docs/reference/loss_weightings.md": [
+        marked("methods", lambda old: reference(reading(LOSSES, AFTER))),
+    ],
+    "docs/reference/gramian_weightings.md": [
+        marked("methods", lambda old: reference(reading(GRAMIAN))),
+    ],
+    "docs/reference/aggregators.md": [
+        marked("methods", lambda old: reference(reading(ROWS))),
+    ],
+    "docs/tuning.md": [
+        Part("| weighting | searched |\n|---|---|\n", "\n\n", lambda old: searched()),
+    ],
+}
+
+
+def pages() -> dict[str, str]:
+    """The pages as they should be, by their path in the repository."""
+    made = {}
+    for path, parts in PARTS.items():
+        text = (ROOT / path).read_text(encoding="utf-8")
+        for part in parts:
+            before, found, rest = text.partition(part.start)
+            old, closed, after = rest.partition(part.end)
+            if not (found and closed):
+                raise ValueError(f"{path}: between {part.start!r} and {part.end!r} is nothing.")
+            text = before + part.start + part.make(old) + part.end + after
+        made[path] = text
+    return made
+
+
+if __name__ == "__main__":
+    for path, text in pages().items():
+        if (ROOT / path).read_text(encoding="utf-8") != text:
+            (ROOT / path).write_text(text, encoding="utf-8")
+            print(path)

@@ -167,6 +167,8 @@ def leaf_type(leaf: Any, what: str, *, abstract: bool = False) -> tuple[tuple[in
         shapes_alone = isinstance(leaf, jax.ShapeDtypeStruct)
         if jax.tree_util.all_leaves([leaf]) and (abstract or not shapes_alone):
             dtype = jnp.result_type(leaf)  # which complains where `shape` may not
+            if isinstance(leaf, int):
+                np.array(leaf, dtype)  # which complains where it does not fit
             return jnp.shape(leaf), dtype
     except (TypeError, ValueError, OverflowError):
         pass

@@ -128,7 +128,8 @@ def make_train_step(
     the losses of present tasks with the weights of the step; ``grad``, its gradient; ``value_fn``,
     from parameters to this sum, the weights held, as ``optax.lbfgs`` asks for; and ``grad_fn``,
     from parameters to its gradient, as ``optax.contrib.sam`` does in its opaque mode. An
-    :class:`mtl_jax.Aggregator` has no weights: with it the sum is the plain one.
+    :class:`mtl_jax.Aggregator` has no weights: with it the sum is the plain one, while ``grad`` is
+    the combined gradient.
 
     Args:
       gradient: from :func:`mtl_jax.value_and_grad` or

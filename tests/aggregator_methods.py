@@ -1,24 +1,45 @@
-"""The table of all aggregators that the shared checks run through."""
+"""The methods that read the task gradients, as what they have in common: they combine rows."""
 
 import functools
 
-from mtl_jax.gradient_aggregators.db_mtl import db_mtl
-from mtl_jax.gradient_aggregators.excess_mtl import excess_mtl
-from mtl_jax.gradient_aggregators.graddrop import graddrop
-from mtl_jax.gradient_aggregators.moco import moco
-from mtl_jax.gradient_aggregators.trimmed_mean import trimmed_mean
+import jax
+import jax.numpy as jnp
+import methods
 
-METHODS = {
-    "graddrop": functools.partial(graddrop, 0.3),
-    "trimmed_mean": functools.partial(trimmed_mean, 1),
-    "moco": functools.partial(moco, rho=0.1),
-    "excess_mtl": functools.partial(excess_mtl, 0.5),
-    "db_mtl": db_mtl,
-}
-# Those that add an epsilon, without it.
-WITHOUT_EPS = {
-    "moco[eps=0]": functools.partial(moco, eps=0.0),
-    "excess_mtl[eps=0]": functools.partial(excess_mtl, 0.5, eps=0.0),
-    "db_mtl[eps=0]": functools.partial(db_mtl, 0.5, 0.5, eps=0.0),
-}
-READS_LOSSES = ("moco", "db_mtl")
+import mtl_jax
+
+METHODS = tuple(methods.ROW_METHODS)
+WITHOUT_EPS = tuple(methods.WITHOUT_EPS)
+READS_LOSSES = tuple(
+    name for name in METHODS if methods.record(name).domain != "any"
+)  # which is so of those alone that read them
+
+
+def combined(weighting):
+    """A weighting of the task gradients as an aggregator: their weighted sum."""
+
+    def init(params, losses, *, key=None):
+        return weighting.init(losses, key=key, params=params)
+
+    @jax.jit
+    def update(task_gradients, state, *, losses=None, mask=None):
+        if losses is None:
+            losses = jax.tree.unflatten(state.tasks.structure, [1.0] * state.tasks.number)
+        weights, state = weighting.update(losses, state, mask=mask, task_gradients=task_gradients)
+        vector = jnp.stack(jax.tree.leaves(weights))
+
+        def add(leaf):  # as an aggregator, it is no function that a gradient flows through
+            wide = jax.lax.stop_gradient(leaf).astype(jnp.promote_types(leaf.dtype, vector.dtype))
+            there = vector.reshape(-1, *[1] * (leaf.ndim - 1))
+            return jnp.sum(jnp.where(there == 0, 0, there * wide), axis=0).astype(leaf.dtype)
+
+        return jax.tree.map(add, task_gradients), state
+
+    return mtl_jax.Aggregator(init, update)
+
+
+@functools.cache
+def made(name):
+    """The aggregator of a name, made once."""
+    found = methods.made(name)
+    return combined(found) if isinstance(found, mtl_jax.Weighting) else found

@@ -1,54 +1,32 @@
-"""The weightings of the Gramian with one set of parameters each, for the checks they share."""
+"""The weightings of the Gramian on the rows of task gradients, each with one program of a dtype."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import methods
 import numpy as np
-import optax
+from methods import GRAMIAN_METHODS, KEY
 
-import mtl_jax
-
-GRAMIAN_METHODS = {
-    "gradnorm": functools.partial(mtl_jax.gradnorm, optax.sgd(0.01)),
-    "mgda": mtl_jax.mgda,
-    "mgda[l2]": functools.partial(mtl_jax.mgda, "l2"),
-    "mgda[loss]": functools.partial(mtl_jax.mgda, "loss"),
-    "mgda[loss+]": functools.partial(mtl_jax.mgda, "loss+"),
-    "cagrad": mtl_jax.cagrad,
-    "pcgrad": mtl_jax.pcgrad,
-    "gradvac": mtl_jax.gradvac,
-    "nash_mtl": mtl_jax.nash_mtl,
-    "fair_grad": functools.partial(mtl_jax.fair_grad, 2.0),
-    "imtl_g": mtl_jax.imtl_g,
-    "aligned_mtl": mtl_jax.aligned_mtl,
-    "aligned_mtl[rmse]": functools.partial(mtl_jax.aligned_mtl, "rmse"),
-    "upgrad": mtl_jax.upgrad,
-    "dual_proj": mtl_jax.dual_proj,
-    "conflict_free": mtl_jax.conflict_free,
-    "krum": functools.partial(mtl_jax.krum, 0),
-}
-RANDOM = ("pcgrad", "gradvac")
+RANDOM = tuple(name for name in methods.RANDOM if name in GRAMIAN_METHODS)
 # The power of the gradients' scale by which the weights scale; gradnorm's optimizer has a scale.
-DEGREES = dict.fromkeys(GRAMIAN_METHODS, 0) | {"nash_mtl": -1, "fair_grad": -4 / 3}
-SIZE = 6
+DEGREES = {name: methods.record(name).degree or 0 for name in GRAMIAN_METHODS}
+DEGREES["fair_grad"] = -4 / 3  # of the alpha that the tests run it with
+SIZE = 20
 """The tasks of every Gramian, for few compilations: absent tasks count nowhere."""
-KEY = jax.random.key(5)
+
+
+def weighting_of(name):
+    """A weighting itself, or that of a name."""
+    return methods.made(name) if isinstance(name, str) else name
 
 
 @functools.cache
-def weighting(name):
-    return GRAMIAN_METHODS[name]()
-
-
-@functools.cache
-def update(name):
-    """The compiled update on vectors: ``(losses, gramian, present, state) -> (weights, state)``."""
-
+def _program(weighting):
     @jax.jit
     def update(losses, gramian, present, state):
         mask = tuple(jnp.unstack(present))
-        weights, state = weighting(name).update(
+        weights, state = weighting.update(
             tuple(jnp.unstack(losses)), state, mask=mask, gramian=gramian
         )
         return jnp.stack(weights), state
@@ -56,21 +34,52 @@ def update(name):
     return update
 
 
+def update(name):
+    """The compiled update on vectors: ``(losses, gramian, present, state) -> (weights, state)``."""
+    return _program(weighting_of(name))
+
+
 @functools.cache
+def _initial(weighting, dtype, size, x64):
+    return weighting.init((jax.ShapeDtypeStruct((), dtype),) * size, key=KEY)
+
+
 def initial(name, dtype, size=SIZE):
-    return weighting(name).init((jax.ShapeDtypeStruct((), dtype),) * size, key=KEY)
+    """The state before the first step."""
+    return _initial(weighting_of(name), np.dtype(dtype), size, jax.config.jax_enable_x64)
 
 
-def weights_of(name, J, *, losses=None, present=None, state=None, garbage=7.0, size=SIZE):
-    """The weights for the rows of J, in its dtype, and the state."""
+def weights_of(
+    name, J, *, gramian=None, losses=None, present=None, state=None, garbage=7.0, size=SIZE
+):
+    """The weights for the rows of J, in its dtype, and the state; further tasks are absent.
+
+    Args:
+      name: a weighting, or its name in the table.
+      J: the task gradients.
+      gramian: their Gramian, where it is not to be computed.
+      losses: 1 by default.
+      present: which of the rows are.
+      state: that before the first step by default.
+      garbage: what stands in the place of absent tasks.
+      size: the number of tasks with the absent ones.
+    """
     J = np.asarray(J)
-    number = len(J)
-    gramian = np.full((size, size), garbage, J.dtype)
-    gramian[:number, :number] = J @ J.T
+    number, dtype = len(J), J.dtype
+    size = max(size, number)
+    G = np.full((size, size), garbage, dtype)
+    G[:number, :number] = J @ J.T if gramian is None else gramian
     present = np.ones(number, bool) if present is None else np.asarray(present)
-    vector = np.full(size, garbage, J.dtype)
+    vector = np.full(size, garbage, dtype)
     vector[:number] = 1 if losses is None else losses
-    state = initial(name, J.dtype, size) if state is None else state
-    weights, state = update(name)(vector, gramian, np.pad(present, (0, size - number)), state)
+    state = initial(name, dtype, size) if state is None else state
+    with jax.numpy_dtype_promotion(promotion(name)):
+        weights, state = update(name)(vector, G, np.pad(present, (0, size - number)), state)
+    assert weights.dtype == dtype
     assert np.all(np.asarray(weights)[number:] == 0)
     return np.asarray(weights)[:number], state
+
+
+def promotion(name):
+    """How dtypes may mix: not at all, but in optax's optimizers."""
+    return "standard" if name == "gradnorm" else "strict"

@@ -10,13 +10,16 @@ import mtl_jax
 J = np.random.default_rng(0).normal(size=(5, 7)) * np.array([1, 10, 0.1, 3, 1e4])[:, None]
 
 
+diagnostics = jax.jit(mtl_jax.diagnostics)
+
+
 @pytest.mark.parametrize("absent", [None, 1])
 def test_definitions(x64, absent):
     present = np.arange(5) != absent
     gramian = J @ J.T
     gramian[~present] = np.nan
     gramian[:, ~present] = np.nan
-    found = jax.jit(mtl_jax.diagnostics)(gramian, present)
+    found = diagnostics(gramian, present)
     conflicts, pairs = 0, 0
     for i in range(5):
         for j in range(5):

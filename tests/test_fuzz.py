@@ -11,14 +11,12 @@ import linecache
 import pathlib
 import traceback
 
-import gramian_methods
 import jax
 import jax.numpy as jnp
 import methods
 import numpy as np
 import optax
 import pytest
-from aggregator_methods import METHODS as AGGREGATORS
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -139,7 +137,9 @@ def examples(number):
 
 # Weightings and aggregators
 
-WEIGHTINGS = methods.METHODS | gramian_methods.GRAMIAN_METHODS | {
+WEIGHTINGS = methods.METHODS | methods.GRAMIAN_METHODS | {
+    "excess_mtl": mtl_jax.excess_mtl,
+    "ema of rows": lambda: mtl_jax.ema(mtl_jax.excess_mtl(), 0.5),
     "ema": lambda: mtl_jax.ema(mtl_jax.adaptive(), 0.5),
     "every": lambda: mtl_jax.every(mtl_jax.mgda(), 2),
     "all": lambda: mtl_jax.clipped(mtl_jax.after_warmup(mtl_jax.famo(), 2), 0.1, 2.0),
@@ -147,10 +147,13 @@ WEIGHTINGS = methods.METHODS | gramian_methods.GRAMIAN_METHODS | {
 }  # fmt: skip
 
 
+AGGREGATORS = {name: make for name, make in methods.ROW_METHODS.items() if name not in WEIGHTINGS}
+
+
 @functools.cache
 def weighting(name):
     made = WEIGHTINGS[name]()
-    return made, made.init(LOSSES, key=KEY)
+    return made, made.init(LOSSES, key=KEY, params=PARAMS)
 
 
 @functools.cache
@@ -163,7 +166,8 @@ def aggregator(name):
 @examples(300)
 def test_update_of_a_weighting(name, data):
     made, state = weighting(name)
-    arguments = {"losses": LOSSES, "state": state, "mask": MASK, "gramian": GRAMIAN}
+    arguments = {"losses": LOSSES, "state": state, "mask": MASK}
+    arguments |= {"gramian": GRAMIAN, "task_gradients": ROWS}
     found = check(data, functools.partial(traced, made.update), arguments)
     if found is not None:
         weights, after = found
@@ -180,14 +184,15 @@ def test_update_of_a_weighting(name, data):
 @examples(150)
 def test_init_of_a_weighting(name, data):
     made, _ = weighting(name)
-    check(data, functools.partial(traced, made.init), {"losses": LOSSES, "key": KEY})
+    check(data, functools.partial(traced, made.init), {"losses": LOSSES, "key": KEY, "params": PARAMS})
 
 
 @given(data=st.data(), names=st.tuples(*[st.sampled_from(sorted(WEIGHTINGS))] * 2))
 @examples(60)
 def test_the_state_of_another_weighting(data, names):
     (made, _), (_, state) = weighting(names[0]), weighting(names[1])
-    outcome(lambda: traced(made.update, LOSSES, state, mask=MASK, gramian=GRAMIAN))
+    signals = {"gramian": GRAMIAN, "task_gradients": ROWS}
+    outcome(lambda: traced(made.update, LOSSES, state, mask=MASK, **signals))
 
 
 @given(name=st.sampled_from(sorted(AGGREGATORS)), data=st.data())
@@ -244,6 +249,12 @@ CONSTRUCTORS = [
     (mtl_jax.with_preference, {"weighting": mtl_jax.equal(), "prior": LOSSES}),
     (mtl_jax.vector_weighting, {
         "update": lambda losses, state, *_: (losses, state),
+        "init": lambda tasks, key, params: (),
+        "needs": mtl_jax.Signal.TASK_GRADIENTS,
+        "due": lambda state: True,
+    }),
+    (mtl_jax.vector_weighting, {
+        "update": lambda losses, state, *_: (losses, state),
         "init": lambda tasks, key: (),
         "observe": lambda losses, state, present: state,
         "needs": mtl_jax.Signal.GRAMIAN,
@@ -263,8 +274,9 @@ def use(made):
         return jax.eval_shape(lambda state: made.update(ROWS, state, losses=LOSSES), state)
 
     def run():
-        state = made.init(LOSSES, key=KEY)
-        weights, state = made.update(LOSSES, state, mask=MASK, gramian=GRAMIAN)
+        state = made.init(LOSSES, key=KEY, params=PARAMS)
+        signals = {"gramian": GRAMIAN, "task_gradients": ROWS}
+        weights, state = made.update(LOSSES, state, mask=MASK, **signals)
         return weights, state if made.observe is None else made.observe(LOSSES, state)
 
     return jax.eval_shape(run)
@@ -304,14 +316,16 @@ def call(transform):
     return run
 
 
-@given(name=st.sampled_from(["adaptive", "imtl_g", "every"]), data=st.data())
-@examples(120)
+@given(name=st.sampled_from(["adaptive", "imtl_g", "every", "excess_mtl"]), data=st.data())
+@examples(160)
 def test_transforms_of_weightings(name, data):
     made, state = weighting(name)
     step = {"params": PARAMS, "state": state, "mask": MASK, "weighting": made}
     flags = {"has_aux": False, "rows": "unrolled", "diagnostics": True, "shared": None}
     arguments = step | flags | {"losses_fn": losses_fn}
     check(data, call(mtl_jax.value_and_grad), arguments)
+    if made.needs is mtl_jax.Signal.TASK_GRADIENTS:
+        return
     arguments = step | flags | {"encoder": encoder, "heads": heads, "tasks": TASKS}
     arguments |= {"head_gradient": "unweighted", "gramian": "encoder"}
     check(data, call(mtl_jax.representation_value_and_grad), arguments)
@@ -323,19 +337,45 @@ def test_transforms_of_weightings(name, data):
     check(data, check_heads, arguments)
 
 
-@given(data=st.data())
+@given(data=st.data(), name=st.sampled_from(sorted(AGGREGATORS)), rows=st.sampled_from(["map", 2]))
 @examples(40)
-def test_transforms_of_aggregators(data):
-    made, state = aggregator("excess_mtl")
+def test_transforms_of_aggregators(data, name, rows):
+    made, state = aggregator(name)
     arguments = {"params": PARAMS, "state": state, "mask": MASK, "weighting": made}
-    arguments |= {"losses_fn": losses_fn, "rows": "map", "shared": None}
+    arguments |= {"losses_fn": losses_fn, "rows": rows, "shared": None}
     check(data, call(mtl_jax.value_and_grad), arguments)
 
 
-@given(data=st.data())
+@given(name=st.sampled_from(["adaptive", "famo", "pcgrad", "excess_mtl", "graddrop"]), data=st.data())
 @examples(100)
-def test_as_aggregator(data):
-    made, _ = weighting("imtl_g")
+def test_the_functions_of_a_gradient(name, data):
+    made, _ = aggregator(name) if name in AGGREGATORS else weighting(name)
+    gradient = mtl_jax.value_and_grad(losses_fn, made)
+    state = gradient.init(PARAMS, X, key=KEY)
+
+    def init(params, key):
+        return traced(gradient.init, params, X, key=key)
+
+    check(data, init, {"params": PARAMS, "key": KEY})
+    check(data, lambda params: traced(gradient.losses, params, X), {"params": PARAMS})
+    arguments = {"params": PARAMS, "state": state, "mask": MASK}
+
+    def step(params, state, mask):
+        return traced(gradient, params, state, X, mask=mask)
+
+    check(data, step, arguments)
+    if gradient.observe is not None:
+
+        def observe(params, state, mask):
+            return traced(gradient.observe, params, state, X, mask=mask)
+
+        check(data, observe, arguments)
+
+
+@given(data=st.data(), name=st.sampled_from(["imtl_g", "excess_mtl"]))
+@examples(100)
+def test_as_aggregator(data, name):
+    made, _ = weighting(name)
 
     def run(params, updates, losses, mask, **options):
         combined = mtl_jax.as_aggregator(**options)
@@ -355,24 +395,28 @@ def test_as_aggregator(data):
 def test_the_train_step(data):
     made, _ = weighting("famo")
 
-    def create(**arguments):
-        return jax.eval_shape(lambda: mtl_jax.TrainState.create(**arguments))
+    def losses_of(params, *args):
+        return losses_fn(params, args[-1])
 
-    arguments = {"params": PARAMS, "optimizer": ADAM, "weighting": made, "losses": LOSSES}
+    gradient = mtl_jax.value_and_grad(losses_of, made)
+
+    def init(params, **options):
+        step = mtl_jax.make_train_step(gradient, ADAM)
+        return jax.eval_shape(lambda: step.init(params, X, **options))
+
     more = {"model_state": {"mean": X}, "rng": KEY, "weighting_key": KEY}
-    check(data, create, arguments | more)
+    check(data, init, {"params": PARAMS} | more)
 
-    def run(params, mask, state=None, **options):
-        gradient_fn = mtl_jax.value_and_grad(losses_fn, made)
-        step = mtl_jax.make_train_step(**({"gradient_fn": gradient_fn} | options))
-        state = mtl_jax.TrainState.create(**arguments | {"params": params})
-        return jax.eval_shape(lambda: step(state, X, mask=mask))
+    def run(params, mask, **options):
+        step = mtl_jax.make_train_step(**options)
+        state = jax.eval_shape(lambda: step.init(params, X))
+        return jax.eval_shape(lambda state: step(state, X, mask=mask), state)
 
-    options = {"optimizer": ADAM, "weighting": made, "losses_fn": losses_fn}
-    options |= {"gradient_fn": mtl_jax.value_and_grad(losses_fn, made)}
-    name = data.draw(st.sampled_from([*options, "params"]))
-    value = data.draw(instead_of((options | {"params": PARAMS})[name]))
-    outcome(lambda: run(**({"params": PARAMS, "mask": MASK} | options | {name: value})))
+    options = {"gradient": gradient, "optimizer": ADAM, "donate": True}
+    options |= {"params": PARAMS, "mask": MASK}
+    name = data.draw(st.sampled_from(sorted(options)))
+    value = data.draw(instead_of(options[name]))
+    outcome(lambda: run(**(options | {name: value})))
 
 
 # The rest

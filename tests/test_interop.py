@@ -19,11 +19,11 @@ def flat_rows(rows):
 
 
 def test_the_weighted_sum():
-    aggregator = mtl_jax.as_aggregator(mtl_jax.nash_mtl(), num_tasks=4)
+    weighting = mtl_jax.nash_mtl()
+    aggregator = mtl_jax.as_aggregator(weighting, num_tasks=4)
     assert isinstance(aggregator, aggregating.Aggregator)
     got, state = jax.jit(aggregator.update)(ROWS, aggregator.init(PARAMS))
     J = flat_rows(ROWS)
-    weighting = mtl_jax.nash_mtl()
     weights, _ = weighting.update((1.0,) * 4, weighting.init((1.0,) * 4), gramian=J @ J.T)
     flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(got)])
     np.testing.assert_allclose(flat, np.array(weights) @ J, rtol=1e-4, atol=1e-6)
@@ -49,11 +49,25 @@ def test_losses_and_mask():
     aggregator = mtl_jax.as_aggregator(mtl_jax.mgda("loss"), 4)
     state = aggregator.init(PARAMS)
     plain, _ = aggregator.update(ROWS, state)
-    scaled, _ = aggregator.update(ROWS, state, losses=losses)
+    everybody = dict.fromkeys(losses, np.True_)
+    scaled, _ = aggregator.update(ROWS, state, losses=losses, mask=everybody)
     assert not np.allclose(plain["w"], scaled["w"])
-    mask = dict.fromkeys(losses, jnp.array(False)) | {"c": jnp.array(True)}
+    mask = dict.fromkeys(losses, np.False_) | {"c": np.True_}
     only, _ = aggregator.update(ROWS, state, losses=losses, mask=mask)
     np.testing.assert_allclose(only["w"], ROWS["w"][2], rtol=1e-6)
+
+
+def test_a_weighting_of_the_task_gradients():
+    weighting = mtl_jax.excess_mtl(0.5)
+    aggregator, state = mtl_jax.as_aggregator(weighting, 4), None
+    state = aggregator.init(PARAMS)
+    rows = jax.tree.map(lambda leaf: leaf * jnp.arange(1.0, 5.0).reshape(-1, *[1] * (leaf.ndim - 1)), ROWS)
+    _, state = aggregator.update(ROWS, state)
+    got, after = aggregator.update(rows, state)
+    weights, _ = weighting.update((1.0,) * 4, state, task_gradients=rows)
+    flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(got)])
+    np.testing.assert_allclose(flat, np.array(weights) @ flat_rows(rows), rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(after.steps, 2)
 
 
 def test_what_is_not_finite():
@@ -65,7 +79,7 @@ def test_what_is_not_finite():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="`num_tasks` must be at least 1"):
+    with pytest.raises(ValueError, match="`num_tasks` must be an integer of at least 1"):
         mtl_jax.as_aggregator(mtl_jax.mgda(), 0)
     with pytest.raises(TypeError, match="Expected a Weighting"):
         mtl_jax.as_aggregator(mtl_jax.graddrop(), 2)

@@ -461,7 +461,7 @@ def test_the_pieces_of_a_sharded_batch_are_spread_over_all_devices(kind):
     assert re.search(r"f32\[2,7\]", text), text
     assert not re.search(r"f32\[16,7\]", text), text
     if kind is AxisType.Explicit:
-        with pytest.raises(ValueError, match="sharded over 8 devices, over which a piece of 4"):
+        with pytest.raises(ValueError, match="8 devices, over which a microbatch of 4"):
             jax.jit(microbatched(losses_fn, 16))(params, *batch)
 
 
@@ -500,7 +500,7 @@ def test_multi_steps_takes_the_pieces_as_steps_and_weighs_each_alone():
 @pytest.mark.parametrize("n", [0, -1, 2.0, True, "4"])
 def test_the_number_of_pieces_is_a_positive_integer(n):
     for cut in (microbatched, microbatched_encoder):
-        with pytest.raises(ValueError, match="number of pieces"):
+        with pytest.raises(ValueError, match="number of microbatches"):
             cut(losses_fn, n)
 
 
@@ -522,7 +522,7 @@ X = jnp.ones((6, 2))
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (cut_with(mean_of, X), r"argument 1 has shape \(6, 2\).*n=4 equal pieces.*pad"),
+        (cut_with(mean_of, X), r"argument 1 has shape \(6, 2\).*n=4 equal microbatches.*pad"),
         (cut_with(mean_of, {"x": {"y": X}}), r"argument 1 at 'x/y' has shape \(6, 2\)"),
         (
             cut_with(mean_of, X, {"s": jnp.ones(5)}),
@@ -539,7 +539,7 @@ X = jnp.ones((6, 2))
         ),
         (
             lambda: microbatched_encoder(lambda params, x: {"z": jnp.sum(x, 0)}, 2)(1.0, X),
-            r"at 'z' has shape \(2,\) for a piece of 3 examples",
+            r"at 'z' has shape \(2,\) for a microbatch of 3 examples",
         ),
     ],
 )

@@ -53,6 +53,13 @@ METHODS = {
     "fairgrad_alpha0.5": (lambda gramian, present: fair(gramian, 0.5, present), -2 / 3),
 }
 SOLVERS = ("mgda", "upgrad", "dualproj", "cagrad_c0.5", "nash")
+PROGRAMS = {
+    "mgda": mgda,
+    "upgrad": upgrad,
+    "dualproj": dualproj,
+    "cagrad_c0.5": maximin,
+    "nash": fair,
+}
 PADDED = 20
 
 
@@ -70,7 +77,7 @@ def solve(name, J, present=None):
     size = max(K, PADDED)
     gramian = np.full((size, size), np.nan, J.dtype)
     gramian[:K, :K] = J @ J.T
-    present = np.arange(size) < K if present is None else np.append(present, [False] * (size - K))
+    present = np.arange(size) < K if present is None else np.pad(present, (0, size - K))
     x, residual = METHODS[name][0](jnp.asarray(gramian), jnp.asarray(present))
     assert x.dtype == J.dtype
     assert residual.shape == ()
@@ -152,9 +159,9 @@ def gradients(draw):
         J = J[rng.integers(0, K, K)] * rng.choice([1.0, 2.0, 0.5], (K, 1))
     if draw(st.booleans()):
         J = J * 10.0 ** rng.integers(-3, 4, (K, 1))
-    # Padded with absent tasks, so that few shapes are compiled.
-    present = rng.permutation(np.arange(8) < K)
-    padded = 1e3 * rng.standard_normal((8, 8))
+    # Padded with absent tasks, so that one shape is compiled.
+    present = rng.permutation(np.arange(PADDED) < K)
+    padded = 1e3 * rng.standard_normal((PADDED, 8))
     padded[present] = np.pad(J, ((0, 0), (0, 8 - P)))
     return padded, present
 
@@ -195,7 +202,7 @@ def test_minimum_norm_point_against_least_squares(drawn):
 def test_dual_cone_projection_against_least_squares(drawn):
     padded, present = drawn
     J = padded[present]
-    target = np.random.default_rng(0).standard_normal(8)
+    target = np.random.default_rng(0).standard_normal(PADDED)
     x, residual = project(jnp.asarray(padded @ padded.T), jnp.asarray(target), present)
     np.testing.assert_array_equal(x[~present], 0)
     v, t = np.asarray(x)[present], target[present]
@@ -343,36 +350,37 @@ def test_many_more_tasks_than_parameters(parameters):
 
 def test_one_compilation_and_batches():
     rng = np.random.default_rng(0)
-    J = rng.standard_normal((5, 4, 6)).astype(np.float32)
+    J = rng.standard_normal((5, PADDED, 6)).astype(np.float32)
     gramians = jnp.asarray(J @ J.transpose(0, 2, 1))
-    present = jnp.asarray(rng.random((5, 4)) < 0.7)
+    present = jnp.asarray((rng.random((5, PADDED)) < 0.7) & (np.arange(PADDED) < 4))
     for name in SOLVERS:
-        traces = []
-
-        def counted(gramian, present, name=name, traces=traces):
-            traces.append(name)
-            return METHODS[name][0](gramian, present)
-
-        solver = jax.jit(counted)
+        solver, program = METHODS[name][0], PROGRAMS[name]
+        solver(gramians[0], present[0])
+        compiled = program._cache_size()
         single = [solver(*arguments) for arguments in zip(gramians, present, strict=True)]
-        assert traces == [name]
-        batch = jax.jit(jax.vmap(METHODS[name][0]))(gramians, present)
+        assert program._cache_size() == compiled
+        batch = jax.jit(jax.vmap(solver))(gramians, present)
         np.testing.assert_allclose(batch.x, [one.x for one in single], rtol=1e-4, atol=1e-6)
 
 
 def test_strict_promotion_and_low_precision():
     J = np.array(CASES["torchjd_doc_k2_p3"]["J"], np.float32)
-    with jax.numpy_dtype_promotion("strict"):
-        for solver in (
-            solvers.minimum_norm_point,
-            lambda gramian: solvers.dual_cone_projection(gramian, jnp.ones(2)),
-            lambda gramian: solvers.maximin_in_ball(gramian, 0.5),
-            solvers.fair_point,
-        ):
-            x, _ = jax.jit(solver)(jnp.asarray(J @ J.T))
-            half, _ = jax.jit(solver)(jnp.asarray(J @ J.T, jnp.bfloat16))
-            assert half.dtype == jnp.float32
-            np.testing.assert_allclose(half, x, rtol=0.05)
+    gramian, ones = jnp.asarray(J @ J.T), jnp.ones(2)
+    for solver, padded in (
+        (solvers.minimum_norm_point, mgda),
+        (
+            lambda gramian: solvers.dual_cone_projection(gramian, ones),
+            lambda gramian, present: project(gramian, jnp.ones(PADDED), present),
+        ),
+        (lambda gramian: solvers.maximin_in_ball(gramian, 0.5), METHODS["cagrad_c0.5"][0]),
+        (solvers.fair_point, METHODS["nash"][0]),
+    ):
+        x, _ = padded(jnp.pad(gramian, (0, PADDED - 2)), jnp.arange(PADDED) < 2)
+        with jax.numpy_dtype_promotion("strict"):
+            assert jax.eval_shape(solver, gramian).x.dtype == jnp.float32
+            half, _ = solver(gramian.astype(jnp.bfloat16))
+        assert half.dtype == jnp.float32
+        np.testing.assert_allclose(half, x[:2], rtol=0.05)
 
 
 def test_errors():

@@ -8,6 +8,8 @@ import pytest
 import mtl_jax
 from mtl_jax._tasks import read_mask, read_tasks
 
+ADAPTIVE, EQUAL, FAMO = mtl_jax.adaptive(), mtl_jax.equal(), mtl_jax.famo()
+
 
 def test_names_dtype_and_number():
     tasks = read_tasks({"heads": [1.0, jnp.bfloat16(2)], "depth": jnp.float16(1)})
@@ -24,7 +26,7 @@ def test_names_dtype_and_number():
     ids=lambda loss: type(loss).__name__,
 )
 def test_python_numpy_and_jax_floats_are_losses(loss):
-    weighting = mtl_jax.adaptive()
+    weighting = ADAPTIVE
     state = weighting.init({"a": loss, "b": loss})
     weights, _ = weighting.update({"a": loss, "b": 3 * loss}, state)
     np.testing.assert_allclose([weights["a"], weights["b"]], [0.5, 1.5], rtol=1e-6)
@@ -37,7 +39,7 @@ def test_shapes_are_enough_for_init():
 
 
 def test_one_loss_that_is_no_container():
-    weighting = mtl_jax.equal()
+    weighting = EQUAL
     weights, _ = weighting.update(jnp.float32(2), weighting.init(jnp.float32(2)))
     assert weights == 1
 
@@ -63,7 +65,7 @@ def test_float64_under_x64(x64):
     ],
 )
 def test_a_loss_that_is_not_a_real_scalar_is_named(loss, error, says, call):
-    weighting = mtl_jax.equal()
+    weighting = EQUAL
     bad = {"a": 1.0, "heads": [loss]}
     with pytest.raises(error, match=says):
         if call == "init":
@@ -84,7 +86,7 @@ def test_no_losses(empty):
 
 
 def test_errors_are_raised_while_tracing():
-    weighting = mtl_jax.equal()
+    weighting = EQUAL
     state = weighting.init({"a": 1.0})
     with pytest.raises(ValueError, match="'a' has shape"):
         jax.eval_shape(weighting.update, {"a": jax.ShapeDtypeStruct((3,), jnp.float32)}, state)
@@ -92,7 +94,7 @@ def test_errors_are_raised_while_tracing():
 
 @pytest.mark.parametrize("call", ["update", "observe"])
 def test_another_number_of_tasks_than_at_init(call):
-    weighting = mtl_jax.famo()
+    weighting = FAMO
     state = weighting.init({"a": 1.0, "b": 1.0})
     losses = {"a": 1.0, "b": 1.0, "c": 1.0}
     with pytest.raises(ValueError, match="for 2 tasks, but there are losses for 3: a, b, c.*init"):
@@ -102,9 +104,45 @@ def test_another_number_of_tasks_than_at_init(call):
             weighting.observe(losses, state)
 
 
+ROWS = np.eye(2, 3, dtype=np.float32)
+OF_DEPTH_AND_NORMALS = {"depth": 1.0, "normals": 2.0}
+OF_AUX_AND_DEPTH = {"aux": 1.0, "depth": 2.0}
+METHODS_OF_EACH_KIND = {
+    "dwa": (mtl_jax.dwa(1), {}),
+    "mgda": (mtl_jax.mgda(), {"gramian": ROWS @ ROWS.T}),
+    "excess_mtl": (mtl_jax.excess_mtl(), {"task_gradients": ROWS}),
+    "ema": (mtl_jax.ema(mtl_jax.dwa(1), 0.5), {}),
+}
+NAMES_BOTH = (
+    r"\{'depth': \*, 'normals': \*\}, the losses are \{'aux': \*, 'depth': \*\}"
+)
+
+
+@pytest.mark.parametrize("name", METHODS_OF_EACH_KIND)
+def test_a_state_of_other_tasks_of_the_same_number_is_refused(name):
+    weighting, signal = METHODS_OF_EACH_KIND[name]
+    state = weighting.init(OF_DEPTH_AND_NORMALS, params=ROWS[0])
+    with pytest.raises(ValueError, match=NAMES_BOTH):
+        weighting.update(OF_AUX_AND_DEPTH, state, **signal)
+    # And so it is in a compiled step, which knows them when it is traced.
+    step = jax.jit(lambda losses, state: weighting.update(losses, state, **signal))
+    with pytest.raises(ValueError, match=NAMES_BOTH):
+        step(OF_AUX_AND_DEPTH, state)
+
+
+def test_every_function_refuses_the_state_of_other_tasks():
+    state = FAMO.init(OF_DEPTH_AND_NORMALS)
+    with pytest.raises(ValueError, match=NAMES_BOTH):
+        FAMO.observe(OF_AUX_AND_DEPTH, state)
+    aggregator = mtl_jax.moco()
+    state = aggregator.init(ROWS[0], OF_DEPTH_AND_NORMALS)
+    with pytest.raises(ValueError, match=NAMES_BOTH):
+        aggregator.update(ROWS, state, losses=OF_AUX_AND_DEPTH)
+
+
 @pytest.mark.parametrize("state", [None, (), {"steps": 0}, jnp.zeros(2)])
 def test_a_state_that_is_not_ours(state):
-    weighting = mtl_jax.equal()
+    weighting = EQUAL
     with pytest.raises(TypeError, match="state that this weighting's `init` returned"):
         weighting.update({"a": 1.0, "b": 1.0}, state)
 
@@ -125,14 +163,14 @@ LOSSES = {"a": 1.0, "heads": [1.0, 2.0]}
     ],
 )
 def test_mask_errors(mask, error, says):
-    weighting = mtl_jax.equal()
+    weighting = EQUAL
     with pytest.raises(error, match=says):
         weighting.update(LOSSES, weighting.init(LOSSES), mask=mask)
 
 
 def test_a_mask_that_differs_only_in_its_containers_is_told_so():
     """The names alone ("2 tasks (0, 1); got 2 tasks (0, 1)") would not show what is wrong."""
-    weighting = mtl_jax.equal()
+    weighting = EQUAL
     with pytest.raises(ValueError, match="mask") as error:
         weighting.update((1.0, 2.0), weighting.init((1.0, 2.0)), mask=[True, True])
     expected, got = str(error.value).split("got")
@@ -148,7 +186,7 @@ def test_constant_weights_that_differ_only_in_their_containers_are_told_so():
 
 @pytest.mark.parametrize("true", [True, np.True_, jnp.array(True)], ids=["python", "numpy", "jax"])
 def test_masks_of_python_numpy_and_jax_booleans(true):
-    weighting = mtl_jax.equal()
+    weighting = EQUAL
     mask = {"a": true, "heads": [not true, true]}
     weights, _ = weighting.update(LOSSES, weighting.init(LOSSES), mask=mask)
     assert [float(weight) for weight in jax.tree.leaves(weights)] == [1, 0, 1]

@@ -557,7 +557,7 @@ EQUAL = mtl_jax.equal()
 RATE = jnp.asarray(0.05)
 SGD, ADAM = optax.sgd(0.05), optax.adam(0.05)
 OPTIMIZERS = {
-    "lbfgs": optax.lbfgs(memory_size=3),
+    "lbfgs": optax.lbfgs(),
     "sam": optax.contrib.sam(SGD, optax.sgd(0.01)),
     "sam[opaque]": optax.contrib.sam(SGD, optax.sgd(0.01), opaque_mode=True),
     "schedule_free_sgd": optax.contrib.schedule_free_sgd(RATE),
@@ -576,6 +576,10 @@ OPTIMIZERS = {
     "prodigy": optax.contrib.prodigy(estim_lr0=0.01),
     "mechanize": optax.contrib.mechanize(SGD, s_init=0.1),
     "cocob": optax.contrib.cocob(),
+    "madgrad": optax.contrib.madgrad(0.05),
+    "distance_over_gradients": optax.chain(
+        optax.scale_by_distance_over_gradients(reps_rel=0.1), optax.sgd(1.0)
+    ),
     "dog": optax.contrib.dog(init_step=("distance", 0.1)),
     "dowg": optax.contrib.dowg(init_estim_sq_dist=0.1),
     "average": averaged(SGD),

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import trees
-from methods import TASKS, loss_sequence
+from methods import EVERYBODY, TASKS, loss_sequence
 
 import mtl_jax
 from mtl_jax._lift import all_finite
 
-GRAMIAN = jnp.array([[1.0, -0.5, 0.2], [-0.5, 4.0, 0.1], [0.2, 0.1, 0.25]])
+GRAMIAN = np.float32([[1.0, -0.5, 0.2], [-0.5, 4.0, 0.1], [0.2, 0.1, 0.25]])
 WRAPPERS = {
     "every": lambda w: mtl_jax.every(w, 2),
     "after_warmup": lambda w: mtl_jax.after_warmup(w, 2),
@@ -55,24 +55,38 @@ COMPOSITIONS = [
 ]
 each_composition = pytest.mark.parametrize(("wrapper", "inner"), COMPOSITIONS)
 KEY = jax.random.key(3)
-B_ABSENT = {"a": jnp.array(True), "b": jnp.array(False), "c": jnp.array(True)}
+B_ABSENT = EVERYBODY | {"b": np.False_}
 
 
 @functools.cache
 def composed(wrapper, inner):
-    return WRAPPERS[wrapper](INNER[inner]())
+    return WRAPPERS[wrapper](inner_of(inner))
 
 
 @functools.cache
-def compiled(weighting):
-    return weighting._replace(
-        update=jax.jit(weighting.update),
-        observe=None if weighting.observe is None else jax.jit(weighting.observe),
-    )
+def inner_of(name):
+    return INNER[name]()
+
+
+@functools.cache
+def jitted(weighting):
+    """The update in a function that is compiled, as in a step."""
+    return jax.jit(lambda *args, **kwargs: weighting.update(*args, **kwargs))
+
+
+def measured(weighting, state, gramian):
+    """The Gramian where it is due."""
+    return gramian if weighting.due is None or bool(weighting.due(state)) else None
 
 
 def vector(weights):
     return np.array([weights[task] for task in TASKS])
+
+
+def with_first(value):
+    gramian = GRAMIAN.copy()
+    gramian[0, 0] = value
+    return gramian
 
 
 def gramians(number):
@@ -81,18 +95,19 @@ def gramians(number):
     return [GRAMIAN * f[:, None] * f[None, :] for f in factors]
 
 
-def run(weighting, steps=6, masks=None, jit=True):
-    """The weights of each step, measuring only when it is due, and the last state."""
+def run(weighting, steps=6, masks=None, update=None):
+    """The weights of each step, measuring only when it is due, and the last state.
+
+    A mask is always given, so that all steps that are due are of one program.
+    """
     sequence = loss_sequence(steps)
     state = weighting.init(sequence[0], key=KEY)
-    weighting = compiled(weighting) if jit else weighting
+    update = weighting.update if update is None else update
     history = []
     for step, (losses, gramian) in enumerate(zip(sequence, gramians(steps), strict=True)):
-        mask = None if masks is None else masks[step]
-        due = weighting.due is None or bool(weighting.due(state))
-        weights, state = weighting.update(
-            losses, state, mask=mask, gramian=gramian if due else None
-        )
+        mask = (masks[step] if masks else None) or EVERYBODY
+        gramian = measured(weighting, state, gramian)
+        weights, state = update(losses, state, mask=mask, gramian=gramian)
         if weighting.observe is not None:
             after = {task: (0.9 - 0.1 * k) * losses[task] for k, task in enumerate(TASKS)}
             state = weighting.observe(after, state, mask=mask)
@@ -104,8 +119,8 @@ def run(weighting, steps=6, masks=None, jit=True):
 def test_each_composition_is_a_weighting(wrapper, inner):
     weighting = composed(wrapper, inner)
     assert isinstance(weighting, mtl_jax.Weighting)
-    assert weighting.needs is INNER[inner]().needs
-    assert (weighting.observe is None) == (INNER[inner]().observe is None)
+    assert weighting.needs is inner_of(inner).needs
+    assert (weighting.observe is None) == (inner_of(inner).observe is None)
     history, state = run(weighting)
     assert np.all(np.isfinite(history))
     assert all_finite(state)
@@ -125,8 +140,8 @@ def test_each_composition_is_a_weighting(wrapper, inner):
 @each_composition
 def test_jit_equals_eager(wrapper, inner):
     weighting = composed(wrapper, inner)
-    eager = run(weighting, 3, jit=False)[0]
-    np.testing.assert_allclose(run(weighting, 3)[0], eager, rtol=1e-5, atol=1e-6)
+    compiled = run(weighting, 3, update=jitted(weighting))[0]
+    np.testing.assert_allclose(compiled, run(weighting, 3)[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -143,8 +158,10 @@ def test_what_is_not_finite_leaves_every_state_as_it_was(wrapper, inner, what):
         if what == "gramian" and not due:
             continue
         bad = losses | {"b": jnp.float32(jnp.nan)} if what == "loss" else losses
-        gramian = GRAMIAN.at[0, 0].set(jnp.inf) if what == "gramian" else GRAMIAN
-        weights, after = compiled(weighting).update(bad, state, gramian=gramian if due else None)
+        gramian = with_first(np.inf) if what == "gramian" else GRAMIAN
+        weights, after = weighting.update(
+            bad, state, mask=EVERYBODY, gramian=measured(weighting, state, gramian)
+        )
         assert np.all(np.isnan(vector(weights)))
         for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
             if jnp.issubdtype(old.dtype, jax.dtypes.prng_key):
@@ -163,30 +180,31 @@ def test_an_absent_task_has_weight_zero_and_is_not_looked_at(wrapper, inner):
     _, state = run(weighting, 4)
     results = []
     for garbage in (0.3, jnp.nan):
-        due = weighting.due is None or bool(weighting.due(state))
+        gramian = np.array(GRAMIAN)
+        gramian[1], gramian[:, 1] = garbage, garbage
         results.append(
-            compiled(weighting).update(
+            weighting.update(
                 losses | {"b": jnp.float32(garbage)},
                 state,
                 mask=B_ABSENT,
-                gramian=GRAMIAN.at[1].set(garbage).at[:, 1].set(garbage) if due else None,
+                gramian=measured(weighting, state, gramian),
             )[0]
         )
     np.testing.assert_array_equal(vector(results[0]), vector(results[1]))
-    nobody = dict.fromkeys(TASKS, jnp.array(False))
-    weights, _ = compiled(weighting).update(losses, state, mask=nobody, gramian=GRAMIAN)
+    nobody = dict.fromkeys(TASKS, np.False_)
+    weights, _ = weighting.update(losses, state, mask=nobody, gramian=GRAMIAN)
     np.testing.assert_array_equal(vector(weights), 0)
 
 
 def test_every_decides_at_every_kth_step():
-    history, _ = run(mtl_jax.every(inverse_norms(), 3), 7)
-    each, _ = run(inverse_norms(), 7)
+    history, _ = run(mtl_jax.every(inner_of("inverse_norms"), 3), 7)
+    each, _ = run(inner_of("inverse_norms"), 7)
     np.testing.assert_allclose(history, each[[0, 0, 0, 3, 3, 3, 6]], rtol=1e-6)
 
 
 def test_every_with_a_weighting_of_the_losses_sees_only_those_of_its_steps():
-    history, _ = run(mtl_jax.every(mtl_jax.dwa(window=1), 2), 8)
-    weighting = mtl_jax.dwa(window=1)
+    history, _ = run(composed("every", "dwa"), 8)
+    weighting = inner_of("dwa")
     state, expected = weighting.init(loss_sequence(1)[0]), []
     for losses in loss_sequence(8)[::2]:
         weights, state = weighting.update(losses, state)
@@ -195,17 +213,17 @@ def test_every_with_a_weighting_of_the_losses_sees_only_those_of_its_steps():
 
 
 def test_every_is_due_again_after_a_step_that_was_skipped():
-    weighting = mtl_jax.every(inverse_norms(), 2)
+    weighting = composed("every", "inverse_norms")
     losses = loss_sequence(1)[0]
     state = weighting.init(losses)
-    weights, state = weighting.update(losses, state, gramian=GRAMIAN.at[0, 0].set(jnp.nan))
+    weights, state = weighting.update(losses, state, gramian=with_first(np.nan))
     assert np.all(np.isnan(vector(weights)))
     assert weighting.due(state)
 
 
 def test_every_asks_for_the_gramian_when_it_is_due():
     """Whoever leaves it out then gets NaN, not the weights of another step."""
-    weighting = mtl_jax.every(inverse_norms(), 2)
+    weighting = composed("every", "inverse_norms")
     losses = loss_sequence(1)[0]
     weights, _ = weighting.update(losses, weighting.init(losses))
     assert np.all(np.isnan(vector(weights)))
@@ -221,9 +239,9 @@ def test_every_holds_the_weight_of_a_task_that_comes_back():
 
 
 def test_after_warmup_starts_the_weighting_with_the_first_step_after():
-    history, _ = run(mtl_jax.after_warmup(mtl_jax.dwa(window=1), 3), 7)
+    history, _ = run(mtl_jax.after_warmup(inner_of("dwa"), 3), 7)
     np.testing.assert_array_equal(history[:3], 1)
-    weighting = mtl_jax.dwa(window=1)
+    weighting = inner_of("dwa")
     state = weighting.init(loss_sequence(1)[0])
     for step, losses in enumerate(loss_sequence(7)[3:], start=3):
         weights, state = weighting.update(losses, state)
@@ -244,7 +262,7 @@ def test_after_warmup_does_not_measure_in_the_warmup():
 def test_ema_is_the_weighted_mean_of_the_weights(decay):
     masks = [None, None, B_ABSENT, B_ABSENT, None, None]
     history, _ = run(mtl_jax.ema(inverse_norms(), decay), masks=masks)
-    each, _ = run(inverse_norms(), masks=masks)
+    each, _ = run(inner_of("inverse_norms"), masks=masks)
     for k, (step, present) in enumerate([(5, range(6)), (5, (0, 1, 4, 5)), (5, range(6))]):
         values = each[list(present), k]
         factors = decay ** np.arange(len(values) - 1, -1, -1.0)
@@ -252,23 +270,23 @@ def test_ema_is_the_weighted_mean_of_the_weights(decay):
 
 
 def test_the_stateless_ones():
-    each, _ = run(inverse_norms())
-    np.testing.assert_allclose(run(WRAPPERS["clipped"](inverse_norms()))[0], each.clip(0.2, 1.1))
-    scaled, _ = run(mtl_jax.normalized(inverse_norms()))
+    each, _ = run(inner_of("inverse_norms"))
+    np.testing.assert_allclose(run(composed("clipped", "inverse_norms"))[0], each.clip(0.2, 1.1))
+    scaled, _ = run(composed("normalized", "inverse_norms"))
     np.testing.assert_allclose(scaled, 3 * each / each.sum(axis=1)[:, None], rtol=1e-5)
     scaled, _ = run(mtl_jax.normalized(inverse_norms(), 5.0), masks=[B_ABSENT] * 6)
     np.testing.assert_allclose(scaled.sum(axis=1), 5, rtol=1e-5)
-    prior, _ = run(WRAPPERS["with_preference"](inverse_norms()))
+    prior, _ = run(composed("with_preference", "inverse_norms"))
     np.testing.assert_allclose(prior, each * [1, 2, 0.5], rtol=1e-6)
+
+
+WEIGHTS_AS_LOSSES = mtl_jax.vector_weighting(lambda losses, state, *_: (losses, state))
+NORMALIZED = mtl_jax.normalized(WEIGHTS_AS_LOSSES)
 
 
 @pytest.mark.parametrize("weights", [(1e-37, 3e-37), (1e37, 3e37), (0.0, 0.0), (-1.0, 3.0)])
 def test_normalized_at_the_ends(weights):
-    def update(losses, state, present, steps):
-        return jnp.array(weights), state
-
-    weighting = mtl_jax.normalized(mtl_jax.vector_weighting(update))
-    got, _ = weighting.update((1.0, 1.0), weighting.init((1.0, 1.0)))
+    got, _ = NORMALIZED.update(weights, NORMALIZED.init(weights))
     exact = np.array(weights, np.float64)
     np.testing.assert_allclose(got, 2 * exact / (np.abs(exact).sum() or 1), rtol=1e-5)
 
@@ -289,9 +307,9 @@ def test_errors():
             mtl_jax.after_warmup(weighting, steps)
     with pytest.raises(ValueError, match="ema: `decay`"):
         mtl_jax.ema(weighting, 1.0)
-    for low, high in [(1.0, 0.5), (jnp.nan, 1.0), (-jnp.inf, 1.0)]:
-        with pytest.raises(ValueError, match="clipped: the bounds"):
-            mtl_jax.clipped(weighting, low, high)
+    for low, says in [(1.5, "the bounds"), (jnp.nan, "`low`.*nan"), (-jnp.inf, "`low`.*inf")]:
+        with pytest.raises(ValueError, match=f"clipped: {says}"):
+            mtl_jax.clipped(weighting, low, 1.0)
     with pytest.raises(ValueError, match="normalized: `total`"):
         mtl_jax.normalized(weighting, 0.0)
     with pytest.raises(ValueError, match="with_preference: a factor"):
@@ -309,13 +327,12 @@ def test_extremes(wrapper, inner):
     for step in range(24):
         losses = {task: np.float32(10.0 ** rng.uniform(-30, 30)) for task in names}
         norms = (10.0 ** rng.uniform(-18, 18, size=3)).astype(np.float32)
-        mask = {task: jnp.array(rng.random() < 0.8 and step != 7) for task in names}
+        mask = {task: np.bool_(rng.random() < 0.8 and step != 7) for task in names}
         broken = step == 13
         if broken:
-            losses["b"], mask["b"] = np.float32(np.inf), jnp.array(True)
-        due = weighting.due is None or bool(weighting.due(state))
-        gramian = GRAMIAN * norms[:, None] * norms[None, :] if due else None
-        weights, after = compiled(weighting).update(losses, state, mask=mask, gramian=gramian)
+            losses["b"], mask["b"] = np.float32(np.inf), np.True_
+        gramian = measured(weighting, state, GRAMIAN * norms[:, None] * norms[None, :])
+        weights, after = weighting.update(losses, state, mask=mask, gramian=gramian)
         present, got = vector(mask), vector(weights)
         np.testing.assert_array_equal(got[~present], 0)
         if broken:
@@ -325,3 +342,35 @@ def test_extremes(wrapper, inner):
             assert np.all(np.isfinite(got)), step
             assert all_finite(after)
         state = after
+
+
+@pytest.fixture
+def debug_nans():
+    jax.config.update("jax_debug_nans", True)
+    yield
+    jax.config.update("jax_debug_nans", False)
+
+
+@pytest.mark.usefixtures("debug_nans")
+@pytest.mark.parametrize(
+    "weighting",
+    [mtl_jax.after_warmup(mtl_jax.upgrad(), 2), mtl_jax.every(mtl_jax.upgrad(), 3)],
+    ids=["after_warmup", "every"],
+)
+def test_debug_nans_has_nothing_to_say_of_healthy_training(weighting):
+    """Not even of steps in which the Gramian is not measured."""
+
+    def losses_fn(params, target):
+        return {"a": jnp.sum((params - target) ** 2), "b": jnp.sum((params + target) ** 2)}
+
+    gradient_fn = mtl_jax.value_and_grad(losses_fn, weighting)
+    gradient = jax.jit(gradient_fn)
+    params, target = jnp.array([0.3, -0.4, 2.0]), jnp.array([1.0, 0.5, -1.0])
+    state, measured = gradient_fn.init(params, target), []
+    for _ in range(5):
+        value, grads, state = gradient(params, state, target)
+        measured.append(bool(value.measured))
+        assert value.finite
+        params = params - 0.05 * grads
+    assert True in measured
+    assert False in measured

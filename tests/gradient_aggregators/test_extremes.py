@@ -10,20 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from aggregator_methods import METHODS, READS_LOSSES, WITHOUT_EPS
+from aggregator_methods import METHODS, READS_LOSSES, WITHOUT_EPS, made
+from methods import KEY
 from trees import as_numpy
 
 MOST = 128
 PARAMS = {"narrow": jnp.zeros((2, 3), jnp.bfloat16), "wide": jnp.zeros(4)}
-KEY = jax.random.key(7)
-each_method = pytest.mark.parametrize("name", METHODS | WITHOUT_EPS)
+each_method = pytest.mark.parametrize("name", [*METHODS, *WITHOUT_EPS])
 SIZE = 10  # numbers in PARAMS
 
 
 @functools.cache
 def compiled(name):
     """The state before the first step, and an update on arrays."""
-    aggregator = (METHODS | WITHOUT_EPS)[name]()
+    aggregator = made(name)
 
     @jax.jit
     def update(rows, losses, present, state):

@@ -4,6 +4,7 @@ import functools
 import json
 import pathlib
 
+import gramian_methods
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -33,33 +34,10 @@ METHODS = {
 ILL_CONDITIONED = [("near_parallel_k3_p10", name) for name in METHODS if name != "config"]
 
 
-SIZE = 20  # of all Gramians, for few compilations: absent tasks count nowhere
-
-
-@functools.cache
-def compiled(weighting):
-    def weights(gramian, present):
-        losses = (jnp.ones((), gramian.dtype),) * len(gramian)
-        state = weighting.init(losses)
-        mask = tuple(jnp.unstack(present))
-        return jnp.stack(weighting.update(losses, state, mask=mask, gramian=gramian)[0])
-
-    return jax.jit(weights)
-
-
-def weights_of(weighting, J, *, present=None, gramian=None, size=SIZE):
+def weights_of(weighting, J, **arguments):
     """The weights for the rows of J, in its dtype; other tasks, up to ``size``, are absent."""
-    J = np.asarray(J)
-    G = J @ J.T if gramian is None else gramian
-    number = len(G)
-    size = max(size, number)
-    present = np.ones(number, bool) if present is None else np.asarray(present)
-    present = np.pad(present, (0, size - number))
-    G = np.pad(G, (0, size - number), constant_values=7.0)
-    with jax.numpy_dtype_promotion("strict"):
-        weights = compiled(weighting)(jnp.asarray(G), jnp.asarray(present))
-    assert weights.dtype == G.dtype
-    return np.array(weights, np.float64)[:number]
+    weights, _ = gramian_methods.weights_of(weighting, J, **arguments)
+    return weights.astype(np.float64)
 
 
 def assert_direction(J, weights, exact, tolerance):

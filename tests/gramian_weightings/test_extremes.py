@@ -7,7 +7,7 @@ one that underflows is that of a gradient of zero.
 import gramian_methods
 import numpy as np
 import pytest
-from gramian_methods import DEGREES, GRAMIAN_METHODS
+from gramian_methods import DEGREES, GRAMIAN_METHODS, SIZE
 from trees import as_numpy
 
 MOST = 128
@@ -18,12 +18,13 @@ READS_LOSSES = ("gradnorm", "mgda[loss]", "mgda[loss+]")
 
 
 def most(name):
-    """The number of tasks of a method's program, less where it takes long, or twice the same."""
-    return 20 if name in ("upgrad", "aligned_mtl[rmse]") else MOST
+    """The most tasks of a method, less where it takes long, or twice the same."""
+    return SIZE if name in ("upgrad", "aligned_mtl[rmse]") else MOST
 
 
 def weights_of(name, J, **arguments):
-    return gramian_methods.weights_of(name, J, size=most(name), **arguments)
+    """The weights and the state, with a program of few tasks or of the most."""
+    return gramian_methods.weights_of(name, J, size=max(SIZE, len(J)), **arguments)
 
 
 def gradients(number, parameters, seed=0):

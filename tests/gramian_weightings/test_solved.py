@@ -4,20 +4,20 @@ import functools
 import json
 import pathlib
 
-import jax
-import jax.numpy as jnp
+import gramian_methods
 import numpy as np
 import pytest
+from gramian_methods import SIZE
 
 import mtl_jax
 
 CASES = json.loads(
     (pathlib.Path(__file__).parents[1] / "data" / "gradient_matrices.json").read_text()
 )["cases"]
-SIZE = 20  # of all Gramians, for few compilations: absent tasks count nowhere
+mgda = functools.cache(mtl_jax.mgda)  # each weighting is made once, and compiled once
 # Each exact value with its weighting and the power of the gradients' scale in its weights.
 METHODS = {
-    "mgda": (mtl_jax.mgda(), 0),
+    "mgda": (mgda(), 0),
     "upgrad": (mtl_jax.upgrad(), 0),
     "dualproj": (mtl_jax.dual_proj(), 0),
     "cagrad_c0.2": (mtl_jax.cagrad(0.2), 0),
@@ -30,33 +30,16 @@ METHODS = {
 ROUNDED = "rankdef_opposite_rows_k3_p6"  # projections there are ill-posed once J is rounded
 
 
-@functools.cache
-def compiled(weighting):
-    @jax.jit
-    def update(gramian, present, losses):
-        state = weighting.init(tuple(jnp.unstack(losses)))
-        weights, state = weighting.update(
-            tuple(jnp.unstack(losses)), state, mask=tuple(jnp.unstack(present)), gramian=gramian
-        )
-        return jnp.stack(weights), state.inner.residual
-
-    return update
-
-
 def weights_of(weighting, J, losses=None):
-    number, dtype = len(J), J.dtype
-    gramian = np.zeros((SIZE, SIZE), dtype)
-    gramian[:number, :number] = J @ J.T
-    vector = np.ones(SIZE, dtype)
-    vector[:number] = 1 if losses is None else losses
-    weights, residual = compiled(weighting)(gramian, np.arange(SIZE) < number, vector)
-    return np.asarray(weights, np.float64)[:number], float(residual)
+    weights, state = gramian_methods.weights_of(weighting, J, losses=losses)
+    return weights.astype(np.float64), float(state.inner.residual)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-9), (np.float32, 1e-4)])
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.usefixtures("x64")
-def test_exact(name, dtype, tolerance):
+def test_exact(name, dtype, tolerance, request):
+    if dtype == np.float64:
+        request.getfixturevalue("x64")
     weighting, power = METHODS[name]
     for case in CASES:
         expected = case["exact"][name]
@@ -92,7 +75,7 @@ def test_exact(name, dtype, tolerance):
 def test_mgda_normalised(normalization):
     """The weights of the plain method on the normalised gradients."""
     losses = np.array([0.3, 2.0, 1.1, 5.0, 0.7])
-    plain, normalised = mtl_jax.mgda(), mtl_jax.mgda(normalization)  # each compiled once
+    plain, normalised = mgda(), mgda(normalization)
     for case in CASES:
         J = np.array(case["J"])[:5]
         lengths = np.linalg.norm(J, axis=1)
@@ -110,11 +93,11 @@ def test_mgda_normalised(normalization):
 @pytest.mark.parametrize("normalization", ["loss", "loss+"])
 def test_mgda_outside_its_domain(normalization):
     J = np.eye(3, dtype=np.float32)
-    weighting = mtl_jax.mgda(normalization)
+    weighting = mgda(normalization)
     for bad in (0.0, -1.0):
         weights, _ = weights_of(weighting, J, [1.0, bad, 2.0])
         assert np.all(np.isnan(weights))
-    weights, _ = weights_of(mtl_jax.mgda("l2"), J, [1.0, -1.0, 2.0])
+    weights, _ = weights_of(mgda("l2"), J, [1.0, -1.0, 2.0])
     np.testing.assert_allclose(weights, 1 / 3, rtol=1e-6)
     # A task that is solved, of loss and gradient 0, is Pareto stationary, not an error.
     J[1] = 0
@@ -152,7 +135,7 @@ def test_variants_of_scale():
     for rescale, factor in (("1+c", 1 / 1.4), ("1+c^2", 1 / 1.16)):
         weights, _ = weights_of(mtl_jax.cagrad(0.4, rescale), J)
         np.testing.assert_allclose(weights, factor * plain, rtol=1e-12)
-    nash, _ = weights_of(mtl_jax.nash_mtl(), J)
+    nash, _ = weights_of(METHODS["nash"][0], J)
     np.testing.assert_allclose(np.linalg.norm(nash @ J), np.sqrt(3), rtol=1e-12)
     clipped, _ = weights_of(mtl_jax.nash_mtl(max_norm=1.0), J)
     np.testing.assert_allclose(clipped, nash / np.sqrt(3), rtol=1e-12)

@@ -14,7 +14,6 @@ from hypothesis.extra import numpy as hnp
 
 from mtl_jax.gramian_weightings.gradvac import GradVacState, gradvac
 from mtl_jax.gramian_weightings.pcgrad import pcgrad
-from mtl_jax._lift import WeightingState
 
 DATA = pathlib.Path(__file__).parents[1] / "data"
 RECORDS = json.loads((DATA / "gradient_surgery.json").read_text())
@@ -39,7 +38,7 @@ def weights_and_target(gramian, present, orders, target, method):
     losses = (jnp.ones((), gramian.dtype),) * len(gramian)
     state = weighting.init(losses)
     if isinstance(state.inner, GradVacState):
-        state = WeightingState(state.steps, state.inner._replace(target=target))
+        state = state._replace(inner=state.inner._replace(target=target))
     weights, state = weighting.update(
         losses, state, mask=tuple(jnp.unstack(present)), gramian=gramian
     )

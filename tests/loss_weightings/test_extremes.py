@@ -123,7 +123,12 @@ def found(name):
 
     state = weighting.init((np.float32(0),) * MOST, key=KEY)
     losses, present = (np.stack(arrays) for arrays in zip(*RUNS.values(), strict=True))
-    program = jax.jit(jax.vmap(lambda *inputs: jax.lax.scan(step, state, inputs)[1]))
+
+    # One after the other: with 128 scalars a batch of them takes long to compile.
+    @jax.jit
+    def program(*runs):
+        return jax.lax.map(lambda inputs: jax.lax.scan(step, state, inputs)[1], runs)
+
     results = map(np.array, program(losses.astype(np.float32), present))
     return dict(zip(RUNS, zip(*results, strict=True), strict=True))
 

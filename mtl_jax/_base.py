@@ -284,6 +284,10 @@ def check_weighting(weighting: Any) -> None:
     if isinstance(weighting, Weighting):
         check_functions("The weighting", init=weighting.init, update=weighting.update)
         if isinstance(weighting.method, VectorMethod):
+            method = weighting.method
+            optional = {"observe": method.observe, "due": method.due}
+            given = {name: function for name, function in optional.items() if function is not None}
+            check_functions("The weighting", init=method.init, update=method.update, **given)
             return
     if isinstance(weighting, Aggregator):
         raise TypeError(

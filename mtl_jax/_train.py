@@ -105,6 +105,7 @@ class TrainStep:
         self, state: TrainState, *args: Any, mask: PyTree | None = None
     ) -> tuple[TrainState, MultiTaskValue]:
         """Return the next state, and the losses and weights of the step."""
+        leaf_types(mask, "The mask's leaf")
         return self.update(state, *args, mask=mask)
 
 

@@ -1,20 +1,10 @@
-"""A small comparison as a program: ``python -m killed_comparison FOLDER PROGRAMS``."""
+"""A small comparison as a program: ``python -m killed_comparison FOLDER``."""
 
 import sys
 
-import jax
-from jax.experimental.compilation_cache import compilation_cache
 from toy_problem import make_problem
 
 from mtl_jax.compare import compare_and_report, named_weightings
-
-
-def keep_programs(folder: str) -> None:
-    """Compile each program once for all processes that name this folder."""
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    compilation_cache.reset_cache()
 
 
 def run_comparison(folder: str, resume: bool) -> None:
@@ -32,7 +22,5 @@ def run_comparison(folder: str, resume: bool) -> None:
 
 
 if __name__ == "__main__":
-    folder, programs = sys.argv[1:]
-    keep_programs(programs)
     print("started", flush=True)
-    run_comparison(folder, resume=True)
+    run_comparison(sys.argv[1], resume=True)

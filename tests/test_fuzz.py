@@ -184,7 +184,9 @@ def test_update_of_a_weighting(name, data):
 @examples(150)
 def test_init_of_a_weighting(name, data):
     made, _ = weighting(name)
-    check(data, functools.partial(traced, made.init), {"losses": LOSSES, "key": KEY, "params": PARAMS})
+    check(
+        data, functools.partial(traced, made.init), {"losses": LOSSES, "key": KEY, "params": PARAMS}
+    )
 
 
 @given(data=st.data(), names=st.tuples(*[st.sampled_from(sorted(WEIGHTINGS))] * 2))
@@ -346,7 +348,9 @@ def test_transforms_of_aggregators(data, name, rows):
     check(data, call(mtl_jax.value_and_grad), arguments)
 
 
-@given(name=st.sampled_from(["adaptive", "famo", "pcgrad", "excess_mtl", "graddrop"]), data=st.data())
+@given(
+    name=st.sampled_from(["adaptive", "famo", "pcgrad", "excess_mtl", "graddrop"]), data=st.data()
+)
 @examples(100)
 def test_the_functions_of_a_gradient(name, data):
     made, _ = aggregator(name) if name in AGGREGATORS else weighting(name)

@@ -59,9 +59,10 @@ def test_losses_and_mask():
 
 def test_a_weighting_of_the_task_gradients():
     weighting = mtl_jax.excess_mtl(0.5)
-    aggregator, state = mtl_jax.as_aggregator(weighting, 4), None
+    aggregator = mtl_jax.as_aggregator(weighting, 4)
     state = aggregator.init(PARAMS)
-    rows = jax.tree.map(lambda leaf: leaf * jnp.arange(1.0, 5.0).reshape(-1, *[1] * (leaf.ndim - 1)), ROWS)
+    factors = jnp.arange(1.0, 5.0)
+    rows = {"w": factors[:, None, None] * ROWS["w"], "b": factors * ROWS["b"]}
     _, state = aggregator.update(ROWS, state)
     got, after = aggregator.update(rows, state)
     weights, _ = weighting.update((1.0,) * 4, state, task_gradients=rows)

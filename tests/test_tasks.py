@@ -113,9 +113,7 @@ METHODS_OF_EACH_KIND = {
     "excess_mtl": (mtl_jax.excess_mtl(), {"task_gradients": ROWS}),
     "ema": (mtl_jax.ema(mtl_jax.dwa(1), 0.5), {}),
 }
-NAMES_BOTH = (
-    r"\{'depth': \*, 'normals': \*\}, the losses are \{'aux': \*, 'depth': \*\}"
-)
+NAMES_BOTH = r"\{'depth': \*, 'normals': \*\}, the losses are \{'aux': \*, 'depth': \*\}"
 
 
 @pytest.mark.parametrize("name", METHODS_OF_EACH_KIND)

@@ -13,9 +13,10 @@ import optax
 import pytest
 from toy_problem import IN_PARTS, THREE_TARGETS, make_problem
 
+from mtl_jax._train import TrainState
 from mtl_jax.compare import WEIGHTINGS, Checkpoints, OtherConfigurationError, Run, digest
 from mtl_jax.compare.referee import make_weightings
-from mtl_jax._train import TrainState
+from mtl_jax.compare.training import Evaluator, Trainer
 
 # What Orbax leaves behind when it fails warns when it is collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -123,18 +124,13 @@ def test_a_run_goes_on_while_it_is_saved(tmp_path, monkeypatch):
 def test_state_of_every_known_weighting_comes_back(tmp_path):
     problem = make_problem(THREE_TARGETS, **IN_PARTS)
     params, model_state = problem.init(jax.random.key(0))
-    losses, _ = problem.losses(params, model_state, None, problem.train)
-    states = {
-        name: TrainState.create(
-            params,
-            optax.adam(0.1),
-            weighting,
-            losses,
-            weighting_key=jax.random.key(1),
-            shared=problem.shared,
+    states = {}
+    for name, weighting in make_weightings(problem, WEIGHTINGS).items():
+        step = Trainer(problem, Evaluator(problem), weighting, name).train_step
+        arguments = {"model_state": model_state, "rng": jax.random.key(0)}
+        states[name] = step.init(
+            params, problem.train, **arguments, weighting_key=jax.random.key(1)
         )
-        for name, weighting in make_weightings(problem, WEIGHTINGS).items()
-    }
     changed = jax.tree.map(other, states)
     with of_run(tmp_path) as checkpoints:
         checkpoints.save(make_run(1), changed, finished=False)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from processes import PATIENCE, TIMEOUT, Processes, assert_fails_in_time, free_port
 
+from mtl_jax.__main__ import main
+
 EPOCHS = 10
 
 
@@ -17,19 +19,22 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def start(folder):
-    """Starts ``mtl-jax compare`` on the toy problem."""
+def command(folder):
+    """``mtl-jax compare`` on the toy problem."""
+
+    def command(*arguments):
+        words = ("compare", "toy_problem:make_problem", "--weightings", "equal", "--seeds", 1)
+        words += ("--no-alone", "--epochs", EPOCHS)
+        return [str(word) for word in (*words, "--runs-dir", folder, *arguments)]
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def start(command):
+    """Starts it in a process of its own."""
     with Processes() as processes:
-
-        def start(*arguments, devices=4):
-            return processes.start(
-                *("-m", "mtl_jax", "compare", "toy_problem:make_problem"),
-                *("--weightings", "equal", "--seeds", 1, "--no-alone", "--epochs", EPOCHS),
-                *("--checkpoint-seconds", 0, "--runs-dir", folder, *arguments),
-                devices=devices,
-            )
-
-        yield start
+        yield lambda *arguments: processes.start("-m", "mtl_jax", *command(*arguments), devices=4)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +66,8 @@ def numbers(found):
     return [run[part][task] for part in ("train_loss", "test") for task in ("line", "square")]
 
 
-def test_two_processes_find_what_one_finds(start, pair, folder):
-    finish([start("--name", "one", "--data-parallel", devices=8)])
+def test_two_processes_find_what_one_finds(command, pair, folder):
+    main(command("--name", "one", "--data-parallel"))  # with eight devices, too
     np.testing.assert_allclose(
         numbers(read(folder / "pair")), numbers(read(folder / "one")), rtol=1e-5
     )
@@ -72,8 +77,9 @@ def test_two_processes_find_what_one_finds(start, pair, folder):
 
 
 def test_a_lost_process_ends_the_other_and_all_is_resumed(start, pair, folder):
-    seconds = 15  # enough to meet, too
-    first, second = start_pair(start, "--name", "killed", timeout=seconds)
+    seconds = 8  # enough to meet, too; the one that is left waits for them at full speed
+    often = ("--checkpoint-seconds", 0)
+    first, second = start_pair(start, "--name", "killed", *often, timeout=seconds)
     checkpoints = folder / "killed" / "checkpoints" / "toy" / "equal_seed0"
 
     def saved():

@@ -1,21 +1,16 @@
 """A comparison that was interrupted and resumed is the one that never was."""
 
 import json
-import os
-import pathlib
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
-from killed_comparison import keep_programs, run_comparison
+from killed_comparison import run_comparison
+from processes import Processes
 from toy_problem import IN_PARTS, make_problem, scores, split
 
 import mtl_jax
@@ -28,22 +23,11 @@ from mtl_jax.compare import (
 )
 from mtl_jax.compare.report import results
 
-TESTS = pathlib.Path(__file__).parents[1]
 KILLS = 5
 
 
 def nothing_finite(settings):
     return mtl_jax.vector_weighting(lambda losses, *rest: (losses * jnp.nan, rest[0]))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def programs(tmp_path_factory):
-    """A folder for the compiled programs: resumed, a comparison compiles what it had before."""
-    folder = tmp_path_factory.mktemp("programs")
-    keep_programs(str(folder))
-    yield folder
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture
@@ -213,39 +197,31 @@ def test_a_folder_holds_one_comparison(tmp_path, capsys):
         compare_and_report([problem], {}, tmp_path, checkpoint_seconds=None, resume=True)
 
 
-def test_killed_again_and_again(tmp_path, programs):
+def test_killed_again_and_again(tmp_path):
     """With SIGKILL at random moments, and resumed: the same results, byte for byte."""
     begin = time.monotonic()
     run_comparison(tmp_path / "undisturbed", resume=False)
     duration = time.monotonic() - begin
     expected = (tmp_path / "undisturbed" / "results.json").read_bytes()
 
-    def start(folder):
-        return subprocess.Popen(
-            [sys.executable, "-m", "killed_comparison", str(folder), str(programs)],
-            env=os.environ | {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
     kills, seed = 0, random.randrange(10**6)
     moments = random.Random(seed)
     folder = tmp_path / "killed"
-    while True:
-        process = start(folder)
-        assert process.stdout.readline() == "started\n", process.communicate()
-        if kills < KILLS:
-            time.sleep(moments.uniform(0, duration / 2))
-            process.kill()
-        _, errors = process.communicate()
-        assert "damaged" not in errors
-        if process.returncode == -signal.SIGKILL:
-            kills += 1
-            continue
-        assert process.returncode == 0, errors
-        assert (folder / "results.json").read_bytes() == expected, f"random seed {seed}"
-        if kills == KILLS:
-            break
-        shutil.rmtree(folder)  # it was faster than its killer
+    with Processes() as processes:
+        while True:
+            process = processes.start("-m", "killed_comparison", folder, devices=8)
+            assert process.stdout.readline() == "started\n", process.communicate()
+            if kills < KILLS:
+                time.sleep(moments.uniform(0, duration / 2))
+                process.kill()
+            _, errors = process.communicate()
+            assert "damaged" not in errors
+            if process.returncode == -signal.SIGKILL:
+                kills += 1
+                continue
+            assert process.returncode == 0, errors
+            assert (folder / "results.json").read_bytes() == expected, f"random seed {seed}"
+            if kills == KILLS:
+                break
+            shutil.rmtree(folder)  # it was faster than its killer
     assert json.loads(expected)["toy"]["weightings"]["random_weighting"][0]["failure"] is None

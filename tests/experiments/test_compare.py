@@ -11,8 +11,10 @@ import time
 import pytest
 
 from experiments.compare import main
+from tests.experiments.tfds_folders import write_stories
 
 ROOT = pathlib.Path(__file__).parents[2]
+EPOCHS = 10
 
 
 @pytest.mark.parametrize(
@@ -65,8 +67,10 @@ def test_help_explains_every_option(capsys):
 
 
 def test_the_program_as_a_user_runs_interrupts_and_resumes_it(tmp_path):
-    command = ["python", "-m", "experiments.compare", "--problem", "utterances"]
-    command += ["--weightings", "adaptive", "upgrad", "--seeds", "2", "--epochs", "2"]
+    stories = write_stories(tmp_path / "tfds", copies=8)
+    command = ["python", "-m", "experiments.compare", "--problem", "ag_news"]
+    command += ["--weightings", "adaptive", "upgrad", "--seeds", "2", "--epochs", str(EPOCHS)]
+    command += ["--batch-size", "24", "--data-dir", str(stories)]
     command += ["--name", "mine", "--runs-dir", str(tmp_path)]
     folder = tmp_path / "mine"
 
@@ -81,7 +85,7 @@ def test_the_program_as_a_user_runs_interrupts_and_resumes_it(tmp_path):
         )
 
     process = start(command)
-    second = folder / "checkpoints" / "utterances" / "adaptive_seed0"
+    second = folder / "checkpoints" / "ag_news" / "adaptive_seed0"
     while not second.exists() and process.poll() is None:  # the run of equal weights is not done
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -89,44 +93,44 @@ def test_the_program_as_a_user_runs_interrupts_and_resumes_it(tmp_path):
     assert process.returncode == 130, errors
     assert errors == f"Interrupted. To continue:\n\n    {shlex.join(command)} --resume\n\n"
     assert "equal" in printed
-    partial = json.loads((folder / "results.json").read_text())["utterances"]
+    partial = json.loads((folder / "results.json").read_text())["ag_news"]
     assert list(partial["weightings"]) == ["equal"]
-    assert partial["unfinished_runs"] == 11
-    assert "**Interrupted: 11 runs not finished.**" in (folder / "utterances.md").read_text()
+    assert partial["unfinished_runs"] == 9
+    assert "**Interrupted: 9 runs not finished.**" in (folder / "ag_news.md").read_text()
     page = (folder / "report.html").read_text()
-    assert "Interrupted: 11 runs not finished." in page
+    assert "Interrupted: 9 runs not finished." in page
     assert "data:image" not in page
-    times = json.loads((folder / "timing.json").read_text())["problems"]["utterances"]["runs"]
+    times = json.loads((folder / "timing.json").read_text())["problems"]["ag_news"]["runs"]
 
     done = start(shlex.split(errors.splitlines()[2]))
     printed, errors = done.communicate()
     assert done.returncode == 0, errors
     assert errors == ""
-    again = json.loads((folder / "timing.json").read_text())["problems"]["utterances"]["runs"]
+    again = json.loads((folder / "timing.json").read_text())["problems"]["ag_news"]["runs"]
     assert again[0] == times[0]  # it was not run again
-    for word in ("adaptive", "equal", "each task alone", "language accuracy, %", "step time"):
+    for word in ("adaptive", "equal", "each task alone", "topic accuracy, %", "step time"):
         assert word in printed
     assert {path.name for path in folder.iterdir()} == {
         "checkpoints",
         "report.html",
         "results.json",
         "timing.json",
-        "utterances.md",
+        "ag_news.md",
         *(
-            f"utterances_{picture}.png"
-            for picture in ("conflict", "difficulty", "losses", "metrics", "weights")
+            f"ag_news_{picture}.png"
+            for picture in ("conflict", "difficulty", "front", "losses", "metrics", "weights")
         ),
     }
-    results = json.loads((folder / "results.json").read_text())["utterances"]
+    results = json.loads((folder / "results.json").read_text())["ag_news"]
     assert list(results["weightings"]) == ["equal", "adaptive", "upgrad"]
     assert "unfinished_runs" not in results
-    assert len(results["weightings"]["adaptive"][1]["test"]["topic"]) == 2
+    assert len(results["weightings"]["adaptive"][1]["test"]["topic"]) == EPOCHS
     conflict = results["weightings"]["upgrad"][0]["conflict"]
     assert conflict["measured_at"] == "representation"
     assert all(0 <= share <= 1 for share in conflict["share"])
-    report = (folder / "utterances.md").read_text()
+    report = (folder / "ag_news.md").read_text()
     assert f"    {shlex.join(command)}\n" in report
-    assert (folder / "report.html").read_text().count("data:image/png;base64,") == 5
+    assert (folder / "report.html").read_text().count("data:image/png;base64,") == 6
     assert "Interrupted" not in report
 
 

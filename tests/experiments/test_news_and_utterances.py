@@ -41,12 +41,10 @@ def test_all_tasks_are_learned_by_one_encoder(problem):
         source: {field: jnp.asarray(values[: sizes[source]]) for field, values in fields.items()}
         for source, fields in problem.train.items()
     }
-    weighting, optimizer = mtl_jax.upgrad(), optax.adam(problem.learning_rate)
     losses_fn = lambda params, batch: problem.losses(params, model_state, None, batch)[0]  # noqa: E731
-    gradient_fn = mtl_jax.value_and_grad(losses_fn, weighting, shared=problem.shared)
-    train_step = mtl_jax.make_train_step(gradient_fn, optimizer, weighting)
-    shapes = jax.eval_shape(losses_fn, params, batch)
-    state = mtl_jax.TrainState.create(params, optimizer, weighting, shapes)
+    gradient = mtl_jax.value_and_grad(losses_fn, mtl_jax.upgrad(), shared=problem.shared)
+    train_step = mtl_jax.make_train_step(gradient, optax.adam(problem.learning_rate))
+    state = train_step.init(params, batch)
     mask = problem.present(batch)
     history = []
     for _ in range(8):

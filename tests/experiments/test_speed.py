@@ -62,9 +62,15 @@ def test_each_method_comes_in_the_forms_that_fit_what_it_reads():
     for variant in variants():
         forms.setdefault(variant.method, []).append(variant.form)
     assert forms["plain"] == ["plain"]
-    assert forms["adaptive"] == ["losses"]
+    assert forms["adaptive"] == ["losses", "own step"]
     assert forms["upgrad"] == ["representation", "encoder rows", "rows"]
-    assert forms["mgda"][3:] == ["rows=unrolled", "rows=map", "rows=vmap", "rows=low_memory"]
+    assert forms["mgda"][3:] == [
+        "rows=unrolled",
+        "rows=map",
+        "rows=5",
+        "rows=vmap",
+        "rows=low_memory",
+    ]
     assert forms["moco"] == forms[HELD] == ["rows"]
 
 

@@ -76,8 +76,11 @@ def test_reaches_the_pareto_set_from_every_start(name, steps):
 
 
 def test_cagrad_reaches_the_optimum_of_equal_weights_from_every_start():
-    """As published; MGDA and PCGrad stop where they meet the set."""
-    points = ends("cagrad", 30_000)
+    """As published; MGDA and PCGrad stop where they meet the set.
+
+    From one start it is rounding that decides when it leaves a valley: by step 32,000 it has.
+    """
+    points = ends("cagrad", 45_000)
     np.testing.assert_allclose(points, np.broadcast_to([0, -8.3552], points.shape), atol=0.02)
 
 

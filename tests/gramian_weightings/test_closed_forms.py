@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from hypothesis.extra import numpy as hnp
 
+from mtl_jax.gramian_weightings._spectral import spectrum
 from mtl_jax.gramian_weightings.aligned_mtl import aligned_mtl
 from mtl_jax.gramian_weightings.conflict_free import conflict_free
 from mtl_jax.gramian_weightings.imtl_g import imtl_g
 from mtl_jax.gramian_weightings.krum import krum
-from mtl_jax.gramian_weightings._spectral import spectrum
 
 CASES = json.loads(
     (pathlib.Path(__file__).parents[1] / "data" / "gradient_matrices.json").read_text()

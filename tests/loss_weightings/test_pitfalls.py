@@ -222,7 +222,9 @@ def test_a_window_is_a_number_of_steps(window):
         (mtl_jax.softadapt, "softadapt: `window`"),
         (mtl_jax.stch, "stch: `warmup`"),
     ):
-        with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got {window!r}"):
+        with pytest.raises(
+            ValueError, match=f"{name} must be an integer of at least 1, got {window!r}"
+        ):
             make(window)
 
 
@@ -239,7 +241,7 @@ def test_a_missing_window_is_python_s_own_error(make):
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: mtl_jax.dwa(1, temperature=0.0), r"dwa: `temperature` must be in \(0, inf\), got 0.0"),
+        (lambda: mtl_jax.dwa(1, temperature=0.0), r"dwa: `temperature` must be in \(0, inf\)"),
         (lambda: mtl_jax.dwa(1, temperature=-1.0), "dwa: `temperature`"),
         (lambda: mtl_jax.dwa(1, temperature=INF), "dwa: `temperature`.*inf"),
         (lambda: mtl_jax.softadapt(1, beta=NAN), "softadapt: `beta`"),
@@ -267,7 +269,7 @@ def test_a_missing_window_is_python_s_own_error(make):
         (lambda: mtl_jax.uncertainty(optax.sgd(1.0), -1e3), "`initial_log_variance`.*-1000"),
         (lambda: mtl_jax.constant({"a": -1.0}), "constant: the weight 'a' must be in .*, got -1.0"),
         (lambda: mtl_jax.constant({"a": NAN}), "constant: the weight 'a' must be in .*, got nan"),
-        (lambda: mtl_jax.constant({"h": [1.0, INF]}), "constant: the weight 'h/1' must be in .*, got inf"),
+        (lambda: mtl_jax.constant({"h": [1.0, INF]}), "constant: the weight 'h/1'.*got inf"),
         (lambda: mtl_jax.constant({}), "constant: expected a pytree"),
         (lambda: mtl_jax.constant(1.0), "constant: expected a pytree"),
         (lambda: mtl_jax.constant(np.ones(2)), "constant: expected a pytree"),

@@ -83,6 +83,7 @@ def test_state_survives_flattening_and_donation_and_the_second_call_does_not_com
     losses, mask = loss_sequence(1)[0], EVERYBODY
     expected, _ = made(name).update(losses, initial(name), mask=mask)
     update, traces = jitted(name)
+    traced = []
     for _ in range(2):  # a second `init` after a donated step still works
         state = initial(name)
         buffers = [
@@ -93,10 +94,11 @@ def test_state_survives_flattening_and_donation_and_the_second_call_does_not_com
         assert len(set(buffers)) == len(buffers)
         leaves, structure = jax.tree.flatten(state)
         weights, new_state = update(losses, jax.tree.unflatten(structure, leaves), mask=mask)
+        traced.append(len(traces))
         assert jax.tree.structure(new_state) == structure
         assert_trees_close(weights, expected)
         jax.block_until_ready(update(losses, new_state, mask=mask))
-    assert len(traces) <= 1  # or 0: another test has called it before
+    assert len({*traced, len(traces)}) == 1
     jax.random.bits(KEY)  # the key that `init` was given is not donated with the state
 
 
@@ -139,7 +141,7 @@ def test_dtypes(name, dtypes, expected, x64):
         assert all(weight.dtype == expected for weight in history[-1].values())
         # The arithmetic is as wide as promised: equal to float64 on the rounded losses.
         rounded = [jax.tree.map(lambda leaf: leaf.astype(jnp.float64), loss) for loss in cast]
-        if name not in RANDOM:
+        if name not in RANDOM and set(dtypes) != {jnp.float64}:  # there it is the same run
             reference, _ = run(weighting, rounded)
             assert_trees_close(history, reference, rtol=1e-4, atol=1e-5)
 

@@ -45,10 +45,10 @@ MOST_UNROLLED = 5
 def choose_rows(rows: RowsMode, number: int, params: PyTree = ()) -> RowsMode:
     """The way to compute the rows, "auto" decided by the backend and the number of tasks.
 
-    On CPU backward passes one after the other are fastest (``experiments.speed`` measures it):
+    On CPU backward passes one after the other are fastest (``benchmarks.speed`` measures it):
     unrolled for few tasks, for which XLA sees across them, and in a loop for many. Other backends
     have the parallelism that a batch of them needs. But where XLA decides how the parameters are
-    spread over devices, it gathers the whole batch for that (``experiments.communication``).
+    spread over devices, it gathers the whole batch for that (``benchmarks.communication``).
     """
     if not isinstance(rows, str):
         what = f"`rows` must be one of {', '.join(_WAYS)}, or a number of tasks; a number"

@@ -78,7 +78,16 @@ def test_the_sdist_builds_the_same_wheel(sdist, wheel, tmp_path):
         built = hatchling.build.build_wheel(str(tmp_path))
         names = {path.name for path in pathlib.Path().iterdir()}
     assert contents(tmp_path / built) == contents(wheel)
-    assert names >= {".ci", "docs", "examples", "experiments", "tests", "Makefile", "CHANGELOG.md"}
+    assert names >= {
+        ".ci",
+        "benchmarks",
+        "docs",
+        "examples",
+        "experiments",
+        "tests",
+        "Makefile",
+        "CHANGELOG.md",
+    }
 
 
 def test_the_index_would_take_both(sdist, wheel):
@@ -189,7 +198,7 @@ def test_the_method_of_the_contributing_page_works(monkeypatch):
     tests = {"__name__": "test_square_root"}
     exec(test, tests)
     tests["test_definition"]()
-    paths = re.findall(r"[`(]((?:mtl_jax|tests|docs|experiments)/[\w./]*)[`)]", page)
+    paths = re.findall(r"[`(]((?:mtl_jax|tests|docs|benchmarks|experiments)/[\w./]*)[`)]", page)
     there = {path for path in paths if (ROOT / path).exists()}
     assert set(paths) - there <= {
         "mtl_jax/loss_weightings/square_root.py",

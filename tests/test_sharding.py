@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mtl_jax
-from experiments.hlo import Collective, collectives
+from benchmarks.hlo import Collective, collectives
 from mtl_jax._jacobian import choose_rows, gramian_of
 
 TASKS, SEVEN = ("a", "b", "c"), tuple("abcdefg")

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 
 import jax
@@ -22,7 +23,7 @@ from mtl_jax.compare.tables import main_table
 from mtl_jax.compare.training import Evaluator
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def problem():
     return make_problem()
 
@@ -31,14 +32,26 @@ def nothing_finite(settings):
     return mtl_jax.vector_weighting(lambda losses, *rest: (losses * jnp.nan, rest[0]))
 
 
-def test_same_seed_same_numbers(problem):
-    weightings = named_weightings(["adaptive", "random_weighting"])
-    first, second = (compare(problem, weightings, seeds=[3], alone=False) for _ in range(2))
-    for name in first.runs:
-        assert first.runs[name][0].test == second.runs[name][0].test
+@pytest.fixture(scope="module")
+def comparison(problem):
+    """Of weightings whose runs are known, with three seeds and each task alone."""
+    weightings = named_weightings(["adaptive", "random_weighting"]) | {
+        "ones": lambda settings: mtl_jax.constant(dict.fromkeys(TARGETS, 1.0)),
+        "line only": lambda settings: mtl_jax.constant({"line": 1.0, "square": 0.0}),
+        "bad": nothing_finite,
+    }
+    return compare(problem, weightings, seeds=[3, 0, 1])
+
+
+def test_same_seed_same_numbers(problem, comparison):
+    """In another comparison, too."""
+    weightings = named_weightings(["random_weighting", "adaptive"])
+    again = compare(problem, weightings, seeds=[3], alone=False)
+    for name in again.runs:
+        assert comparison.runs[name][0].test == again.runs[name][0].test
         for task in TARGETS:
             np.testing.assert_array_equal(
-                first.runs[name][0].weights[task], second.runs[name][0].weights[task]
+                comparison.runs[name][0].weights[task], again.runs[name][0].weights[task]
             )
 
 
@@ -62,17 +75,14 @@ def test_weightings_share_initial_parameters_and_batches(problem):
     assert len(set(runs[0][0].train_losses["line"])) == problem.epochs
 
 
-def test_equal_is_always_run_and_is_constant_ones(problem):
-    ones = {"ones": lambda settings: mtl_jax.constant(dict.fromkeys(TARGETS, 1.0))}
-    comparison = compare(problem, ones, seeds=[0], alone=False)
-    assert list(comparison.runs) == ["equal", "ones"]
+def test_equal_is_always_run_and_is_constant_ones(comparison):
+    names = ["equal", "adaptive", "random_weighting", "ones", "line only", "bad"]
+    assert list(comparison.runs) == names
     assert comparison.runs["equal"][0].test == comparison.runs["ones"][0].test
 
 
-def test_alone_is_the_network_on_that_loss_only(problem):
-    comparison = compare(problem, {}, seeds=[0])
-    only_line = {"line only": lambda settings: mtl_jax.constant({"line": 1.0, "square": 0.0})}
-    expected = compare(problem, only_line, seeds=[0], alone=False).runs["line only"][0]
+def test_alone_is_the_network_on_that_loss_only(comparison):
+    expected = comparison.runs["line only"][0]
     alone = comparison.alone["line"][0]
     np.testing.assert_allclose(alone.test["line"], expected.test["line"], rtol=1e-5)
     assert list(alone.weights) == ["line"]
@@ -82,8 +92,7 @@ def test_alone_is_the_network_on_that_loss_only(problem):
     np.testing.assert_allclose(change, expected_change)
 
 
-def test_a_failing_run_says_so_and_does_not_stop_the_others(problem):
-    comparison = compare(problem, {"bad": nothing_finite}, seeds=[0, 1], alone=False)
+def test_a_failing_run_says_so_and_does_not_stop_the_others(comparison):
     for run in comparison.runs["bad"]:
         assert run.failure == "no finite update in epoch 1"
         assert run.skipped == 6
@@ -166,9 +175,8 @@ def test_model_state_is_carried(problem):
     assert comparison.runs["equal"][0].test["line"] == [6, 12, 18]
 
 
-def test_best_epoch_is_chosen_on_validation_data(problem):
-    comparison = compare(problem, {}, seeds=[0], alone=False)
-    (run,) = comparison.runs["equal"]
+def test_best_epoch_is_chosen_on_validation_data(comparison):
+    run = copy.deepcopy(comparison.runs["equal"][0])
     run.validation = {"line": [3.0, 1.0, 2.0], "square": [30.0, 20.0, 20.0]}  # lower is better
     run.test = {"line": [0.0, 9.0, 9.0], "square": [0.0, 9.0, 9.0]}
     assert comparison.best_epoch(run) == 1
@@ -176,9 +184,8 @@ def test_best_epoch_is_chosen_on_validation_data(problem):
     assert comparison.best_epoch(run) == 2
 
 
-def test_seeds_share_a_compiled_program(problem):
-    comparison = compare(problem, named_weightings(["dwa"]), seeds=[0, 1, 2], alone=False)
-    compiled = [run.compile_seconds > 0 for run in comparison.runs["dwa"]]
+def test_seeds_share_a_compiled_program(comparison):
+    compiled = [run.compile_seconds > 0 for run in comparison.runs["adaptive"]]
     assert compiled == [True, False, False]
 
 

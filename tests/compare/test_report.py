@@ -7,7 +7,7 @@ import pytest
 from toy_problem import make_problem
 
 import mtl_jax
-from mtl_jax.compare import Task, compare, compare_and_report, named_weightings
+from mtl_jax.compare import Comparison, Task, compare, compare_and_report, named_weightings
 from mtl_jax.compare.findings import Findings
 from mtl_jax.compare.numbers import results
 from mtl_jax.compare.sections import markdown_report
@@ -92,11 +92,11 @@ def test_tables_of_an_interrupted_comparison(stages):
     assert np.isnan(stages[5].change_from_alone(stages[5].runs["equal"][1]))
 
 
-def test_one_seed_has_no_interval_and_shares_are_percentages():
+def test_one_seed_has_no_interval_and_shares_are_percentages(comparison):
     tasks = {"line": Task(), "square": Task("error", higher_is_better=False, percent=False)}
-    comparison = compare(make_problem(tasks=tasks), {}, seeds=[0], alone=False)
+    (run, *_), problem = comparison.runs["equal"], make_problem(tasks=tasks)
+    comparison = Comparison(problem=problem, seeds=(0,), runs={"equal": [run]}, alone={})
     header, row = table_of(comparison)
-    run = comparison.runs["equal"][0]
     assert header[1] == "line accuracy, %"
     assert row[1:3] == [f"{100 * run.test['line'][-1]:.2f}", f"{run.test['square'][-1]:.4f}"]
     assert not any("alone" in cell for cell in header)

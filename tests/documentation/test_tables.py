@@ -14,8 +14,8 @@ import mtl_jax
 import mtl_jax.compare
 import mtl_jax.evaluation
 import mtl_jax.solvers
+from benchmarks.communication import WAYS
 from experiments import choosing
-from experiments.communication import WAYS
 from mtl_jax.compare import WEIGHTINGS
 
 VARIANTS = {name for method in mtl_jax.METHODS.values() for name in method.variants}
@@ -120,7 +120,7 @@ def test_prices_of_gramians():
 def test_collectives():
     page = PAGES["docs/scale.md"]
     assert re.findall(r"^\| (.*?) +\|", page, re.MULTILINE) == ["step", *WAYS]
-    assert "Made by `python -m experiments.communication`" in page
+    assert "Made by `python -m benchmarks.communication`" in page
 
 
 def test_power_of_seeds():

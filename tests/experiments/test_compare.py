@@ -14,7 +14,7 @@ from experiments.compare import main
 from tests.experiments.tfds_folders import write_stories
 
 ROOT = pathlib.Path(__file__).parents[2]
-EPOCHS = 10
+EPOCHS = 6
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_the_program_as_a_user_runs_interrupts_and_resumes_it(tmp_path):
     stories = write_stories(tmp_path / "tfds", copies=8)
     command = ["python", "-m", "experiments.compare", "--problem", "ag_news"]
     command += ["--weightings", "adaptive", "upgrad", "--seeds", "2", "--epochs", str(EPOCHS)]
-    command += ["--batch-size", "24", "--data-dir", str(stories)]
+    command += ["--batch-size", "24", "--data-dir", str(stories), "--log", "tensorboard"]
     command += ["--name", "mine", "--runs-dir", str(tmp_path)]
     folder = tmp_path / "mine"
 
@@ -85,8 +85,8 @@ def test_the_program_as_a_user_runs_interrupts_and_resumes_it(tmp_path):
         )
 
     process = start(command)
-    second = folder / "checkpoints" / "ag_news" / "adaptive_seed0"
-    while not second.exists() and process.poll() is None:  # the run of equal weights is not done
+    second = folder / "tensorboard" / "ag_news" / "adaptive_seed0"
+    while not second.exists() and process.poll() is None:  # its first epoch is not done
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     printed, errors = process.communicate()
@@ -114,6 +114,7 @@ def test_the_program_as_a_user_runs_interrupts_and_resumes_it(tmp_path):
         "checkpoints",
         "report.html",
         "results.json",
+        "tensorboard",
         "timing.json",
         "ag_news.md",
         *(

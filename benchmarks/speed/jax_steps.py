@@ -11,8 +11,8 @@ import optax
 from jaxtyping import PyTree
 
 import mtl_jax
-from experiments.speed.child import package_versions, progress, serve
-from experiments.speed.methods import (
+from benchmarks.speed.child import package_versions, progress, serve
+from benchmarks.speed.methods import (
     EVERY,
     HELD,
     OPTIMIZER,
@@ -21,8 +21,8 @@ from experiments.speed.methods import (
     variants,
     why_not,
 )
-from experiments.speed.problem import Problem, make_problem
-from experiments.speed.records import (
+from benchmarks.speed.problem import Problem, make_problem
+from benchmarks.speed.records import (
     MORE_FORWARD,
     NETWORKS,
     FrameworkResult,
@@ -30,7 +30,7 @@ from experiments.speed.records import (
     NetworkResult,
     Request,
 )
-from experiments.speed.timing import Timed, quartiles_of_ratio, time_in_rounds
+from benchmarks.speed.timing import Timed, quartiles_of_ratio, time_in_rounds
 from mtl_jax._base import Signal, Weighting
 from mtl_jax._jacobian import RowsMode
 from mtl_jax._tasks import Losses

@@ -1,4 +1,4 @@
-"""What each kind of weighting sends between devices: ``python -m experiments.communication``."""
+"""What each kind of weighting sends between devices: ``python -m benchmarks.communication``."""
 
 import concurrent.futures
 import dataclasses
@@ -16,7 +16,7 @@ import tyro
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import mtl_jax
-from experiments.hlo import collectives, total_bytes
+from benchmarks.hlo import collectives, total_bytes
 
 WIDTH, CLASSES, EXAMPLES = 256, 16, 128
 """Of the encoder's two dense layers, of each head, and the examples on each device."""
@@ -203,7 +203,7 @@ def markdown_table(measured: Mapping[int, Mapping[str, Sequence[int]]]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits with status 2 after a message if the configuration is wrong."""
-    config = tyro.cli(Config, prog="python -m experiments.communication", args=arguments)
+    config = tyro.cli(Config, prog="python -m benchmarks.communication", args=arguments)
     for name, value in (("--devices", min(config.devices, default=0)), ("--tasks", config.tasks)):
         if value < 2:
             print(f"error: {name} must be at least 2, got {value}.", file=sys.stderr)
@@ -211,7 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
     measured = {devices: measure(devices, config.tasks, tuple(WAYS)) for devices in config.devices}
     given = sys.argv[1:] if arguments is None else arguments
     print(markdown_table(measured))
-    print(f"\nMade by `{shlex.join(['python', '-m', 'experiments.communication', *given])}`")
+    print(f"\nMade by `{shlex.join(['python', '-m', 'benchmarks.communication', *given])}`")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from experiments import communication
-from experiments.communication import PLAIN, sent_bytes
-from experiments.hlo import Collective, collectives, total_bytes
+from benchmarks import communication
+from benchmarks.communication import PLAIN, sent_bytes
+from benchmarks.hlo import Collective, collectives, total_bytes
 
 ADAPTIVE, FAMO = "losses: adaptive", "losses: famo (1 more forward pass)"
 REPRESENTATION = "Gramian at the representation: upgrad"
@@ -138,7 +138,7 @@ def test_command_line(monkeypatch, capsys):
     assert "fsdp, 4 devices" in lines[0]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:4]]
     assert cells == [[PLAIN, "1,000", "2,000"], [ADAPTIVE, "+1", "-1"]]
-    assert lines[-1] == "Made by `python -m experiments.communication --devices 4 --tasks 3`"
+    assert lines[-1] == "Made by `python -m benchmarks.communication --devices 4 --tasks 3`"
     with pytest.raises(SystemExit, match="2"):
         communication.main(["--devices", "1"])
     assert "--devices must be at least 2, got 1" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
-from experiments.speed.records import FrameworkResult, Request
+from benchmarks.speed.records import FrameworkResult, Request
 
 ONE_THREAD = {
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",

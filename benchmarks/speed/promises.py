@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Iterator
 
-from experiments.speed.methods import EVERY, HELD, OWN_STEP
-from experiments.speed.records import MORE_FORWARD, NETWORKS, Measured, NetworkResult, Speed
-from experiments.speed.timing import floor_ratio
+from benchmarks.speed.methods import EVERY, HELD, OWN_STEP
+from benchmarks.speed.records import MORE_FORWARD, NETWORKS, Measured, NetworkResult, Speed
+from benchmarks.speed.timing import floor_ratio
 
 KINDS = {"mlp": 0.7, "conv": 1.0, "tiny": 0.1, "tiny-scan": 0.1}
 """The kinds of networks, and the most of TorchJD's time that full rows should take."""

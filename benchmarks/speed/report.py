@@ -4,8 +4,8 @@ import statistics
 
 import tabulate
 
-from experiments.speed.promises import floor_of, lowest, promises, solver_share
-from experiments.speed.records import NETWORKS, NetworkResult, Speed
+from benchmarks.speed.promises import floor_of, lowest, promises, solver_share
+from benchmarks.speed.records import NETWORKS, NetworkResult, Speed
 
 
 def markdown_report(speed: Speed) -> str:

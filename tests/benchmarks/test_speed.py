@@ -4,11 +4,11 @@ import json
 import jax
 import pytest
 
-from experiments.speed import jax_steps
-from experiments.speed.__main__ import main
-from experiments.speed.methods import HELD, Variant, variants, why_not
-from experiments.speed.promises import kind_of, promises
-from experiments.speed.records import (
+from benchmarks.speed import jax_steps
+from benchmarks.speed.__main__ import main
+from benchmarks.speed.methods import HELD, Variant, variants, why_not
+from benchmarks.speed.promises import kind_of, promises
+from benchmarks.speed.records import (
     NETWORKS,
     FrameworkResult,
     Measured,
@@ -17,8 +17,8 @@ from experiments.speed.records import (
     Request,
     Speed,
 )
-from experiments.speed.report import markdown_report
-from experiments.speed.timing import Timed, floor_ratio, quartiles_of_ratio, time_in_rounds
+from benchmarks.speed.report import markdown_report
+from benchmarks.speed.timing import Timed, floor_ratio, quartiles_of_ratio, time_in_rounds
 
 
 def test_the_floor_is_one_forward_and_k_backward_passes():
@@ -173,7 +173,7 @@ def test_a_wrong_configuration_is_said_plainly(arguments, message, capsys, monke
 def test_results_are_written_and_shown(tmp_path, capsys, monkeypatch):
     plain = Measured("plain", "plain", 0.001, (1.0, 1.0, 1.0))
     result = FrameworkResult("cpu", "CPU time", {"jax": "0"}, [NetworkResult("tiny", [plain])])
-    monkeypatch.setattr("experiments.speed.__main__.ask", lambda module, request: result)
+    monkeypatch.setattr("benchmarks.speed.__main__.ask", lambda module, request: result)
     main(["--networks", "tiny", "--out-dir", str(tmp_path)])
     assert "What a step costs" in capsys.readouterr().out
     assert json.loads((tmp_path / "speed.json").read_text())["machine"]["processor"]

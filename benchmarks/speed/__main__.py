@@ -1,4 +1,4 @@
-"""Measure what a step costs: ``python -m experiments.speed --help``."""
+"""Measure what a step costs: ``python -m benchmarks.speed --help``."""
 
 import dataclasses
 import importlib.util
@@ -12,10 +12,10 @@ import rich.console
 import rich.markdown
 import tyro
 
-from experiments.speed.child import ask
-from experiments.speed.methods import METHODS, check_methods
-from experiments.speed.records import NETWORKS, Request, Speed
-from experiments.speed.report import markdown_report
+from benchmarks.speed.child import ask
+from benchmarks.speed.methods import METHODS, check_methods
+from benchmarks.speed.records import NETWORKS, Request, Speed
+from benchmarks.speed.report import markdown_report
 from mtl_jax.compare import look_up
 
 _NETWORKS_HELP = f"The networks: any of {', '.join(NETWORKS)}."
@@ -77,17 +77,17 @@ def main(arguments: list[str] | None = None) -> None:
 
     Exits with a message: status 2 if the configuration is wrong, 1 if a measurement failed.
     """
-    config = tyro.cli(Config, prog="python -m experiments.speed", args=arguments)
+    config = tyro.cli(Config, prog="python -m benchmarks.speed", args=arguments)
     try:
         request = check(config)
     except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     given = sys.argv[1:] if arguments is None else arguments
-    command = shlex.join(["python", "-m", "experiments.speed", *given])
+    command = shlex.join(["python", "-m", "benchmarks.speed", *given])
     try:
-        peers = ask("experiments.speed.torch_steps", request) if config.peers else None
-        ours = ask("experiments.speed.jax_steps", request)
+        peers = ask("benchmarks.speed.torch_steps", request) if config.peers else None
+        ours = ask("benchmarks.speed.jax_steps", request)
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

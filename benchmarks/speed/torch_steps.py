@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.speed.child import package_versions, progress, serve
-from experiments.speed.methods import least_tasks
-from experiments.speed.records import (
+from benchmarks.speed.child import package_versions, progress, serve
+from benchmarks.speed.methods import least_tasks
+from benchmarks.speed.records import (
     LEARNING_RATE,
     NETWORKS,
     FrameworkResult,
@@ -22,7 +22,7 @@ from experiments.speed.records import (
     NetworkResult,
     Request,
 )
-from experiments.speed.timing import (
+from benchmarks.speed.timing import (
     Timed,
     quartiles_of_ratio,
     seconds_a_step,

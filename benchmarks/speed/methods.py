@@ -6,7 +6,7 @@ from typing import NamedTuple
 import optax
 
 import mtl_jax
-from experiments.speed.records import LEARNING_RATE, Network
+from benchmarks.speed.records import LEARNING_RATE, Network
 from mtl_jax._base import Aggregator, Signal, Weighting
 from mtl_jax._jacobian import RowsMode
 from mtl_jax.compare import WEIGHTINGS, look_up

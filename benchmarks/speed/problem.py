@@ -11,9 +11,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from benchmarks.speed.records import Network
 from experiments.networks.convolution import Conv
 from experiments.networks.heads import Heads
-from experiments.speed.records import Network
 from mtl_jax._tasks import Losses
 
 

@@ -1,0 +1,1 @@
+"""What a step costs with each weighting: ``python -m benchmarks.speed --help``."""

@@ -1,1 +1,0 @@
-"""What a step costs with each weighting: ``python -m experiments.speed --help``."""

@@ -3,10 +3,15 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
-PIP := pip install --quiet --disable-pip-version-check
-# Quick tests of every part of the library proper.
+# What is imported is compiled then, and kept; to compile all that is installed takes longer.
+export PYTHONDONTWRITEBYTECODE :=
+PIP := pip install --quiet --disable-pip-version-check --no-compile
+# Quick tests of every part of the library proper, and those of them that are run twice.
 CORE_TESTS := $(addprefix tests/, loss_weightings/test_golden.py gramian_weightings/test_solved.py \
 	test_tasks.py test_transforms.py test_train.py test_representation.py test_interop.py)
+QUICK_TESTS := $(CORE_TESTS) $(addprefix tests/, gramian_weightings/test_surgery.py \
+	gradient_aggregators/test_golden.py gradient_weightings test_methods.py test_wrappers.py \
+	test_masking.py test_diagnostics.py test_evaluation.py test_evaluation_pareto.py)
 # What has the extra `test` has every extra.
 installed = $(firstword $(wildcard $(VENV)/installed-test) $(VENV)/installed-$(1))
 
@@ -41,7 +46,7 @@ check: $(VENV)/installed-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest -n auto -q $(CORE_TESTS)
+	$(BIN)/python -m pytest -n auto -q $(QUICK_TESTS)
 
 # The library alone, as a wheel, with the oldest versions that pyproject.toml allows.
 test-lowest: $(LOWEST)/installed

@@ -15,10 +15,21 @@ import jax
 import pytest
 from processes import forked_cpu_seconds
 
-LONGEST = (
-    "tests/compare/test_distributed.py",
-    "tests/loss_weightings/test_shared_checks.py",
-    "tests/test_gramian_transforms.py",
+LONGEST = tuple(
+    f"tests/{file}.py"
+    for file in (
+        "experiments/test_compare",
+        "test_distributed",
+        "compare/test_distributed",
+        "compare/test_tuning",
+        "examples/test_examples",
+        "compare/test_resume",
+        "test_sharding",
+        "loss_weightings/test_shared_checks",
+        "compare/test_training",
+        "experiments/test_networks",
+        "documentation/test_code",
+    )
 )
 """Files of tests, the longest first."""
 

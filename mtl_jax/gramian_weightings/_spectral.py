@@ -45,12 +45,18 @@ def cosines(gramian: Float[Array, "tasks tasks"]) -> Float[Array, "tasks tasks"]
     return jnp.clip(gramian / scale[:, None] / scale[None, :], -1, 1)
 
 
-def rounding(gramian: Float[Array, "tasks tasks"]) -> float:
-    """What a sum over the tasks may be off by, relative to the sum of its terms' sizes."""
-    return 10 * gramian.shape[0] * float(jnp.finfo(gramian.dtype).eps)
+def rounding(gramian: Float[Array, "tasks tasks"], eps: float | None = None) -> float:
+    """What a sum over the tasks may be off by, relative to the sum of its terms' sizes.
+
+    Args:
+      gramian: the Gramian.
+      eps: the rounding unit of the terms; by default that of the Gramian's dtype.
+    """
+    eps = float(jnp.finfo(gramian.dtype).eps) if eps is None else eps
+    return 10 * gramian.shape[0] * eps
 
 
-def spectrum(gramian: Float[Array, "tasks tasks"]) -> Spectrum:
+def spectrum(gramian: Float[Array, "tasks tasks"], eps: float) -> Spectrum:
     r"""Eigenvalues and eigenvectors of a Gramian by Jacobi's method.
 
     With D the diagonal matrix of the gradients' norms and :math:`G = D C D`, the relative error
@@ -60,6 +66,10 @@ def spectrum(gramian: Float[Array, "tasks tasks"]) -> Spectrum:
     An eigenvalue is kept where its unit eigenvector v has :math:`v^\top G v` beyond rounding of
     :math:`v^\top D^2 v`: a question of the angles between the gradients, not of their norms. The
     Gramian may be singular, and indefinite up to rounding.
+
+    Args:
+      gramian: the Gramian.
+      eps: the rounding unit of its entries.
 
     References:
       Demmel and Veselić, `Jacobi's Method is More Accurate than QR
@@ -113,5 +123,5 @@ def spectrum(gramian: Float[Array, "tasks tasks"]) -> Spectrum:
     start = (jnp.pad(gramian, (0, size - number)), jnp.eye(size, dtype=gramian.dtype), 0)
     matrix, vectors, _ = jax.lax.while_loop(unfinished, sweep, start)
     values = jnp.diagonal(matrix)
-    kept = values > rounding(gramian) * product(vectors**2, squares)
+    kept = values > rounding(gramian, eps) * product(vectors**2, squares)
     return Spectrum(jnp.where(kept, values, 1), vectors[:, :number], kept, unit)

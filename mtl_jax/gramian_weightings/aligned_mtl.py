@@ -8,6 +8,7 @@ from mtl_jax._base import Signal, Weighting
 from mtl_jax._checks import check_option
 from mtl_jax._lift import vector_weighting
 from mtl_jax.gramian_weightings._spectral import spectrum
+from mtl_jax.solvers._precision import in_float64
 
 
 def aligned_mtl(scale: Literal["min", "median", "rmse"] = "min") -> Weighting:
@@ -54,8 +55,8 @@ def aligned_mtl(scale: Literal["min", "median", "rmse"] = "min") -> Weighting:
     """
     check_option(scale, ("min", "median", "rmse"), "aligned_mtl: `scale`")
 
-    def update(losses, state, present, steps, gramian):
-        eigen = spectrum(gramian)
+    def weights(gramian, present, *, eps):
+        eigen = spectrum(gramian, eps)
         rank = jnp.sum(eigen.kept)
         if scale == "rmse":
             level = jnp.mean(eigen.values, where=eigen.kept | (rank == 0))
@@ -63,6 +64,9 @@ def aligned_mtl(scale: Literal["min", "median", "rmse"] = "min") -> Weighting:
             middle = 0 if scale == "min" else (jnp.maximum(rank, 1) - 1) // 2
             level = jnp.sort(jnp.where(eigen.kept | (rank == 0), eigen.values, jnp.inf))[middle]
         mean = present.astype(gramian.dtype) / jnp.maximum(jnp.sum(present, dtype=gramian.dtype), 1)
-        return jnp.sqrt(level) * eigen.apply(1 / jnp.sqrt(eigen.values), mean), state
+        return jnp.sqrt(level) * eigen.apply(1 / jnp.sqrt(eigen.values), mean)
+
+    def update(losses, state, present, steps, gramian):
+        return in_float64(weights, gramian, present), state
 
     return vector_weighting(update, needs=Signal.GRAMIAN)

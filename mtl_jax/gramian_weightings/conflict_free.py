@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from mtl_jax._base import Signal, Weighting
 from mtl_jax._lift import vector_weighting
 from mtl_jax.gramian_weightings._spectral import cosines, gradient_norms, rounding, spectrum
+from mtl_jax.solvers._precision import in_float64
 
 
 def conflict_free() -> Weighting:
@@ -43,8 +44,8 @@ def conflict_free() -> Weighting:
       [2.0, 0.667]
     """
 
-    def update(losses, state, present, steps, gramian):
-        norms, eigen = gradient_norms(gramian), spectrum(cosines(gramian))
+    def weights(gramian, *, eps):
+        norms, eigen = gradient_norms(gramian), spectrum(cosines(gramian), eps)
         ones = (norms > 0).astype(gramian.dtype)
         v = eigen.apply(1 / eigen.values, ones)
         size = jnp.sum(v)  # = |U^+ 1|^2
@@ -52,8 +53,11 @@ def conflict_free() -> Weighting:
         length = jnp.sum(norms * unit_products)
         # The same sum without cancellation; a square, so its rounding is one too.
         sizes = eigen._replace(vectors=jnp.abs(eigen.vectors)).apply(1 / eigen.values, ones)
-        exists = size > rounding(gramian) ** 2 * jnp.sum(sizes)
+        exists = size > rounding(gramian, eps) ** 2 * jnp.sum(sizes)
         scale = jnp.where(exists, size, 1) * jnp.where(norms > 0, norms, 1)
-        return jnp.where(exists, v * (length / scale), 0), state
+        return jnp.where(exists, v * (length / scale), 0)
+
+    def update(losses, state, present, steps, gramian):
+        return in_float64(weights, gramian), state
 
     return vector_weighting(update, needs=Signal.GRAMIAN)

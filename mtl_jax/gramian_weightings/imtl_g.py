@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from mtl_jax._base import Signal, Weighting
 from mtl_jax._lift import vector_weighting
 from mtl_jax.gramian_weightings._spectral import gradient_norms, rounding, spectrum
+from mtl_jax.solvers._precision import in_float64
 
 
 def imtl_g() -> Weighting:
@@ -41,14 +42,21 @@ def imtl_g() -> Weighting:
       [0.75, 0.25]
     """
 
-    def update(losses, state, present, steps, gramian):
-        eigen = spectrum(gramian)
+    def weights(gramian, *, eps):
+        eigen = spectrum(gramian, eps)
         norms = gradient_norms(gramian) / eigen.unit  # only their ratios count
         v = eigen.apply(1 / eigen.values, norms)
         total = jnp.sum(v)
-        # The same sum without cancellation.
+        # What rounding makes of the sum: in adding it up, and, to first order, in the entries of
+        # the Gramian, each of which may be off by eps times the product of two norms.
         sizes = eigen._replace(vectors=jnp.abs(eigen.vectors)).apply(1 / eigen.values, norms)
-        exists = jnp.abs(total) > rounding(gramian) * jnp.sum(sizes)
-        return jnp.where(exists, v / jnp.where(exists, total, 1), 0), state
+        slope = eigen.apply(1 / eigen.values, jnp.ones_like(norms))
+        noise = rounding(gramian) * jnp.sum(sizes)
+        noise += 4 * eps * jnp.linalg.norm(slope * norms) * jnp.linalg.norm(v * norms)
+        exists = jnp.abs(total) > noise
+        return jnp.where(exists, v / jnp.where(exists, total, 1), 0)
+
+    def update(losses, state, present, steps, gramian):
+        return in_float64(weights, gramian), state
 
     return vector_weighting(update, needs=Signal.GRAMIAN)

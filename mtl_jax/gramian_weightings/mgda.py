@@ -9,6 +9,7 @@ from mtl_jax._checks import check_option
 from mtl_jax.gramian_weightings._solved import solved
 from mtl_jax.solvers import minimum_norm_point
 from mtl_jax.solvers._cosines import inverse_lengths, read_gramian
+from mtl_jax.solvers._precision import in_float64
 from mtl_jax.solvers._quadratic import shortest_combination
 
 
@@ -59,7 +60,10 @@ def mgda(normalization: Literal["l2", "loss", "loss+"] | None = None) -> Weighti
     def solve(gramian, losses, present):
         if normalization is None:
             return minimum_norm_point(gramian, present)
-        rows = read_gramian(gramian, present)
+        return in_float64(normalized, gramian, losses, present)
+
+    def normalized(gramian, losses, present, *, eps):
+        rows = read_gramian(gramian, present, eps)
         # A zero gradient is one whatever it is divided by.
         valid = jnp.asarray(True) if normalization == "l2" else jnp.all((losses > 0) | ~rows.usable)
         # The inverse lengths after the division; the lengths themselves may overflow.

@@ -33,10 +33,11 @@ class Rows(NamedTuple):
     unit: Float[Array, ""]  # the largest length, in which the lengths are measured
     lengths: Float[Array, "tasks"]  # 1 where not usable
     cosines: Float[Array, "tasks tasks"]
+    eps: float  # the rounding unit of the Gramian's entries
 
 
 def read_gramian(
-    gramian: Float[Array, "tasks tasks"], present: Bool[Array, "tasks"] | None
+    gramian: Float[Array, "tasks tasks"], present: Bool[Array, "tasks"] | None, eps: float
 ) -> Rows:
     """Check the arguments of a solver and take the Gramian apart."""
     gramian = read_array(gramian, "The Gramian")
@@ -44,7 +45,6 @@ def read_gramian(
         raise ValueError(f"A Gramian is tasks x tasks, got an array of shape {gramian.shape}.")
     if not jnp.issubdtype(gramian.dtype, jnp.floating):
         raise TypeError(f"The Gramian must hold real floating-point numbers, got {gramian.dtype}.")
-    gramian = gramian.astype(jnp.float32) if gramian.dtype.itemsize < 4 else gramian
     K = gramian.shape[0]
     present = jnp.ones((K,), bool) if present is None else read_array(present, "`present`")
     if present.shape != (K,):
@@ -59,7 +59,7 @@ def read_gramian(
     unit = jnp.max(jnp.where(usable, lengths, 0), initial=0)
     unit = jnp.where(unit > 0, unit, 1)
     lengths = jnp.where(usable, lengths / unit, 1)
-    return Rows(present, usable, present & ~usable, unit, lengths, cosines)
+    return Rows(present, usable, present & ~usable, unit, lengths, cosines, eps)
 
 
 def read_vector(value: Float[Array, "tasks"], name: str, rows: Rows) -> Float[Array, "tasks"]:

@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from mtl_jax._checks import compiled
@@ -16,6 +17,7 @@ from mtl_jax.solvers._cosines import (
     read_gramian,
     safe_divide,
 )
+from mtl_jax.solvers._precision import in_float64
 from mtl_jax.solvers._quadratic import shortest_combination
 
 
@@ -62,18 +64,17 @@ def fair_point(
       [1.0, 0.25]
     """
     check_at_least_zero(alpha, "alpha", strictly=True)
-    return _fair_point(gramian, alpha, present)
+    return _compiled_fair_point(gramian, alpha, present)
 
 
 @compiled
-def _fair_point(
-    gramian: Float[Array, "tasks tasks"],
-    alpha: float | Float[Array, ""],
-    present: Bool[Array, "tasks"] | None,
-) -> Solution:
-    rows = read_gramian(gramian, present)
+def _compiled_fair_point(gramian: Array, alpha: ArrayLike, present: Array | None) -> Solution:
+    return in_float64(_fair_point, gramian, alpha, present)
+
+
+def _fair_point(gramian: Array, alpha: ArrayLike, present: Array | None, *, eps: float) -> Solution:
+    rows = read_gramian(gramian, present, eps)
     dtype, K = rows.cosines.dtype, rows.lengths.size
-    eps = jnp.finfo(dtype).eps
     p = 1 / jnp.asarray(alpha, dtype)
 
     # With y = length * x, G x = x^-p is C y = m y^-p, m = length^(p - 1). Scaled to max(m) = 1.

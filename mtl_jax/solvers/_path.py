@@ -40,13 +40,13 @@ class _Path(NamedTuple):
 
 def follow(
     rows: Rows,
-    q: Float[Array, "tasks"],
+    t: Float[Array, "tasks"],
     a: Float[Array, "tasks"],
     until: Callable[[Segment], Float[Array, ""] | float],
 ) -> Segment:
     r"""Follow the path of y(nu) >= 0, z = C y + q - nu a >= 0, y'z = 0 upwards from y = 0.
 
-    C are the cosines, q is in the range of C, and a > 0. The parameter is tau = nu + a'y, so that
+    C are the cosines, q = C t, and a > 0. The parameter is tau = nu + a'y, so that
 
         z = M y + q - tau a,  M = C + a a'.
 
@@ -58,7 +58,7 @@ def follow(
 
     Args:
       rows: the tasks.
-      q: as above.
+      t: as above, the weights of g0 with respect to gradients of length 1.
       a: as above, 0 where a task is not usable.
       until: how much further tau may grow on a segment until the wanted point is reached.
 
@@ -66,8 +66,12 @@ def follow(
       The wanted point, or the last corner if it is not on the path.
     """
     C, usable = rows.cosines, rows.usable
+    q = product(C, t)
     K, eps = q.size, jnp.finfo(q.dtype).eps
     M = C + a[:, None] * a[None, :]
+    # The path begins where the first of the z_k, still with y = 0, meets zero.
+    start = jnp.min(jnp.where(usable, q / jnp.where(usable, a, 1), jnp.inf), initial=jnp.inf)
+    start = jnp.where(jnp.any(usable), start, 0)
 
     def pivot(path: _Path) -> _Path:
         # 1. Solve for the segment: y of the tasks inside, and where it goes as tau grows. In a
@@ -80,12 +84,19 @@ def follow(
 
         # y does not jump where the set changes: from where it was, there is little to correct.
         wanted = jnp.stack([tau * a - q, a], axis=1)
-        start = jnp.stack([jnp.where(inside, path.segment.y, 0), jnp.zeros_like(a)], axis=1)
-        y, ray = jnp.unstack(lax.fori_loop(0, 3, refine, start), axis=1)
+        guess = jnp.stack([jnp.where(inside, path.segment.y, 0), jnp.zeros_like(a)], axis=1)
+        y, ray = jnp.unstack(lax.fori_loop(0, 3, refine, guess), axis=1)
         # 2. How fast nu grows with tau: not at all where the gradients inside are dependent.
         size = jnp.sum(jnp.abs(ray))
         gain, curvature = jnp.sum(a * ray), jnp.sum(ray * product(C, ray))
-        slope = jnp.where(curvature > 4 * eps * size**2, safe_divide(curvature, gain), 0)
+        # Curvature that may be the rounding of the Gramian's entries is none, but for one thing:
+        # below nu = 0 nu does grow, since d = 0 has <g_k, d> >= 0 for all k.
+        noise, rounding = 4 * K * rows.eps * size**2, 4 * K * eps
+        scale = jnp.abs(start) + jnp.sum(jnp.abs(t)) + jnp.sum(path.segment.y)
+        below = path.segment.nu < -rounding * scale
+        growth = jnp.where(curvature > rounding * size**2, curvature, noise)
+        slope = jnp.where(curvature > noise, curvature, jnp.where(below, growth, 0))
+        slope = safe_divide(slope, gain)
         slope = jnp.where(jnp.any(inside), slope, 1)
         y = jnp.where(slope > 0, y, path.segment.y)  # else it would pick up noise along the ray
 
@@ -95,7 +106,10 @@ def follow(
         movable = inside | (usable & independent & (slope > 0))
         rate = jnp.where(inside, ray, product(M, ray) - a)
         value = jnp.where(inside, y, product(M, y) + q - tau * a)
-        meets = movable & (rate < -4 * eps * (a + size))
+        # Where nu stays, so does d: a task leaves only if its y surely falls, not by rounding, for
+        # which the step would be a huge one.
+        least = jnp.where(slope > 0, 8 * K * eps * (a + size), eps**0.5 * size)
+        meets = movable & (rate < -least)
         steps = jnp.where(meets, safe_divide(jnp.maximum(value, 0), -rate), jnp.inf)
         k = jnp.argmin(steps)
         # 4. Go to that corner, or to the wanted point if it comes first.
@@ -115,9 +129,6 @@ def follow(
         T = jnp.where(this[:, None] & this[None, :], -1 / row[k], T)
         return _Path(segment, tau, T, inside ^ this, done, path.pivots + 1)
 
-    # The path begins where the first of the z_k, still with y = 0, meets zero.
-    start = jnp.min(jnp.where(usable, q / jnp.where(usable, a, 1), jnp.inf), initial=jnp.inf)
-    start = jnp.where(jnp.any(usable), start, 0)
     zeros = jnp.zeros_like(q)
     path = _Path(
         segment=Segment(zeros, zeros, start, jnp.ones_like(start)),

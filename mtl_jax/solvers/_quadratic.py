@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from mtl_jax._checks import compiled
@@ -19,6 +20,7 @@ from mtl_jax.solvers._cosines import (
     safe_divide,
 )
 from mtl_jax.solvers._path import Segment, follow
+from mtl_jax.solvers._precision import in_float64
 
 
 @compiled
@@ -68,7 +70,11 @@ def minimum_norm_point(
       >>> [round(float(weight), 4) for weight in weights]
       [0.8, 0.2]
     """
-    rows = read_gramian(gramian, present)
+    return in_float64(_minimum_norm_point, gramian, present)
+
+
+def _minimum_norm_point(gramian: Array, present: Array | None, *, eps: float) -> Solution:
+    rows = read_gramian(gramian, present, eps)
     return shortest_combination(rows, inverse_lengths(rows))
 
 
@@ -79,7 +85,7 @@ def shortest_combination(rows: Rows, a: Float[Array, "tasks"]) -> Solution:
       rows: the tasks.
       a: the inverse lengths, the largest of them being 1; 0 where a task is not usable.
     """
-    path = follow(rows, product(rows.cosines, rows.usable.astype(a.dtype)), a, lambda _: jnp.inf)
+    path = follow(rows, rows.usable.astype(a.dtype), a, lambda _: jnp.inf)
     y, residual = _exchange(rows, a, safe_divide(path.ray, jnp.sum(a * path.ray)))
     any_zero = jnp.any(rows.zero)
     x = jnp.where(any_zero, mean_of(rows.zero, a.dtype), safe_divide(a * y, jnp.sum(a * y)))
@@ -175,7 +181,13 @@ def dual_cone_projection(
       >>> [round(float(weight), 4) for weight in weights]
       [1.0, 1.0]
     """
-    rows = read_gramian(gramian, present)
+    return in_float64(_dual_cone_projection, gramian, target, present)
+
+
+def _dual_cone_projection(
+    gramian: Array, target: Array, present: Array | None, *, eps: float
+) -> Solution:
+    rows = read_gramian(gramian, present, eps)
     a = rows.usable.astype(rows.cosines.dtype)
     target = read_vector(target, "target", rows)
     t = jnp.where(rows.usable, rows.lengths * target, 0)
@@ -187,7 +199,7 @@ def dual_cone_projection(
         # Where nu stays, it is 0: the gradients inside are dependent, and so are their z.
         return jnp.where(at.nu < 0, safe_divide(-at.nu, at.slope), 0)
 
-    y = follow(rows, q, a, until).y
+    y = follow(rows, t, a, until).y
     residual = complementarity(y, q + product(rows.cosines, y))
     residual = safe_divide(residual, root(jnp.sum(t * q)))
     return Solution(target + size * y / rows.lengths, residual)
@@ -242,16 +254,18 @@ def maximin_in_ball(
       [1.5308, 0.5]
     """
     check_at_least_zero(radius, "radius")
-    return _maximin_in_ball(gramian, radius, present)
+    return _compiled_maximin(gramian, radius, present)
 
 
 @compiled
+def _compiled_maximin(gramian: Array, radius: ArrayLike, present: Array | None) -> Solution:
+    return in_float64(_maximin_in_ball, gramian, radius, present)
+
+
 def _maximin_in_ball(
-    gramian: Float[Array, "tasks tasks"],
-    radius: float | Float[Array, ""],
-    present: Bool[Array, "tasks"] | None,
+    gramian: Array, radius: ArrayLike, present: Array | None, *, eps: float
 ) -> Solution:
-    rows = read_gramian(gramian, present)
+    rows = read_gramian(gramian, present, eps)
     a = inverse_lengths(rows)
     mean = mean_of(rows.present, a.dtype)
     t = jnp.where(rows.usable, rows.lengths * mean, 0)
@@ -270,7 +284,7 @@ def _maximin_in_ball(
         to_zero = jnp.where(at.nu < 0, safe_divide(-at.nu, at.slope, jnp.inf), 0)
         return jnp.where(any_zero, jnp.minimum(s, to_zero), s)
 
-    path = follow(rows, q, a, until)
+    path = follow(rows, t, a, until)
     Cy = product(rows.cosines, path.y)
     off_sphere = jnp.abs(root(jnp.sum(path.y * Cy)) - distance)
     off_sphere = jnp.minimum(off_sphere, jnp.where(any_zero, jnp.maximum(-path.nu, 0), jnp.inf))

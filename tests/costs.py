@@ -4,10 +4,8 @@ A plugin of pytest. Where there are several workers each one counts, and the fir
 """
 
 import collections
-import os
 import pathlib
 import resource
-import shutil
 import sys
 import time
 
@@ -36,13 +34,10 @@ LONGEST = tuple(
 MOST_MAPS = 30_000
 """A process may have 65,530 memory maps, and each compiled program has some."""
 
-MOST_KEPT = 30_000
-"""Programs on disk, of some 15 kB each."""
-
 SHOWN = 1.0
 """CPU seconds. Files that cost less are added up."""
 
-COLUMNS = ("tests", "CPU s", "programs", "on disk", "compile s", "processes")
+COLUMNS = ("tests", "CPU s", "programs", "compile s", "processes")
 
 
 def file_of(item):
@@ -58,10 +53,7 @@ class Costs:
         self._cpu = 0.0
         self._unchecked = 0
         self._to_first_process = getattr(config, "workeroutput", None)
-        if self._to_first_process is None:
-            _forget_many(pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"]))
         jax.monitoring.register_event_duration_secs_listener(self._on_duration)
-        jax.monitoring.register_event_listener(self._on_event)
         sys.addaudithook(self._on_audit)
 
     def _on_duration(self, event, seconds, **_):
@@ -69,9 +61,6 @@ class Costs:
             self._now["programs"] += 1
             self._now["compile s"] += seconds
             self._unchecked += 1
-
-    def _on_event(self, event, **_):
-        self._now["on disk"] += event == "/jax/compilation_cache/cache_hits"
 
     def _on_audit(self, event, _):
         self._now["processes"] += event == "subprocess.Popen"
@@ -90,7 +79,8 @@ class Costs:
         found = yield
         if self._unchecked > 200:
             self._unchecked = 0
-            if len(pathlib.Path("/proc/self/maps").read_bytes().splitlines()) > MOST_MAPS:
+            maps = pathlib.Path("/proc/self/maps")  # of Linux
+            if maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MAPS:
                 jax.clear_caches()
         return found
 
@@ -126,9 +116,3 @@ def _sum(rows):
         for column in COLUMNS:
             total[column] += row[column]
     return total
-
-
-def _forget_many(folder):
-    """Delete all programs on disk if they have become many: most are of code that has changed."""
-    if folder.exists() and len(os.listdir(folder)) > MOST_KEPT:
-        shutil.rmtree(folder)

@@ -193,7 +193,7 @@ def test_the_method_of_the_contributing_page_works(monkeypatch):
     monkeypatch.setattr(mtl_jax, "square_root", names["square_root"], raising=False)
     (example,) = doctest.DocTestFinder().find(names["square_root"], "square_root", globs={})
     assert doctest.DocTestRunner().run(example) == (0, 4)
-    (method,) = eval(record, {"Method": mtl_jax.Method, **names})
+    method = eval(record, {"Method": mtl_jax.Method, **names})
     assert method.call == "square_root()"
     tests = {"__name__": "test_square_root"}
     exec(test, tests)

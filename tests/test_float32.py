@@ -92,13 +92,14 @@ def test_degenerate_problems_are_solved_as_in_float64(kind, name):
     single, double = in_both_precisions(function, J)
     assert single.x.dtype == np.float32
     assert double.x.dtype == np.float64
-    assert np.max(double.residual) < 1e-3
+    # One projection in 20,000 stops 2e-4 short, whatever the precision; its residual says so.
+    for found in (single, double):
+        assert np.sum(found.residual > 1e-4) <= (name in ("upgrad", "minimum_norm_point"))
+        assert np.max(found.residual) < 1e-3
     lengths = np.linalg.norm(J, axis=2).max(axis=1)
     directions = [np.einsum("nk,nkp->np", found.x.astype(float), J) for found in (single, double)]
     errors = np.linalg.norm(directions[0] - directions[1], axis=1) / lengths
     assert np.max(errors) <= tolerance, np.argmax(errors)
-    if name != "minimum_norm_point":
-        assert np.max(single.residual) < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import shutil
+import time
 import urllib.parse
 import warnings
 from types import TracebackType
@@ -97,7 +98,7 @@ class RunCheckpoints:
         # that outlives a manager, and so from under the next one.
         if is_first_process():
             for unfinished in self.folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-                shutil.rmtree(unfinished)
+                _remove(unfinished)
         wait_for_all("what was being written is removed")
         when = ocp.checkpoint_managers
         seconds = self._options.seconds
@@ -226,6 +227,16 @@ class RunCheckpoints:
             f"A checkpoint in {self.folder} could not be written, as when the disk is full; those "
             f"before it are kept. {_brief(error)}"
         )
+
+
+def _remove(folder: pathlib.Path) -> None:
+    """Remove a folder in which TensorStore may still be at work after a write has failed."""
+    for _ in range(50):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
+    shutil.rmtree(folder)  # raises the reason
 
 
 def problems_in(folder: pathlib.Path) -> set[str]:

@@ -82,6 +82,8 @@ class VectorMethod(NamedTuple):
       observe: ``observe(losses, state, present) -> state``, or ``None``.
       due: ``due(state) -> bool``, or ``None``.
       needs: the signal that ``update`` reads.
+      positive_losses: whether a loss of exactly 0 has no answer, or teaches what is not meant: the
+        transforms then leave its task out of the step.
     """
 
     init: Callable[..., Any]
@@ -89,6 +91,7 @@ class VectorMethod(NamedTuple):
     observe: Callable[..., Any] | None
     due: Callable[..., Any] | None
     needs: Signal
+    positive_losses: bool
 
 
 class Weighting(NamedTuple):

@@ -413,6 +413,7 @@ class ParameterJacobian:
       tasks: the tasks.
       present: which of them are.
       shared: the parameters that enter the rows, ``None`` standing for the others.
+      whole: whether all parameters enter them.
     """
 
     def __init__(
@@ -428,6 +429,7 @@ class ParameterJacobian:
         self._parts = Partition.of(params, shared)
         self._axes, self._linear = axes, None
         self.shared = self._parts.join(self._parts.shared(params), None)
+        self.whole = not self._parts.has_rest
         # The one forward pass. Low memory needs the derivative in both directions.
         if rows == "low_memory":
             self.losses, self._linear, self._transpose, self.aux = linearize(losses_fn, params)
@@ -514,6 +516,7 @@ class RepresentationJacobian:
     """
 
     shared = None
+    whole = False  # the heads have parameters of their own
 
     def __init__(
         self,

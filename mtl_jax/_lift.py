@@ -40,11 +40,14 @@ class WeightingState(NamedTuple):
 
     Attributes:
       steps: for each task, the updates in which it was present and which were not skipped.
+      latest: for each task, whether it was present in the latest of them; ``observe`` is about
+        these tasks alone.
       inner: what the method itself carries.
       tasks: whose state it is; not an array, and the same for the whole training.
     """
 
     steps: Int32[Array, "tasks"]
+    latest: Bool[Array, "tasks"]
     inner: PyTree
     tasks: Tasks
 
@@ -63,6 +66,7 @@ def vector_weighting(
     observe: VectorObserve | None = None,
     needs: Signal = Signal.LOSSES,
     due: Callable[[PyTree], Bool[Array, ""]] | None = None,
+    positive_losses: bool = False,
 ) -> Weighting:
     """Make a :class:`Weighting` of functions written on the vector of K task losses.
 
@@ -86,6 +90,9 @@ def vector_weighting(
       needs: the signal that ``update`` reads.
       due: ``due(state) -> bool``, for a method that reads its signal only now and then: whether it
         must be measured at this step. Where it need not, ``update`` is called with ``None`` for it.
+      positive_losses: whether a loss of exactly 0 has no answer, or teaches the method what is not
+        meant. :func:`mtl_jax.value_and_grad` and its like then leave the task out of the step, as
+        if it had no labels; ``update`` itself is not changed by it.
 
     Returns:
       The weighting.
@@ -112,6 +119,7 @@ def vector_weighting(
     optional = {"observe": observe, "due": due}
     given = {name: function for name, function in optional.items() if function is not None}
     check_functions("vector_weighting", update=update, init=init, **given)
+    check_flags("vector_weighting", positive_losses=positive_losses)
     if not isinstance(needs, Signal):
         raise TypeError(f"vector_weighting: `needs` must be a mtl_jax.Signal, got {needs!r}.")
 
@@ -138,6 +146,7 @@ def vector_weighting(
 
     def observe_fn(losses: Vector, state: WeightingState, present: Mask) -> WeightingState:
         assert observe is not None
+        present = present & state.latest
         inner = observe(losses, state.inner, present)
         hint = "It must be as `init` made it."
         _check_like(inner, state.inner, "The state that `observe` returned", hint)
@@ -151,6 +160,7 @@ def vector_weighting(
             observe=None if observe is None else observe_fn,
             due=None if due is None else lambda state: due(state.inner),
             needs=needs,
+            positive_losses=positive_losses,
         )
     )
 
@@ -446,13 +456,14 @@ def _initial_state(inner: PyTree, tasks: Tasks) -> WeightingState:
             )
     # Copies, so that no leaf aliases an argument, a constant or another leaf.
     inner = jax.tree.map(jnp.copy, inner)
-    return WeightingState(jnp.zeros((tasks.number,), jnp.int32), inner, tasks)
+    number = (tasks.number,)
+    return WeightingState(jnp.zeros(number, jnp.int32), jnp.ones(number, bool), inner, tasks)
 
 
 def _next_state(inner: PyTree, state: WeightingState, present: Mask) -> WeightingState:
     """The state with another inner part, the step of the present tasks counted."""
     steps = jnp.where(present, optax.safe_increment(state.steps), state.steps)
-    return state._replace(steps=steps, inner=inner)
+    return state._replace(steps=steps, latest=present, inner=inner)
 
 
 def read_state(

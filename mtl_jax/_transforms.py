@@ -56,6 +56,7 @@ def value_and_grad(
     has_aux: bool = False,
     shared: Shared = None,
     rows: RowsMode = "auto",
+    leave_out_zero: bool = True,
     diagnostics: bool = False,
     axis_name: AxisName = None,
 ) -> MultiTaskGradient:
@@ -90,6 +91,14 @@ def value_and_grad(
         on CPU ``"unrolled"`` for up to 5 tasks and ``"map"`` for more, and so on several devices
         with Auto mesh axes; on other backends ``"vmap"``. On CPU the gradient of a convolution is
         slow inside a loop, so ``"unrolled"`` may be better there.
+      leave_out_zero: whether a task that has nothing to say in a step is left out of its decision,
+        as if it had no labels (``mask``): a task whose row of the measured Gramian, or whose task
+        gradient, is exactly zero, or whose loss is, for a weighting that needs positive losses. So
+        is a constraint that is satisfied, or a detector's loss of boxes in a batch without any.
+        ``False`` keeps to the theory: a task with a zero gradient cannot be improved, and many
+        methods then give it all the weight, which ends the training. A task that is left out has
+        weight 0; where parameters outside the Gramian may still learn from it (``shared``), the
+        mean absolute weight of the others, or 1 if there are none.
       diagnostics: whether to return the :class:`mtl_jax.Diagnostics` of the task gradients; then
         the Gramian is measured whatever the weighting reads.
       axis_name: inside ``jax.shard_map``, the mesh axis along which the batch is spread, or a tuple
@@ -127,7 +136,9 @@ def value_and_grad(
       4.0
     """
     check_functions("value_and_grad", losses_fn=losses_fn)
-    check_flags("value_and_grad", has_aux=has_aux, diagnostics=diagnostics)
+    check_flags(
+        "value_and_grad", has_aux=has_aux, leave_out_zero=leave_out_zero, diagnostics=diagnostics
+    )
     choose_rows(rows, number=1)
     if not isinstance(weighting, Aggregator):
         check_weighting(weighting)
@@ -150,7 +161,7 @@ def value_and_grad(
             axes=read_axis_name(axis_name),
         )
 
-    return _gradient(weighting, losses, jacobian, shared, diagnostics, axis_name)
+    return _gradient(weighting, losses, jacobian, shared, leave_out_zero, diagnostics, axis_name)
 
 
 def representation_value_and_grad(
@@ -164,6 +175,7 @@ def representation_value_and_grad(
     gramian: Literal["representation", "encoder"] = "representation",
     shared: Shared = None,
     rows: RowsMode = "auto",
+    leave_out_zero: bool = True,
     diagnostics: bool = False,
     axis_name: AxisName = None,
 ) -> MultiTaskGradient:
@@ -202,6 +214,8 @@ def representation_value_and_grad(
         use have a gradient of 0. Naming them saves the memory of these zeros.
       rows: with ``gramian="encoder"``, how the K passes through the encoder are done, as in
         :func:`mtl_jax.value_and_grad`.
+      leave_out_zero: whether a task whose gradient at z is exactly zero is left out of the
+        decision, as in :func:`mtl_jax.value_and_grad`; its head still learns.
       diagnostics: whether to return the :class:`mtl_jax.Diagnostics` of the gradients at z; then
         the Gramian is measured whatever the weighting reads.
       axis_name: inside ``jax.shard_map``, the mesh axis along which the batch is spread, or a tuple
@@ -245,7 +259,7 @@ def representation_value_and_grad(
     """
     where = "representation_value_and_grad"
     check_functions(where, encoder=encoder, heads=heads)
-    check_flags(where, has_aux=has_aux, diagnostics=diagnostics)
+    check_flags(where, has_aux=has_aux, leave_out_zero=leave_out_zero, diagnostics=diagnostics)
     check_weighting(weighting)
     if _reads_rows(weighting):
         raise TypeError(
@@ -289,7 +303,7 @@ def representation_value_and_grad(
         found.aux = found.aux if has_aux else None
         return found
 
-    return _gradient(weighting, losses, jacobian, shared, diagnostics, axis_name)
+    return _gradient(weighting, losses, jacobian, shared, leave_out_zero, diagnostics, axis_name)
 
 
 # What both transforms do
@@ -304,6 +318,7 @@ def _gradient(
     losses_and_aux: Callable[..., tuple[Losses, Any]],
     jacobian: Callable[[PyTree, PyTree | None, tuple[Any, ...]], TaskJacobian],
     shared: Shared,
+    leave_out_zero: bool,
     diagnose: bool,
     axis_name: AxisName,
 ) -> MultiTaskGradient:
@@ -339,9 +354,9 @@ def _gradient(
         at = jacobian(params, mask, args)
         if isinstance(weighting, Aggregator):
             assert isinstance(at, ParameterJacobian)
-            found = _aggregate(weighting, at, state, mask, diagnose)
+            found = _aggregate(weighting, at, state, leave_out_zero, diagnose)
         else:
-            found = _weigh(weighting, at, state, diagnose)
+            found = _weigh(weighting, at, state, leave_out_zero, diagnose)
         gramian = found.gramian
         value = MultiTaskValue(
             losses=at.losses,
@@ -377,7 +392,9 @@ class _Found(NamedTuple):
     measured: Bool[Array, ""]
 
 
-def _weigh(weighting: Weighting, at: TaskJacobian, state: PyTree, diagnose: bool) -> _Found:
+def _weigh(
+    weighting: Weighting, at: TaskJacobian, state: PyTree, leave_out_zero: bool, diagnose: bool
+) -> _Found:
     """Decide the weights and take the gradient, measuring the signal only if it is needed."""
     method, needs = weighting.method, weighting.needs
     state = read_state(method, state, at.tasks, at.shared)
@@ -395,30 +412,54 @@ def _weigh(weighting: Weighting, at: TaskJacobian, state: PyTree, diagnose: bool
         signal = read_signal(needs, at.as_tree(rows), at.present, at.tasks)
         return gramian_of(rows) if diagnose else None, rows, signal
 
+    def decide(signal: Any) -> tuple[Vector, PyTree]:
+        """The weights and the new state, a task that has nothing to say left out."""
+        if not leave_out_zero:
+            return method.update(losses, state, at.present, signal)
+        deciding = at.present & (losses != 0) if method.positive_losses else at.present
+        moving = deciding if signal is None else deciding & _nonzero_rows(jax.tree.leaves(signal))
+        weights, new_state = method.update(jnp.where(moving, losses, 1), state, moving, signal)
+        if signal is None or at.whole:
+            return weights, new_state
+        # What does not enter the Gramian, such as a head whose last layer begins at zero, may well
+        # have a gradient.
+        total, number = jnp.sum(jnp.abs(weights)), jnp.sum(moving, dtype=weights.dtype)
+        usual = jnp.where(number > 0, total / jnp.maximum(number, 1), 1)
+        return jnp.where(deciding & ~moving, usual, weights), new_state
+
     always = jnp.asarray(True)
     if needs is Signal.LOSSES and not diagnose:
-        weights, new_state = method.update(losses, state, at.present, None)
+        weights, new_state = decide(None)
         return _Found(weights, at.pull_back(weights), new_state, None, always)
     if method.due is None:
         gramian, rows, signal = measure()
-        weights, new_state = method.update(losses, state, at.present, signal)
+        weights, new_state = decide(signal)
         return _Found(weights, at.combine(weights, rows), new_state, gramian, always)
 
     shape = jax.eval_shape(lambda: measure()[0])
 
     def when_due() -> tuple[Any, ...]:
         gramian, _, signal = measure()
-        return *method.update(losses, state, at.present, signal), gramian
+        return *decide(signal), gramian
 
     def otherwise() -> tuple[Any, ...]:
         zeros = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shape)
-        return *method.update(losses, state, at.present, None), zeros
+        return *decide(None), zeros
 
     # The rows do not leave the branch: the other one would have to hold as many zeros. So the
     # gradient takes a backward pass of its own, which is the only one in a step that is not due.
     due = _any_due(method.due(state))
     weights, new_state, gramian = jax.lax.cond(due, when_due, otherwise)
     return _Found(weights, at.pull_back(weights), new_state, gramian, due)
+
+
+def _nonzero_rows(leaves: list[Array]) -> Mask:
+    """For each task whether anything in its row is not exactly zero; the leading axis is the task.
+
+    For complex numbers and NaN, too.
+    """
+    by_leaf = [jnp.any(leaf != 0, axis=tuple(range(1, leaf.ndim))) for leaf in leaves]
+    return functools.reduce(jnp.logical_or, by_leaf)
 
 
 _WHOLE_GRADIENTS = (
@@ -428,12 +469,19 @@ _WHOLE_GRADIENTS = (
 
 
 def _aggregate(
-    aggregator: Aggregator, at: ParameterJacobian, state: PyTree, mask: PyTree, diagnose: bool
+    aggregator: Aggregator,
+    at: ParameterJacobian,
+    state: PyTree,
+    leave_out_zero: bool,
+    diagnose: bool,
 ) -> _Found:
     """Combine the task gradients; what is not shared gets the gradient of the plain sum."""
     rows = stacked(at.task_gradients())
     check_whole(rows, at.losses, "A parameter", _WHOLE_GRADIENTS)
-    combined, new_state = aggregator.update(at.as_tree(rows), state, losses=at.losses, mask=mask)
+    moving = at.present & _nonzero_rows(rows) if leave_out_zero else at.present
+    combined, new_state = aggregator.update(
+        at.as_tree(rows), state, losses=at.losses, mask=at.tasks.unstack(moving)
+    )
     gradient = at.with_rest(jax.tree.leaves(combined), at.present.astype(at.tasks.dtype))
     gramian = gramian_of(rows) if diagnose else None
     return _Found(None, gradient, new_state, gramian, jnp.asarray(True))

@@ -20,8 +20,9 @@ def fair_grad(alpha: float = 1.0) -> Weighting:
     multiplies the weights by K besides.)
 
     At Pareto-stationary parameters there is no solution. The weights are then finite and sum to 1,
-    the direction is near 0, and ``state.inner.residual`` is about 1. The losses are not read: they
-    may be 0 or negative.
+    the direction is near 0, and ``state.inner.residual`` is about 1. A task with a zero gradient
+    makes them so; :func:`mtl_jax.value_and_grad` leaves it out (``leave_out_zero``). The losses are
+    not read: they may be 0 or negative.
 
     Args:
       alpha: positive. The default is that of the authors' code; the paper tunes it.

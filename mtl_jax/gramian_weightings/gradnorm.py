@@ -50,9 +50,11 @@ def gradnorm(optimizer: optax.GradientTransformation, alpha: float = 1.5) -> Wei
     :math:`\pm \lVert g_k \rVert` has the scale of the gradients, so plain gradient descent needs a
     learning rate that suits it, and Adam does not. The gradient norms are those of the Gramian: at
     the representation, or over the parameters of ``shared``; the paper takes the last shared layer.
-    :math:`L_k(0)` is the loss of the task's first step, the paper's choice for a known one aside.
-    A first loss that is not positive, or a later one that is negative, is outside the domain: the
+    :math:`L_k(0)` is the loss of the task's first step, the paper's choice for a known one aside. A
+    first loss that is not positive, or a later one that is negative, is outside the domain: the
     weights are then NaN and the state stays as it was. Where all losses are 0, r is 1.
+    :func:`mtl_jax.value_and_grad` leaves a task out of a step in which its loss, or its gradient,
+    is exactly 0 (``leave_out_zero``).
 
     Args:
       optimizer: the optax optimizer of the weights; it is applied to each task's weight on its own.
@@ -112,4 +114,4 @@ def gradnorm(optimizer: optax.GradientTransformation, alpha: float = 1.5) -> Wei
         learned = learned * (share * number / jnp.sum(learned, where=present))
         return weights, GradNormState(learned, initial, opt_state)
 
-    return vector_weighting(update, init, needs=Signal.GRAMIAN)
+    return vector_weighting(update, init, needs=Signal.GRAMIAN, positive_losses=True)

@@ -22,7 +22,9 @@ def imtl_l(optimizer: optax.GradientTransformation) -> Weighting:
     :math:`e^s` is finite, about ±80 in float32. With -s for s it is the ``"kendall"`` form of
     :func:`mtl_jax.uncertainty`, and trains alike where the optimizer treats both signs alike.
     At a loss of 0, and at a negative one, no s is best: it grows to its limit, and the weight with
-    it. The gradient by s is cut off where its square would overflow (in float32, above 1.8e15).
+    it; :func:`mtl_jax.value_and_grad` leaves a task out of a step in which its loss is exactly 0
+    (``leave_out_zero``). The gradient by s is cut off where its square would overflow (in float32,
+    above 1.8e15).
 
     Args:
       optimizer: the optax optimizer of s; it is applied to each task's s on its own. The paper
@@ -57,4 +59,4 @@ def imtl_l(optimizer: optax.GradientTransformation) -> Weighting:
         weights = jnp.exp(state.parameter)
         return weights, learned_step(state, weights * losses - 1, optimizer)
 
-    return vector_weighting(update, init)
+    return vector_weighting(update, init, positive_losses=True)

@@ -37,8 +37,9 @@ def uncertainty(
 
     s is kept within the range in which :math:`e^{-s}` and :math:`e^s` are finite, about ±80 in
     float32. At a loss of 0, and at a negative one, no s is best: it falls to its limit, and the
-    weight grows. The gradient by s is cut off where its square would overflow (in float32, above
-    1.8e15).
+    weight grows; :func:`mtl_jax.value_and_grad` leaves a task out of a step in which its loss is
+    exactly 0 (``leave_out_zero``). The gradient by s is cut off where its square would overflow (in
+    float32, above 1.8e15).
 
     Args:
       optimizer: the optax optimizer of s; it is applied to each task's s on its own. The paper
@@ -88,4 +89,4 @@ def uncertainty(
         gradient = by_regulariser - weights * losses
         return weights, learned_step(state, gradient, optimizer)
 
-    return vector_weighting(update, init)
+    return vector_weighting(update, init, positive_losses=True)

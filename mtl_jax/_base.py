@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from jaxtyping import Array, Bool
 
-from mtl_jax._checks import check_functions
+from mtl_jax._checks import check_flags, check_functions
 from mtl_jax._diagnostics import Diagnostics
 from mtl_jax._typing import Gramian, Losses, PyTree, Weights
 
@@ -220,6 +220,8 @@ class MultiTaskValue(NamedTuple):
       losses: the losses, as ``losses_fn`` returned them.
       weights: the weight that each task had in the gradient; the gradient is that of the sum of
         ``weights * losses``. ``None`` with an aggregator, which has no weights.
+      present: for each task whether the step was decided on it: not if it has no labels (``mask``),
+        or nothing to say (``leave_out_zero``). It is the ``mask`` for ``observe``.
       finite: whether the step can be taken: the weights are finite, and so is the squared norm of
         the gradient; from a train step, that of the update, too: whether it was taken.
       aux: the auxiliary output of ``losses_fn``, or ``None``.
@@ -231,6 +233,7 @@ class MultiTaskValue(NamedTuple):
 
     losses: Losses
     weights: Weights
+    present: PyTree
     finite: Bool[Array, ""]
     aux: Any = None
     gramian: Gramian | None = None
@@ -266,8 +269,8 @@ class MultiTaskGradient:
         state.
       losses: ``losses(params, *args) -> losses``: the losses alone.
       observe: ``observe(params, state, *args, mask=None) -> state``, to be called with the updated
-        parameters and the arguments of the step, for a weighting that reads the losses after the
-        step, too (:func:`mtl_jax.famo`); ``None`` for all others.
+        parameters, the arguments of the step and ``mask=value.present``, for a weighting that reads
+        the losses after the step, too (:func:`mtl_jax.famo`); ``None`` for all others.
     """
 
     init: Callable[..., PyTree]
@@ -291,6 +294,11 @@ def check_weighting(weighting: Any) -> None:
             optional = {"observe": method.observe, "due": method.due}
             given = {name: function for name, function in optional.items() if function is not None}
             check_functions("The weighting", init=method.init, update=method.update, **given)
+            check_flags("The weighting", positive_losses=method.positive_losses)
+            if not isinstance(method.needs, Signal):
+                raise TypeError(
+                    f"The weighting: `needs` must be a mtl_jax.Signal, got {method.needs!r}."
+                )
             return
     if isinstance(weighting, Aggregator):
         raise TypeError(

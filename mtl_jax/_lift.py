@@ -40,14 +40,11 @@ class WeightingState(NamedTuple):
 
     Attributes:
       steps: for each task, the updates in which it was present and which were not skipped.
-      latest: for each task, whether it was present in the latest of them; ``observe`` is about
-        these tasks alone.
       inner: what the method itself carries.
       tasks: whose state it is; not an array, and the same for the whole training.
     """
 
     steps: Int32[Array, "tasks"]
-    latest: Bool[Array, "tasks"]
     inner: PyTree
     tasks: Tasks
 
@@ -146,7 +143,6 @@ def vector_weighting(
 
     def observe_fn(losses: Vector, state: WeightingState, present: Mask) -> WeightingState:
         assert observe is not None
-        present = present & state.latest
         inner = observe(losses, state.inner, present)
         hint = "It must be as `init` made it."
         _check_like(inner, state.inner, "The state that `observe` returned", hint)
@@ -456,14 +452,13 @@ def _initial_state(inner: PyTree, tasks: Tasks) -> WeightingState:
             )
     # Copies, so that no leaf aliases an argument, a constant or another leaf.
     inner = jax.tree.map(jnp.copy, inner)
-    number = (tasks.number,)
-    return WeightingState(jnp.zeros(number, jnp.int32), jnp.ones(number, bool), inner, tasks)
+    return WeightingState(jnp.zeros((tasks.number,), jnp.int32), inner, tasks)
 
 
 def _next_state(inner: PyTree, state: WeightingState, present: Mask) -> WeightingState:
     """The state with another inner part, the step of the present tasks counted."""
     steps = jnp.where(present, optax.safe_increment(state.steps), state.steps)
-    return state._replace(steps=steps, latest=present, inner=inner)
+    return state._replace(steps=steps, inner=inner)
 
 
 def read_state(

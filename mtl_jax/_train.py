@@ -229,7 +229,7 @@ def make_train_step(
         )
         params = optax.apply_updates(state.params, updates)
         if gradient.observe is not None:
-            weighting_state = gradient.observe(params, weighting_state, *args, mask=mask)
+            weighting_state = gradient.observe(params, weighting_state, *args, mask=value.present)
         # The update, not the gradient alone: a step size of 1e30, or a division by a second moment
         # of 0, makes it infinite where the gradient is not. The gradient, too: an optimizer may
         # put it into its state and return a finite update all the same.

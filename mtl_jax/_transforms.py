@@ -361,6 +361,7 @@ def _gradient(
         value = MultiTaskValue(
             losses=at.losses,
             weights=None if found.weights is None else at.tasks.unstack(found.weights),
+            present=at.tasks.unstack(found.present),
             finite=all_finite(found.weights) & has_finite_norm(found.gradient, at.losses),
             aux=at.aux,
             gramian=gramian,
@@ -386,6 +387,7 @@ class _Found(NamedTuple):
     """What was decided in a step: the gradient, and what it was decided on."""
 
     weights: Vector | None
+    present: Mask
     gradient: PyTree
     state: PyTree
     gramian: Gramian | None
@@ -412,29 +414,30 @@ def _weigh(
         signal = read_signal(needs, at.as_tree(rows), at.present, at.tasks)
         return gramian_of(rows) if diagnose else None, rows, signal
 
-    def decide(signal: Any) -> tuple[Vector, PyTree]:
-        """The weights and the new state, a task that has nothing to say left out."""
+    def decide(signal: Any) -> tuple[Vector, Mask, PyTree]:
+        """The weights, the tasks that they are decided on, and the new state."""
         if not leave_out_zero:
-            return method.update(losses, state, at.present, signal)
+            weights, new_state = method.update(losses, state, at.present, signal)
+            return weights, at.present, new_state
         deciding = at.present & (losses != 0) if method.positive_losses else at.present
         moving = deciding if signal is None else deciding & _nonzero_rows(jax.tree.leaves(signal))
         weights, new_state = method.update(jnp.where(moving, losses, 1), state, moving, signal)
         if signal is None or at.whole:
-            return weights, new_state
+            return weights, moving, new_state
         # What does not enter the Gramian, such as a head whose last layer begins at zero, may well
         # have a gradient.
         total, number = jnp.sum(jnp.abs(weights)), jnp.sum(moving, dtype=weights.dtype)
         usual = jnp.where(number > 0, total / jnp.maximum(number, 1), 1)
-        return jnp.where(deciding & ~moving, usual, weights), new_state
+        return jnp.where(deciding & ~moving, usual, weights), moving, new_state
 
     always = jnp.asarray(True)
     if needs is Signal.LOSSES and not diagnose:
-        weights, new_state = decide(None)
-        return _Found(weights, at.pull_back(weights), new_state, None, always)
+        weights, present, new_state = decide(None)
+        return _Found(weights, present, at.pull_back(weights), new_state, None, always)
     if method.due is None:
         gramian, rows, signal = measure()
-        weights, new_state = decide(signal)
-        return _Found(weights, at.combine(weights, rows), new_state, gramian, always)
+        weights, present, new_state = decide(signal)
+        return _Found(weights, present, at.combine(weights, rows), new_state, gramian, always)
 
     shape = jax.eval_shape(lambda: measure()[0])
 
@@ -449,8 +452,8 @@ def _weigh(
     # The rows do not leave the branch: the other one would have to hold as many zeros. So the
     # gradient takes a backward pass of its own, which is the only one in a step that is not due.
     due = _any_due(method.due(state))
-    weights, new_state, gramian = jax.lax.cond(due, when_due, otherwise)
-    return _Found(weights, at.pull_back(weights), new_state, gramian, due)
+    weights, present, new_state, gramian = jax.lax.cond(due, when_due, otherwise)
+    return _Found(weights, present, at.pull_back(weights), new_state, gramian, due)
 
 
 def _nonzero_rows(leaves: list[Array]) -> Mask:
@@ -484,7 +487,7 @@ def _aggregate(
     )
     gradient = at.with_rest(jax.tree.leaves(combined), at.present.astype(at.tasks.dtype))
     gramian = gramian_of(rows) if diagnose else None
-    return _Found(None, gradient, new_state, gramian, jnp.asarray(True))
+    return _Found(None, moving, gradient, new_state, gramian, jnp.asarray(True))
 
 
 def _any_due(due: Bool[Array, ""]) -> Bool[Array, ""]:

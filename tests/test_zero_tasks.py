@@ -240,8 +240,8 @@ def test_what_is_observed_is_about_the_tasks_that_took_part():
     holds, broken = jnp.array([3.0, -2.0, 0.5]), jnp.array([2.0, -12.0, 0.5])
     state = gradient.init(holds)
     for params in (broken, holds):
-        _, _, state = gradient(params, state)
-    assert [bool(flag) for flag in state.latest] == [True, True, False]
-    after = gradient.observe(broken, state)
+        value, _, state = gradient(params, state)
+    assert [bool(flag) for flag in value.present.values()] == [True, True, False]
+    after = gradient.observe(broken, state, mask=value.present)
     moved = np.asarray(after.inner.logits != state.inner.logits)
     np.testing.assert_array_equal(moved, [True, True, False])

@@ -128,9 +128,9 @@ class Weighting(NamedTuple):
       method: the same on vectors.
 
     Raises:
-      ValueError: by its functions, when they are traced: if there are no losses or one is not a
-        scalar, the state is of other tasks or another weighting, the mask has another structure
-        than the losses, the signal is missing or of another shape, or the key is missing.
+      ValueError: by its functions, when they are traced: if there are no losses or one has
+        two axes or more, the state is of other tasks or another weighting, the mask has another
+        structure than the losses, the signal is missing or of another shape, or the key is missing.
       TypeError: by its functions: if a loss is not a real floating-point number, a leaf of the mask
         not one boolean, the state none that ``init`` returned, or the key no ``jax.random.key``.
 

@@ -50,9 +50,11 @@ def read_number(value: Any, what: str, interval: str = "(-inf, inf)") -> float:
 
 
 def check_numbers(values: PyTree, what: str, interval: str) -> None:
-    """Raise an error for a leaf that is no number of the interval (:func:`read_number`)."""
+    """Raise an error for a leaf that is no number of the interval, nor a vector of such."""
     for leaf in jax.tree.leaves(values):
-        read_number(leaf, what, interval)
+        vector = isinstance(leaf, np.ndarray | jax.Array) and leaf.ndim == 1
+        for number in leaf if vector else [leaf]:
+            read_number(number, what, interval)
 
 
 def read_integer(value: Any, what: str, least: int = 1, most: int = 2**31 - 1) -> int:

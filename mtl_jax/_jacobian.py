@@ -169,9 +169,10 @@ def stacked(rows: Rows) -> list[Array]:
 
 def unit_cotangents(losses: Losses) -> list[Array]:
     """The K unit vectors as cotangents of the leaves of the losses, along a leading axis."""
+    tasks = read_tasks(losses)
+    units = jax.vmap(tasks.split)(jnp.eye(tasks.number, dtype=bool))
     leaves = jax.tree.leaves(losses)
-    identity = jnp.eye(len(leaves), dtype=bool)
-    return [identity[k].astype(leaf.dtype) for k, leaf in enumerate(leaves)]
+    return [unit.astype(leaf.dtype) for unit, leaf in zip(units, leaves, strict=True)]
 
 
 def each_row(function: Callable[[list[Array]], list[Array]], rows: Rows, way: Any) -> Rows:
@@ -485,9 +486,7 @@ class ParameterJacobian:
 
         def row(unit: list[Array]) -> Vector:
             gradient = self._parts.without_rest(self._gradient_of(unit))
-            products = jax.tree.leaves(linear(gradient))
-            dtype = at_least_float32(*(product.dtype for product in products))
-            return jnp.stack([product.astype(dtype) for product in products])
+            return self.tasks.stack(linear(gradient))
 
         gramian = jax.lax.map(row, unit_cotangents(self.losses))
         return (gramian + gramian.T) / 2
@@ -616,6 +615,8 @@ TaskJacobian = ParameterJacobian | RepresentationJacobian
 
 def cotangent(weights: Vector, losses: Losses) -> Losses:
     """The weights as a cotangent of the losses, in their dtypes."""
-    leaves, structure = jax.tree.flatten(losses)
-    parts = zip(jnp.unstack(weights), leaves, strict=True)
-    return jax.tree.unflatten(structure, [weight.astype(leaf.dtype) for weight, leaf in parts])
+    tasks, leaves = read_tasks(losses), jax.tree.leaves(losses)
+    parts = zip(tasks.split(weights), leaves, strict=True)
+    return jax.tree.unflatten(
+        tasks.structure, [weight.astype(leaf.dtype) for weight, leaf in parts]
+    )

@@ -21,6 +21,7 @@ from mtl_jax._checks import (
     check_flags,
     check_functions,
     check_option,
+    leaf_name,
     leaf_types,
     read_array,
 )
@@ -74,7 +75,8 @@ def value_and_grad(
 
     Args:
       losses_fn: ``losses_fn(params, *args)`` returns the losses, a pytree of scalars, or
-        ``(losses, aux)`` with ``has_aux``.
+        ``(losses, aux)`` with ``has_aux``. A leaf of shape [n] is n tasks; mask, weights and what
+        a method is given for each task then have this form, too.
       weighting: decides the weights; or an :class:`mtl_jax.Aggregator`, which combines the task
         gradients itself.
       has_aux: whether ``losses_fn`` returns auxiliary output.
@@ -113,8 +115,8 @@ def value_and_grad(
       is not finite, the state is returned as it was, and ``value.finite`` is False.
 
     Raises:
-      ValueError: if there are no losses or no parameters, a loss is not a scalar, the tasks are not
-        as many as the state's, ``mask`` has another structure than the losses, ``shared`` selects
+      ValueError: if there are no losses or no parameters, a loss has two axes or more, the tasks
+        are not the state's, ``mask`` has another structure than the losses, ``shared`` selects
         nothing, ``rows`` is unknown, or is ``"low_memory"`` where task gradients are read; inside
         ``shard_map``, if ``axis_name`` is not an axis of it, the losses differ along that axis, an
         aggregator's parameters are spread over devices, or ``check_vma`` is False.
@@ -621,14 +623,20 @@ def _check_names(losses: Losses, names: tuple[str, ...]) -> None:
             f"`heads` must return a dictionary with the losses of the tasks {sorted(names)}, got "
             f"{got}."
         )
+    for name, loss in losses.items():
+        if jnp.ndim(loss):
+            raise ValueError(
+                f"The loss {name!r} has shape {jnp.shape(loss)}: at the representation, of which "
+                "every task has its own copy, a task's loss is a scalar."
+            )
 
 
 def read_output(output: Any, has_aux: bool, name: str) -> tuple[Losses, Any]:
     """The losses, checked, as arrays, and the auxiliary output of the function of that name."""
     losses, aux = split_aux(output, name, "losses") if has_aux else (output, None)
     tasks = read_tasks(losses)  # before the backward pass, for its error messages
-    named = zip(tasks.names, jax.tree.leaves(losses), strict=True)
-    leaves = [read_array(leaf, f"The loss {name!r}") for name, leaf in named]
+    named = jax.tree_util.tree_leaves_with_path(losses)
+    leaves = [read_array(leaf, f"The loss {leaf_name(path)!r}") for path, leaf in named]
     return jax.tree.unflatten(tasks.structure, leaves), aux
 
 

@@ -52,7 +52,17 @@ def representation(after, tmp_path):
 def missing_labels(after, tmp_path):
     assert after[0]["value"].weights == {"depth": 1, "normals": 0}
     assert after[0]["state"].skipped == 0
-    assert sum(after[1]["value"].weights.values()) == pytest.approx(2, rel=1e-6)
+    assert after[1]["value"].weights == {"data": 0, "positive": 1}  # without leaving it out
+    assert sum(after[2]["value"].weights.values()) == pytest.approx(2, rel=1e-6)
+
+
+def many_tasks(after, tmp_path):
+    assert after[0]["value"].weights["targets"].shape == (300,)
+    assert after[0]["value"].weights["targets"][7] == 0
+    state, tasks = after[2]["state"], after[2]["state"].weighting_state.tasks
+    assert (int(state.step), int(state.skipped)) == (6, 0)
+    steps = dict(zip(tasks.names, np.asarray(state.weighting_state.steps), strict=True))
+    assert (steps["targets/0"], steps["targets/299"], steps["largest"]) == (6, 3, 1)
 
 
 def own_weighting(after, tmp_path):
@@ -155,6 +165,7 @@ CHECKS = {
     "docs/index.md": index,
     "docs/how_it_works.md": how_it_works,
     "docs/representation.md": representation,
+    "docs/many_tasks.md": many_tasks,
     "docs/missing_labels.md": missing_labels,
     "docs/own_weighting.md": own_weighting,
     "docs/moving.md": moving,

@@ -216,6 +216,9 @@ class Aggregator(NamedTuple):
 class MultiTaskValue(NamedTuple):
     """What a step found out.
 
+    With ``groups`` of parameters (:func:`mtl_jax.value_and_grad`) the weights, the present tasks,
+    the Gramian and the diagnostics are dictionaries, by the name of the group.
+
     Attributes:
       losses: the losses, as ``losses_fn`` returned them.
       weights: the weight that each task had in the gradient; the gradient is that of the sum of
@@ -266,7 +269,7 @@ class MultiTaskGradient:
         numbers.
       update: ``update(params, state, *args, mask=None) -> (value, gradient, state)``: a
         :class:`MultiTaskValue`, the gradient, a pytree like ``params``, and the weighting's new
-        state.
+        state. With ``groups`` of parameters the state is a dictionary, by the name of the group.
       losses: ``losses(params, *args) -> losses``: the losses alone.
       observe: ``observe(params, state, *args, mask=None) -> state``, to be called with the updated
         parameters, the arguments of the step and ``mask=value.present``, for a weighting that reads

@@ -129,8 +129,8 @@ def make_train_step(
     the losses of present tasks with the weights of the step; ``grad``, its gradient; ``value_fn``,
     from parameters to this sum, the weights held, as ``optax.lbfgs`` asks for; and ``grad_fn``,
     from parameters to its gradient, as ``optax.contrib.sam`` does in its opaque mode. An
-    :class:`mtl_jax.Aggregator` has no weights: with it the sum is the plain one, while ``grad`` is
-    the combined gradient.
+    :class:`mtl_jax.Aggregator` has no weights, and ``groups`` have each their own: with either the
+    sum is the plain one, while ``grad`` is the combined gradient.
 
     Args:
       gradient: from :func:`mtl_jax.value_and_grad` or
@@ -268,10 +268,13 @@ def _context(model_state: PyTree, rng: Array | None) -> tuple[Any, ...]:
 
 
 def _weighted_sum(losses: PyTree, weights: PyTree | None, mask: PyTree | None) -> Array:
-    """The weighted sum of the losses of present tasks; their plain sum without weights."""
+    """The weighted sum of the losses of present tasks; their plain sum without one weight each.
+
+    An aggregator has no weights, and with groups there are several for a task.
+    """
     tasks = read_tasks(losses)
     terms = tasks.stack(losses)
-    if weights is not None:
+    if jax.tree.structure(weights) == tasks.structure:
         terms = terms * tasks.stack(weights)
     return jnp.sum(terms, where=read_mask(mask, tasks))
 

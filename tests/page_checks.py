@@ -155,7 +155,10 @@ def evaluation(after, tmp_path):
 
 def how_it_works(after, tmp_path):
     assert after[0]["value"].weights == after[0]["weights"]
-    state, params = after[1]["state"], after[1]["params"]
+    weights = after[1]["value"].weights
+    assert {task: float(weight) for task, weight in weights["heads/a"].items()} == {"a": 1, "b": 0}
+    assert all(weight > 0 for weight in weights["encoder/second"].values())
+    state, params = after[2]["state"], after[2]["params"]
     assert (state.step, state.skipped) == (1, 0)
     assert float(state.params) != float(params)
 

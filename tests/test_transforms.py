@@ -505,7 +505,7 @@ def test_something_that_is_no_weighting(weighting, says):
 def test_losses_that_are_not_scalars_are_named():
     weighting = WEIGHTINGS["equal"]
     for loss, error, says in (
-        (lambda params: params, ValueError, r"'a' has shape \(3,\)"),
+        (lambda params: params[:, None], ValueError, r"'a' has shape \(3, 1\)"),
         (lambda params: jnp.int32(1), TypeError, "'a' has dtype int32"),
     ):
         gradient_fn = mtl_jax.value_and_grad(

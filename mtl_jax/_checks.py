@@ -9,7 +9,6 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array
 
 from mtl_jax._typing import PyTree
@@ -84,19 +83,6 @@ def check_functions(where: str, **functions: Any) -> None:
     for name, value in functions.items():
         if not callable(value):
             raise TypeError(f"{where}: `{name}` must be a function, got {value!r}.")
-
-
-def check_optimizer(optimizer: Any, where: str) -> None:
-    """Raise an error for what is not an optax optimizer."""
-    if isinstance(optimizer, optax.GradientTransformation) and all(map(callable, optimizer)):
-        return
-    hint = " Did you mean to call it?" if callable(optimizer) else ""
-    if isinstance(optimizer, optax.MultiSteps):
-        hint = " Pass its `.gradient_transformation()`."
-    raise TypeError(
-        f"{where}: `optimizer` must be an optax optimizer, such as optax.adam(1e-3), got "
-        f"{optimizer!r}.{hint}"
-    )
 
 
 # Keys

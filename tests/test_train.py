@@ -683,7 +683,7 @@ def test_an_optimizer_that_needs_what_is_unknown_is_told_what_there_is(wrap):
         return updates, state
 
     needing = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
-    state, step = setting(optimizer=wrap(needing))
+    state, step = setting("adaptive", losses_fn, wrap(needing))
     says = "needs the argument 'hessian', which is unknown here.*value, grad, value_fn, grad_fn"
     with pytest.raises(TypeError, match=says):
         step(state, BATCHES[0])

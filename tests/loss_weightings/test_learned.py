@@ -132,7 +132,9 @@ for module in (optax, optax.contrib):
         alias = inspect.isfunction(function) and not name.startswith(("_", "scale_by_"))
         if alias and "learning_rate" in inspect.signature(function).parameters:
             OPTIMIZERS.setdefault(name, functools.partial(function, 0.05))
-OPTIMIZERS = {name: make for name, make in OPTIMIZERS.items() if name not in {*REFUSED, *DEPRECATED}}
+OPTIMIZERS = {
+    name: make for name, make in OPTIMIZERS.items() if name not in {*REFUSED, *DEPRECATED}
+}
 EXTRA = ("polyak_sgd", "lbfgs", "sam[opaque]", "reduce_on_plateau", "backtracking", "sophia")
 
 

@@ -85,6 +85,11 @@ def scale(after, tmp_path):
     in_parts = states[2]
     for leaf in (in_parts.params["encoder"], in_parts.opt_state[0].mu["encoder"]):
         assert leaf.sharding.spec == jax.sharding.PartitionSpec("data")
+    replicas = after[-1]["states"]
+    assert replicas.params["encoder"].sharding.spec == jax.sharding.PartitionSpec("seed")
+    np.testing.assert_array_equal(replicas.step, 3)
+    np.testing.assert_array_equal(replicas.skipped, 0)
+    assert len(np.unique(jax.device_get(replicas.params["encoder"])[:, 0, 0])) == jax.device_count()
 
 
 def accumulation(after, tmp_path):

@@ -44,6 +44,10 @@ def representation(after, tmp_path):
     params, batch, gradient = (after[1][name] for name in ("params", "batch", "gradient"))
     encoder_rows, *_ = jax.jit(gradient)(params, gradient.init(params, batch), batch)
     assert not np.allclose(encoder_rows.gramian, value.gramian)
+    frozen = after[-2]  # which count neither in the Gramian nor for the optimizer
+    np.testing.assert_array_equal(frozen["frozen_state"].params["stem"], np.eye(4))
+    assert np.any(frozen["frozen_state"].params["encoder"] != params["encoder"])
+    np.testing.assert_allclose(frozen["value"].gramian, encoder_rows.gramian, rtol=1e-4)
     diagnosed = after[-1]["value"]
     assert diagnosed.weights == {"depth": 1, "normals": 1}
     assert np.all(np.abs(diagnosed.diagnostics.cosines) <= 1 + 1e-6)

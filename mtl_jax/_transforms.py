@@ -188,9 +188,10 @@ def representation_value_and_grad(
       encoder: ``encoder(params, *args) -> z``, a pytree of arrays; with ``has_aux`` it returns
         ``(z, aux)``.
       heads: ``heads(params, zs, *args) -> losses`` with ``zs = {task: z}`` and ``losses`` a
-        dictionary of any kind with these tasks; with ``has_aux`` it returns ``(losses, aux)``. It gets the
-        same whole ``params`` as the encoder. The loss of a task may depend on its own copy of z
-        only: another one's gives wrong gradients without an error (:func:`check_heads` finds it).
+        dictionary, of any kind, with these tasks; with ``has_aux`` it returns ``(losses, aux)``. It
+        gets the same whole ``params`` as the encoder. The loss of a task may depend on its own copy
+        of z only: another one's gives wrong gradients without an error (:func:`check_heads` finds
+        it).
       weighting: decides the weights. A weighting that reads the losses alone works, too.
       tasks: the tasks' names.
       has_aux: whether both functions return auxiliary output.

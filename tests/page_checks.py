@@ -74,8 +74,10 @@ def own_weighting(after, tmp_path):
 
 
 def moving(after, tmp_path):
-    (names,) = after
-    assert names["value"].weights == {"depth": 1, "normals": pytest.approx(0.3)}
+    first, second = after
+    assert first["value"].weights == {"depth": 1, "normals": pytest.approx(0.3)}
+    assert (second["state"].step, second["state"].skipped) == (1, 0)
+    assert second["value"].measured
 
 
 def scale(after, tmp_path):

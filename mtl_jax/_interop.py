@@ -37,7 +37,7 @@ def as_aggregator(
       their leading axis. ``losses``, a pytree of K scalars, need only be given for a weighting
       that reads them besides the Gramian (:func:`mtl_jax.gradnorm`, and :func:`mtl_jax.mgda`
       normalised by the losses): they are 1 by default. If something is not finite, the state is
-      returned as it was and the update is NaN.
+      returned as it was and the update is NaN. Gradients without arrays are returned as they are.
 
     Raises:
       ValueError: if ``num_tasks`` is not a positive integer; in ``update``, if there are gradients
@@ -89,6 +89,8 @@ def as_aggregator(
         **extra: object,
     ) -> tuple[PyTree, PyTree]:
         del params, extra
+        if not jax.tree.leaves(updates):  # a part of `optax.partition` that no parameter is in
+            return updates, state
         if leading_axis(updates) != num_tasks:
             raise ValueError(
                 f"as_aggregator was made for {num_tasks} tasks, but there are gradients of "

@@ -322,11 +322,18 @@ def sum_over_devices(array: Array, axes: Iterable[str]) -> Array:
     return jax.lax.psum(array, names) if names else array
 
 
+_INSTEAD_OF_PMAP = (
+    "Instead of jax.pmap, spread the batch over a mesh under jax.jit; or, if the devices train "
+    "independent replicas, map over these with jax.vmap and spread them."
+)
+
+
 def read_axis_name(axis_name: AxisName) -> tuple[str, ...]:
     """The axes that are named, checked against the surrounding ``shard_map``.
 
     Raises:
-      ValueError: if there is no such axis, or ``shard_map`` does not track what varies along it.
+      ValueError: if there is no such axis, or it is not tracked what varies along one, as in
+        ``pmap``, or in ``shard_map`` with ``check_vma=False``.
     """
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
     manual = getattr(jax.sharding.get_abstract_mesh(), "manual_axes", ())
@@ -335,14 +342,15 @@ def read_axis_name(axis_name: AxisName) -> tuple[str, ...]:
             raise ValueError(
                 f"axis_name={name!r} is not an axis of a jax.shard_map around this call, whose "
                 f"axes are {manual}. Under jit alone leave `axis_name` out, however the arrays are "
-                "sharded."
+                f"sharded. {_INSTEAD_OF_PMAP}"
             )
     for name in manual:
         if name not in varying_axes(jax.lax.axis_index(name)):
             raise ValueError(
-                "jax.shard_map with check_vma=False does not know which arrays differ between the "
-                f"devices along {name!r}: the gradient of replicated parameters would be wrong "
-                "without an error. Leave check_vma at its default, True."
+                f"Which arrays differ between the devices along {name!r} is not known in jax.pmap, "
+                "nor in jax.shard_map with check_vma=False: the gradient of replicated parameters "
+                f"would be wrong without an error. {_INSTEAD_OF_PMAP} In jax.shard_map leave "
+                "check_vma at its default, True."
             )
     return names
 

@@ -11,6 +11,7 @@ Inside ``shard_map`` each device has its part of the arrays that vary along a me
 over the parts is ours.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, get_args
@@ -209,6 +210,15 @@ def combine(weights: Float[Array, "tasks"], rows: Rows) -> list[Array]:
         return sum_of(terms).astype(leaves[0].dtype)
 
     return [add(*leaves) for leaves in zip(*rows, strict=True)]
+
+
+def nonzero_rows(leaves: list[Array]) -> Mask:
+    """For each task whether anything in its row is not exactly zero; the leading axis is the task.
+
+    For complex numbers and NaN, too.
+    """
+    by_leaf = [jnp.any(leaf != 0, axis=tuple(range(1, leaf.ndim))) for leaf in leaves]
+    return functools.reduce(jnp.logical_or, by_leaf)
 
 
 def gramian_of(rows: Rows, axes: tuple[str, ...] = ()) -> Float[Array, "tasks tasks"]:

@@ -39,6 +39,7 @@ from mtl_jax._jacobian import (
     choose_rows,
     gramian_of,
     has_finite_norm,
+    nonzero_rows,
     read_axis_name,
     shared_parameters,
     stacked,
@@ -426,7 +427,7 @@ def _weigh(
             weights, new_state = method.update(losses, state, at.present, signal)
             return weights, at.present, new_state
         deciding = at.present & (losses != 0) if method.positive_losses else at.present
-        moving = deciding if signal is None else deciding & _nonzero_rows(jax.tree.leaves(signal))
+        moving = deciding if signal is None else deciding & nonzero_rows(jax.tree.leaves(signal))
         weights, new_state = method.update(jnp.where(moving, losses, 1), state, moving, signal)
         if signal is None or at.whole:
             return weights, moving, new_state
@@ -462,15 +463,6 @@ def _weigh(
     return _Found(weights, present, at.pull_back(weights), new_state, gramian, due)
 
 
-def _nonzero_rows(leaves: list[Array]) -> Mask:
-    """For each task whether anything in its row is not exactly zero; the leading axis is the task.
-
-    For complex numbers and NaN, too.
-    """
-    by_leaf = [jnp.any(leaf != 0, axis=tuple(range(1, leaf.ndim))) for leaf in leaves]
-    return functools.reduce(jnp.logical_or, by_leaf)
-
-
 _WHOLE_GRADIENTS = (
     "Task gradients must be whole where they are read: replicate the parameters in shard_map, or "
     "shard them under jit."
@@ -487,7 +479,7 @@ def _aggregate(
     """Combine the task gradients; what is not shared gets the gradient of the plain sum."""
     rows = stacked(at.task_gradients())
     check_whole(rows, at.losses, "A parameter", _WHOLE_GRADIENTS)
-    moving = at.present & _nonzero_rows(rows) if leave_out_zero else at.present
+    moving = at.present & nonzero_rows(rows) if leave_out_zero else at.present
     combined, new_state = aggregator.update(
         at.as_tree(rows), state, losses=at.losses, mask=at.tasks.unstack(moving)
     )

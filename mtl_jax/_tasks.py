@@ -38,6 +38,10 @@ class Tasks:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_hash", hash((self.structure, self.names)))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Made anew where it is sent: another process hashes strings in another way.
+        return Tasks, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
     def __hash__(self) -> int:
         return self._hash  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -44,6 +44,10 @@ def representation(after, tmp_path):
     params, batch, gradient = (after[1][name] for name in ("params", "batch", "gradient"))
     encoder_rows, *_ = jax.jit(gradient)(params, gradient.init(params, batch), batch)
     assert not np.allclose(encoder_rows.gramian, value.gramian)
+    frozen = after[-2]  # which count neither in the Gramian nor for the optimizer
+    np.testing.assert_array_equal(frozen["frozen_state"].params["stem"], np.eye(4))
+    assert np.any(frozen["frozen_state"].params["encoder"] != params["encoder"])
+    np.testing.assert_allclose(frozen["value"].gramian, encoder_rows.gramian, rtol=1e-4)
     diagnosed = after[-1]["value"]
     assert diagnosed.weights == {"depth": 1, "normals": 1}
     assert np.all(np.abs(diagnosed.diagnostics.cosines) <= 1 + 1e-6)
@@ -80,8 +84,10 @@ def own_weighting(after, tmp_path):
 
 
 def moving(after, tmp_path):
-    (names,) = after
-    assert names["value"].weights == {"depth": 1, "normals": pytest.approx(0.3)}
+    first, second = after
+    assert first["value"].weights == {"depth": 1, "normals": pytest.approx(0.3)}
+    assert (second["state"].step, second["state"].skipped) == (1, 0)
+    assert second["value"].measured
 
 
 def scale(after, tmp_path):
@@ -95,6 +101,11 @@ def scale(after, tmp_path):
     in_parts = states[2]
     for leaf in (in_parts.params["encoder"], in_parts.opt_state[0].mu["encoder"]):
         assert leaf.sharding.spec == jax.sharding.PartitionSpec("data")
+    replicas = after[-1]["states"]
+    assert replicas.params["encoder"].sharding.spec == jax.sharding.PartitionSpec("seed")
+    np.testing.assert_array_equal(replicas.step, 3)
+    np.testing.assert_array_equal(replicas.skipped, 0)
+    assert len(np.unique(jax.device_get(replicas.params["encoder"])[:, 0, 0])) == jax.device_count()
 
 
 def accumulation(after, tmp_path):

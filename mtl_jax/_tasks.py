@@ -65,6 +65,23 @@ class Tasks:
         self.check_structure(structure, what)
         return jnp.stack([jnp.asarray(leaf, self.dtype) for leaf in jax.tree.leaves(values)])
 
+    def numbers(self, values: PyTree, what: str) -> Vector:
+        """The vector of a pytree like the losses, of real numbers that may be traced.
+
+        Raises:
+          ValueError: if it has another structure than the losses.
+          TypeError: if a leaf is not one real number.
+        """
+        self.check_structure(jax.tree.structure(values), what)
+        for name, (shape, dtype) in zip(self.names, leaf_types(values, what), strict=True):
+            if shape or not any(
+                jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)
+            ):
+                raise TypeError(
+                    f"{what}: {name!r} has shape {shape} and dtype {dtype}; it must be one number."
+                )
+        return jnp.stack([jnp.asarray(leaf).astype(self.dtype) for leaf in jax.tree.leaves(values)])
+
     def check_structure(self, structure: Any, what: str) -> None:
         """Raise a ``ValueError`` for another structure than that of the losses."""
         if structure != self.structure:

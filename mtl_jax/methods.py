@@ -159,6 +159,15 @@ class Method:
         without = (one.name for one in parameters if one.default is inspect.Parameter.empty)
         return f"{self.name}({', '.join(without)})"
 
+    @property
+    def spaces(self) -> Mapping[str, Space]:
+        """What tuning searches, by its name and those of its variants: not what a variant sets."""
+        others = {
+            variant: {key: one for key, one in self.search.items() if key not in own}
+            for variant, own in self.variants.items()
+        }
+        return {self.name: self.search, **others}
+
     def make(self, settings: RunSettings, **own: Any) -> Weighting | Aggregator:
         """Make the weighting or aggregator for a run.
 
@@ -219,8 +228,15 @@ _RECORDS = (
         effect="the task with the higher loss",
         domain="not negative",
         total="K",
-        search={"emphasis": Range(1.0, 0.1, 4.0, log=True), "decay": Choice(0.0, 0.9, 0.99)},
-        variants={"adaptive_initial": {"relative_to": "initial"}},
+        search={
+            "emphasis": Range(1.0, 0.1, 4.0, log=True),
+            "rule": Choice("proportional", "softmax"),
+            "decay": Choice(0.0, 0.9, 0.99),
+        },
+        variants={
+            "adaptive_softmax": {"rule": "softmax"},
+            "adaptive_initial": {"relative_to": "initial"},
+        },
     ),
     Method(
         factory=dwa,

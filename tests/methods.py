@@ -32,6 +32,7 @@ VARIANTS = {
     "adaptive[emphasis=2,decay=0.9]": {"emphasis": 2.0, "decay": 0.9},
     "adaptive[softmax]": {"rule": "softmax"},
     "adaptive[initial]": {"relative_to": "initial"},
+    "adaptive[window=2]": {"relative_to": "initial", "window": 2},
     "uncertainty[half]": {"optimizer": optax.sgd(0.05), "form": "half"},
     "uncertainty[revised]": {
         "optimizer": optax.sgd(0.05),

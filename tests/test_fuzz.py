@@ -217,6 +217,9 @@ ADAM = optax.adam(0.1)
 CONSTRUCTORS = [
     (mtl_jax.constant, {"weights": LOSSES}),
     (mtl_jax.adaptive, {"emphasis": 1.0, "rule": "softmax", "relative_to": None, "decay": 0.5}),
+    (mtl_jax.adaptive, {"relative_to": "initial", "window": 2}),
+    (mtl_jax.adaptive, {"relative_to": LOSSES}),
+    (mtl_jax.adaptive, {"relative_to": lambda step: dict.fromkeys(TASKS, 1 / (1 + step))}),
     (mtl_jax.dwa, {"window": 2, "temperature": 1.0}),
     (mtl_jax.uncertainty, {"optimizer": ADAM, "initial_log_variance": 0.0, "form": "half"}),
     (mtl_jax.random_weighting, {"distribution": "normal"}),

@@ -23,6 +23,9 @@ RECOVERY = 12
 OTHERS = {
     "constant": lambda: mtl_jax.constant((1.0,) * MOST),
     "adaptive[softmax,initial]": lambda: mtl_jax.adaptive(rule="softmax", relative_to="initial"),
+    "adaptive[schedule]": lambda: mtl_jax.adaptive(
+        relative_to=lambda step: (1 / (1 + step),) * MOST
+    ),
 }
 METHODS = methods.METHODS | OTHERS
 each_method = pytest.mark.parametrize("name", METHODS)
@@ -52,7 +55,9 @@ GIVES_NAN = {
     "adaptive": NEGATIVE,
     "adaptive[emphasis=2,decay=0.9]": NEGATIVE,
     "adaptive[initial]": NEGATIVE | {"all 0", "one 0"},  # no reference
+    "adaptive[window=2]": NEGATIVE | {"all 0", "one 0"},
     "adaptive[softmax,initial]": NEGATIVE | {"all 0", "one 0"},
+    "adaptive[schedule]": NEGATIVE,
     "geometric": NEGATIVE | ZERO,
     "stch": NEGATIVE | ZERO,
     "stch[mu=0.1,window=2]": NEGATIVE | ZERO,

@@ -14,7 +14,15 @@ from mtl_jax._tasks import Tasks
 from mtl_jax._train import TrainState, TrainStep, make_train_step
 from mtl_jax._transforms import check_heads, representation_value_and_grad, value_and_grad
 from mtl_jax._typing import Losses, Weights
-from mtl_jax._wrappers import after_warmup, clipped, ema, every, normalized, with_preference
+from mtl_jax._wrappers import (
+    after_warmup,
+    clipped,
+    ema,
+    every,
+    log_losses,
+    normalized,
+    with_preference,
+)
 from mtl_jax.methods import *  # noqa: F403  (all factories: its `__all__`)
 
 __version__ = "0.1.0"
@@ -39,6 +47,7 @@ __all__ = [
     "diagnostics",
     "ema",
     "every",
+    "log_losses",
     "make_train_step",
     "masked_mean",
     "microbatched",

@@ -142,6 +142,7 @@ WEIGHTINGS = methods.METHODS | methods.GRAMIAN_METHODS | {
     "ema of rows": lambda: mtl_jax.ema(mtl_jax.excess_mtl(), 0.5),
     "ema": lambda: mtl_jax.ema(mtl_jax.adaptive(), 0.5),
     "every": lambda: mtl_jax.every(mtl_jax.mgda(), 2),
+    "logarithms": lambda: mtl_jax.log_losses(mtl_jax.famo()),
     "all": lambda: mtl_jax.clipped(mtl_jax.after_warmup(mtl_jax.famo(), 2), 0.1, 2.0),
     "preferred": lambda: mtl_jax.with_preference(mtl_jax.normalized(mtl_jax.equal()), LOSSES),
 }  # fmt: skip
@@ -252,6 +253,7 @@ CONSTRUCTORS = [
     (mtl_jax.clipped, {"weighting": mtl_jax.equal(), "low": 0.0, "high": 1.0}),
     (mtl_jax.normalized, {"weighting": mtl_jax.equal(), "total": 1.0}),
     (mtl_jax.with_preference, {"weighting": mtl_jax.equal(), "prior": LOSSES}),
+    (mtl_jax.log_losses, {"weighting": mtl_jax.imtl_g(), "decide_on": "losses"}),
     (mtl_jax.vector_weighting, {
         "update": lambda losses, state, *_: (losses, state),
         "init": lambda tasks, key, params: (),

@@ -19,7 +19,9 @@ from experiments import choosing
 from mtl_jax.compare import WEIGHTINGS
 
 VARIANTS = {name for method in mtl_jax.METHODS.values() for name in method.variants}
-WRAPPERS = {"every", "after_warmup", "ema", "clipped", "normalized", "with_preference"}
+WRAPPERS = {
+    *("every", "after_warmup", "ema", "clipped", "normalized", "with_preference", "log_losses")
+}
 METHODS = set(mtl_jax.METHODS)
 
 

@@ -39,12 +39,14 @@ from mtl_jax.loss_weightings.dynamic_task_priority import dynamic_task_priority
 from mtl_jax.loss_weightings.equal import equal
 from mtl_jax.loss_weightings.famo import famo
 from mtl_jax.loss_weightings.geometric import geometric
+from mtl_jax.loss_weightings.group_dro import group_dro
 from mtl_jax.loss_weightings.imtl_l import imtl_l
 from mtl_jax.loss_weightings.random_weighting import random_weighting
 from mtl_jax.loss_weightings.relobralo import relobralo
 from mtl_jax.loss_weightings.softadapt import softadapt
 from mtl_jax.loss_weightings.stch import stch
 from mtl_jax.loss_weightings.uncertainty import uncertainty
+from mtl_jax.loss_weightings.uw_so import uw_so
 
 __all__ = [
     "METHODS",
@@ -68,6 +70,7 @@ __all__ = [
     "graddrop",
     "gradnorm",
     "gradvac",
+    "group_dro",
     "imtl_g",
     "imtl_l",
     "krum",
@@ -82,6 +85,7 @@ __all__ = [
     "trimmed_mean",
     "uncertainty",
     "upgrad",
+    "uw_so",
 ]
 
 
@@ -239,6 +243,17 @@ _RECORDS = (
         },
     ),
     Method(
+        factory=group_dro,
+        reads="the losses",
+        effect="the task whose losses add up to most",
+        total="K",
+        sources=(
+            ("Sagawa 2020", "https://arxiv.org/abs/1911.08731"),
+            ("Xie 2023", "https://arxiv.org/abs/2305.10429"),
+        ),
+        search={"step_size": Range(0.01, 0.001, 1.0, log=True), "normalize": Choice(False, True)},
+    ),
+    Method(
         factory=dwa,
         reads="the losses",
         effect="the loss that falls more slowly",
@@ -258,6 +273,16 @@ _RECORDS = (
             "initial_log_variance": Range(0.0, -3.0, 3.0),
             "form": Choice("kendall", "half", "revised"),
         },
+    ),
+    Method(
+        factory=uw_so,
+        reads="the losses",
+        effect="the lower loss",
+        required={"temperature": lambda settings: 1.0},
+        domain="positive",
+        total="1",
+        sources=(("Kirchdorfer 2024", "https://arxiv.org/abs/2408.07985"),),
+        search={"temperature": Range(1.0, 0.1, 100.0, log=True)},
     ),
     Method(
         factory=random_weighting,
@@ -534,7 +559,8 @@ METHODS: Mapping[str, Method] = {method.name: method for method in _RECORDS}
 """All methods by name, those that read the same side by side, the cheapest first.
 
 Arguments without a default are what a comparison begins with: windows are one epoch; the weightings
-that learn take the network's optimizer; ``stch`` warms up for a fifth of the epochs. ``krum`` and
+that learn take the network's optimizer; ``stch`` warms up for a fifth of the epochs; ``uw_so`` has
+the temperature 1. ``krum`` and
 ``trimmed_mean`` take the smallest numbers that do something: they need three tasks. The ranges of
 ``search`` hold the published default and the values that publications chose from, and reach as far
 beyond as may make sense."""

@@ -33,6 +33,12 @@ VARIANTS = {
     "adaptive[softmax]": {"rule": "softmax"},
     "adaptive[initial]": {"relative_to": "initial"},
     "adaptive[window=2]": {"relative_to": "initial", "window": 2},
+    "group_dro[reference]": {
+        "step_size": 1.0,
+        "reference": 1.0,
+        "normalize": True,
+        "smoothing": 0.1,
+    },
     "uncertainty[half]": {"optimizer": optax.sgd(0.05), "form": "half"},
     "uncertainty[revised]": {
         "optimizer": optax.sgd(0.05),

@@ -221,6 +221,10 @@ CONSTRUCTORS = [
     (mtl_jax.adaptive, {"relative_to": "initial", "window": 2}),
     (mtl_jax.adaptive, {"relative_to": LOSSES}),
     (mtl_jax.adaptive, {"relative_to": lambda step: dict.fromkeys(TASKS, 1 / (1 + step))}),
+    (mtl_jax.group_dro, {
+        "step_size": 1.0, "reference": LOSSES, "normalize": True, "smoothing": 0.1,
+    }),
+    (mtl_jax.uw_so, {"temperature": 1.0}),
     (mtl_jax.dwa, {"window": 2, "temperature": 1.0}),
     (mtl_jax.uncertainty, {"optimizer": ADAM, "initial_log_variance": 0.0, "form": "half"}),
     (mtl_jax.random_weighting, {"distribution": "normal"}),

@@ -58,6 +58,7 @@ GIVES_NAN = {
     "adaptive[window=2]": NEGATIVE | {"all 0", "one 0"},
     "adaptive[softmax,initial]": NEGATIVE | {"all 0", "one 0"},
     "adaptive[schedule]": NEGATIVE,
+    "uw_so": NEGATIVE | ZERO,
     "geometric": NEGATIVE | ZERO,
     "stch": NEGATIVE | ZERO,
     "stch[mu=0.1,window=2]": NEGATIVE | ZERO,
@@ -167,7 +168,9 @@ def test_finite_or_nan_with_the_state_as_it_was_and_a_way_back(name, scenario):
     assert not nan[steps + RECOVERY - 1]
 
 
-@pytest.mark.parametrize("name", ["equal", "adaptive", "dwa", "softadapt", "relobralo", "famo"])
+@pytest.mark.parametrize(
+    "name", ["equal", "adaptive", "group_dro", "dwa", "softadapt", "relobralo", "famo"]
+)
 def test_constant_zero_losses_get_equal_weights(name):
     _, weights = check(name, "all 0")
     for row in weights[:20, 1:4]:

@@ -165,7 +165,7 @@ class Method:
 
     @property
     def spaces(self) -> Mapping[str, Space]:
-        """What tuning searches, by its name and those of its variants: not what a variant sets."""
+        """What tuning searches for it and for its variants, by name, less what a variant sets."""
         others = {
             variant: {key: one for key, one in self.search.items() if key not in own}
             for variant, own in self.variants.items()

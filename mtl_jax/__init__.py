@@ -9,6 +9,7 @@ from mtl_jax._diagnostics import Diagnostics, diagnostics
 from mtl_jax._interop import as_aggregator
 from mtl_jax._lift import WeightingState, rows_aggregator, vector_weighting
 from mtl_jax._masking import masked_mean
+from mtl_jax._metrics import Metrics, with_metrics
 from mtl_jax._microbatching import microbatched, microbatched_encoder
 from mtl_jax._tasks import Tasks
 from mtl_jax._train import TrainState, TrainStep, make_train_step
@@ -31,6 +32,7 @@ __all__ = [
     "Aggregator",
     "Diagnostics",
     "Losses",
+    "Metrics",
     "MultiTaskGradient",
     "MultiTaskValue",
     "Signal",
@@ -57,6 +59,7 @@ __all__ = [
     "rows_aggregator",
     "value_and_grad",
     "vector_weighting",
+    "with_metrics",
     "with_preference",
 ]
 __all__ += methods.__all__

@@ -31,6 +31,7 @@ from mtl_jax.gramian_weightings.mgda import mgda
 from mtl_jax.gramian_weightings.nash_mtl import nash_mtl
 from mtl_jax.gramian_weightings.pcgrad import pcgrad
 from mtl_jax.gramian_weightings.upgrad import upgrad
+from mtl_jax.loss_weightings.achievement import achievement
 from mtl_jax.loss_weightings.adaptive import adaptive
 from mtl_jax.loss_weightings.constant import constant
 from mtl_jax.loss_weightings.cov_weighting import cov_weighting
@@ -52,6 +53,7 @@ __all__ = [
     "METHODS",
     "Method",
     "RunSettings",
+    "achievement",
     "adaptive",
     "aligned_mtl",
     "cagrad",
@@ -316,6 +318,22 @@ _RECORDS = (
             ),
         ),
         search={"gamma": Range(1.0, 0.0, 5.0), "decay": Choice(0.0, 0.9, 0.99)},
+    ),
+    Method(
+        factory=achievement,
+        reads="the losses",
+        effect="the task whose metric, told, is furthest behind that alone",
+        domain="positive",
+        total="free",
+        sources=(
+            (
+                "Yun 2023",
+                "https://openaccess.thecvf.com/content/ICCV2023/html/"
+                "Yun_Achievement-Based_Training_Progress_Balancing_for_Multi-Task_Learning_"
+                "ICCV_2023_paper.html",
+            ),
+        ),
+        search={"gamma": Range(0.5, 0.1, 4.0, log=True), "margin": Choice(0.15, 0.05)},
     ),
     Method(
         factory=cov_weighting,

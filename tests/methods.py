@@ -46,6 +46,8 @@ VARIANTS = {
         "form": "revised",
     },
     "random_weighting[dirichlet]": {"distribution": "dirichlet"},
+    "dynamic_task_priority[metrics]": {"performance": "metrics"},
+    "achievement[arithmetic]": {"form": "arithmetic"},
     "cov_weighting[decay=0.9]": {"decay": 0.9},
     "softadapt[normalized]": {"beta": 0.1, "variant": "normalized"},
     "softadapt[loss_weighted]": {

@@ -229,6 +229,11 @@ CONSTRUCTORS = [
     (mtl_jax.uncertainty, {"optimizer": ADAM, "initial_log_variance": 0.0, "form": "half"}),
     (mtl_jax.random_weighting, {"distribution": "normal"}),
     (mtl_jax.dynamic_task_priority, {"gamma": LOSSES, "performance": jnp.exp, "decay": 0.5}),
+    (mtl_jax.dynamic_task_priority, {"gamma": 1.0, "performance": "metrics"}),
+    (mtl_jax.achievement, {
+        "single_task": LOSSES, "gamma": 1.0, "margin": 0.1, "decay": 0.5,
+        "higher_is_better": dict.fromkeys(TASKS, False), "form": "arithmetic",
+    }),
     (mtl_jax.cov_weighting, {"decay": 0.5}),
     (mtl_jax.softadapt, {"window": 1, "beta": 0.1, "order": 1, "variant": "normalized"}),
     (mtl_jax.relobralo, {"alpha": 0.9, "temperature": 1.0, "rho": 0.5}),
@@ -443,6 +448,14 @@ def test_masked_mean(data):
     if found is not None:
         assert found.shape == ()
         assert found.dtype == jnp.float32
+
+
+@given(data=st.data())
+@examples(150)
+def test_with_metrics(data):
+    _, state = weighting("achievement")
+    arguments = {"state": state, "metrics": LOSSES}
+    check(data, mtl_jax.with_metrics, arguments)
 
 
 @given(data=st.data())

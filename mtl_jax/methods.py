@@ -33,6 +33,7 @@ from mtl_jax.gramian_weightings.pcgrad import pcgrad
 from mtl_jax.gramian_weightings.upgrad import upgrad
 from mtl_jax.loss_weightings.achievement import achievement
 from mtl_jax.loss_weightings.adaptive import adaptive
+from mtl_jax.loss_weightings.causal import causal
 from mtl_jax.loss_weightings.constant import constant
 from mtl_jax.loss_weightings.cov_weighting import cov_weighting
 from mtl_jax.loss_weightings.dwa import dwa
@@ -57,6 +58,7 @@ __all__ = [
     "adaptive",
     "aligned_mtl",
     "cagrad",
+    "causal",
     "conflict_free",
     "constant",
     "cov_weighting",
@@ -322,7 +324,7 @@ _RECORDS = (
     Method(
         factory=achievement,
         reads="the losses",
-        effect="the task whose metric, told, is furthest behind that alone",
+        effect="the task whose validation metric is furthest behind that alone",
         domain="positive",
         total="free",
         sources=(
@@ -385,6 +387,16 @@ _RECORDS = (
         total="free",
         sources=(("Lin 2024", "https://arxiv.org/abs/2402.19078"),),
         search={"mu": Range(1.0, 0.1, 10.0, log=True)},
+    ),
+    Method(
+        factory=causal,
+        reads="the losses",
+        effect="the first, until its loss is small; then the next",
+        required={"order": lambda settings: None},
+        domain="not negative",
+        total="1 for the first, less for others",
+        sources=(("Wang 2022", "https://arxiv.org/abs/2203.07404"),),
+        search={"tolerance": Range(1.0, 0.01, 100.0, log=True)},
     ),
     Method(
         factory=famo,
@@ -578,7 +590,7 @@ METHODS: Mapping[str, Method] = {method.name: method for method in _RECORDS}
 
 Arguments without a default are what a comparison begins with: windows are one epoch; the weightings
 that learn take the network's optimizer; ``stch`` warms up for a fifth of the epochs; ``uw_so`` has
-the temperature 1. ``krum`` and
+the temperature 1, and ``causal`` the order of the losses. ``krum`` and
 ``trimmed_mean`` take the smallest numbers that do something: they need three tasks. The ranges of
 ``search`` hold the published default and the values that publications chose from, and reach as far
 beyond as may make sense."""

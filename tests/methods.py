@@ -19,6 +19,7 @@ EVERYBODY = dict.fromkeys(TASKS, np.True_)
 OWN = {
     "constant": {"weights": {"a": 0.5, "b": 1.0, "c": 1.5}},
     "dynamic_task_priority": {"decay": 0.5},
+    "causal": {"order": ("c", "a", "b")},
     "softadapt": {"beta": 1.0},
     "relobralo": {"alpha": 0.9},
     "stch": {"warmup": 3, "window": 1},

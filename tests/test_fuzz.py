@@ -234,6 +234,7 @@ CONSTRUCTORS = [
         "single_task": LOSSES, "gamma": 1.0, "margin": 0.1, "decay": 0.5,
         "higher_is_better": dict.fromkeys(TASKS, False), "form": "arithmetic",
     }),
+    (mtl_jax.causal, {"order": TASKS, "tolerance": 1.0}),
     (mtl_jax.cov_weighting, {"decay": 0.5}),
     (mtl_jax.softadapt, {"window": 1, "beta": 0.1, "order": 1, "variant": "normalized"}),
     (mtl_jax.relobralo, {"alpha": 0.9, "temperature": 1.0, "rho": 0.5}),

@@ -22,6 +22,7 @@ STEPS = 40
 RECOVERY = 12
 OTHERS = {
     "constant": lambda: mtl_jax.constant((1.0,) * MOST),
+    "causal": lambda: mtl_jax.causal(None),
     "adaptive[softmax,initial]": lambda: mtl_jax.adaptive(rule="softmax", relative_to="initial"),
     "adaptive[schedule]": lambda: mtl_jax.adaptive(
         relative_to=lambda step: (1 / (1 + step),) * MOST
@@ -67,6 +68,7 @@ GIVES_NAN = {
     "softadapt[loss_weighted]": NEGATIVE,
     "cov_weighting": NEGATIVE,
     "cov_weighting[decay=0.9]": NEGATIVE,
+    "causal": NEGATIVE,
     "famo": NEGATIVE,
 }
 

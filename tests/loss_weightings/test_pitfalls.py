@@ -266,6 +266,7 @@ def test_a_missing_window_is_python_s_own_error(make):
         (lambda: mtl_jax.achievement(margin=-0.1), "achievement: `margin`"),
         (lambda: mtl_jax.achievement(decay=1.0), "achievement: `decay`"),
         (lambda: mtl_jax.achievement(form="sum"), "achievement: `form`.*'sum'"),
+        (lambda: mtl_jax.causal(None, tolerance=0.0), r"causal: `tolerance` must be in \(0, inf\)"),
         (lambda: mtl_jax.famo(learning_rate=0.0), r"famo: `learning_rate` must be in \(0, inf\)"),
         (lambda: mtl_jax.famo(weight_decay=-1.0), "famo: `weight_decay`"),
         (lambda: mtl_jax.famo(min_losses=NAN), "famo: `min_losses`"),

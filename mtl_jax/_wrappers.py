@@ -122,28 +122,38 @@ def after_warmup(weighting: Weighting, steps: int) -> Weighting:
     return _scheduled(weighting.method, lambda total: total >= steps, before=1, hold=False)
 
 
-def ema(weighting: Weighting, decay: float) -> Weighting:
+def ema(
+    weighting: Weighting, decay: float, initial: Literal["first"] | PyTree | None = None
+) -> Weighting:
     r"""Average the weights over time.
 
     .. math:: \bar w_k(t) = \frac{1 - d}{1 - d^t} \sum_{s \le t} d^{t - s} w_k(s)
 
-    Each task's steps count where it is present.
+    Each task's steps count where it is present. So all of its weights count alike but for their
+    age. With ``initial`` the average has a beginning instead, which is forgotten at the same rate:
+
+    .. math:: \bar w_k(t) = d\, \bar w_k(t - 1) + (1 - d)\, w_k(t)
 
     Args:
       weighting: the weighting.
       decay: d, in [0, 1); 0 is no averaging.
+      initial: :math:`\bar w(0)`: ``"first"`` for the first weights, as in published code of CR-MOGM
+        (with d = 0.9), a pytree like the losses, or one number for all; ``None`` for the average
+        that needs none.
 
     Returns:
       The weighting.
 
     Raises:
-      ValueError: if ``decay`` is not in [0, 1).
-      TypeError: if ``weighting`` is not a :class:`mtl_jax.Weighting`, or ``decay`` not a number.
+      ValueError: if ``decay`` is not in [0, 1), ``initial`` another text or a weight not finite;
+        in ``init``, if ``initial`` has another structure than the losses.
+      TypeError: if ``weighting`` is not a :class:`mtl_jax.Weighting`, or ``decay`` or a weight not
+        a number.
 
     References:
       Zhou et al., `On the Convergence of Stochastic Multi-Objective Gradient Manipulation and
-      Beyond <https://openreview.net/forum?id=ScwfQ7hdwyP>`_ (CR-MOGM), NeurIPS 2022; there without
-      the correction for the start
+      Beyond <https://openreview.net/forum?id=ScwfQ7hdwyP>`_ (CR-MOGM), NeurIPS 2022; there with
+      initial weights
 
     Example:
       >>> import mtl_jax
@@ -156,15 +166,24 @@ def ema(weighting: Weighting, decay: float) -> Weighting:
     """
     check_weighting(weighting)
     decay = read_number(decay, "ema: `decay`", "[0, 1)")
+    if isinstance(initial, str):
+        check_option(initial, ("first", None), "ema: `initial`")
+    else:
+        check_numbers(initial, "ema: an initial weight", "(-inf, inf)")
     inner = weighting.method
 
     def init(tasks, key, params=None):
-        return AverageState(inner.init(tasks, key, params), tasks.full(0))
+        values = 0.0 if initial is None or isinstance(initial, str) else initial
+        weights = tasks.vector(values, "ema: `initial`")
+        return AverageState(inner.init(tasks, key, params), weights)
 
     def update(losses, state, present, steps, signal=None):
         weights, inner_state = inner.update(losses, state.inner, present, signal)
-        rate = ema_rate(decay, steps, losses.dtype)
-        average = state.weights + rate * (weights - state.weights)
+        rate = ema_rate(decay, steps, losses.dtype) if initial is None else 1 - decay
+        before = state.weights
+        if isinstance(initial, str):
+            before = jnp.where(steps == 0, weights, before)
+        average = before + rate * (weights - before)
         return average, AverageState(inner_state, average)
 
     return vector_weighting(update, init, needs=inner.needs, **_passed_on(inner))

@@ -1,6 +1,8 @@
 """Weightings made of weightings."""
 
 import functools
+import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -271,6 +273,48 @@ def test_ema_is_the_weighted_mean_of_the_weights(decay):
         np.testing.assert_allclose(history[step, k], factors @ values / factors.sum(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("initial", ["first", {"a": 0.0, "b": 1.0, "c": 2.0}, 0.5])
+def test_ema_with_initial_weights(initial):
+    """Each task begins with its own first step, and is kept while it is absent."""
+    masks = [B_ABSENT, None, B_ABSENT, None, None]
+    history, _ = run(mtl_jax.ema(inverse_norms(), 0.9, initial), 5, masks=masks)
+    each, _ = run(inner_of("inverse_norms"), 5, masks=masks)
+    for k, present in enumerate([range(5), (1, 3, 4), range(5)]):
+        average = {"a": 0.5} if initial == 0.5 else initial
+        average = each[present[0], k] if initial == "first" else average.get(TASKS[k], 0.5)
+        for step in present:
+            average = 0.9 * average + 0.1 * each[step, k]
+            np.testing.assert_allclose(history[step, k], average, rtol=1e-5)
+
+
+DATA = pathlib.Path(__file__).parent / "data"
+CR_MOGM = json.loads((DATA / "torchjd_averages_and_preferences.json").read_text())["cr_mogm"]
+SEQUENCES = json.loads((DATA / "gradient_sequences.json").read_text())["sequences"]
+
+
+@functools.cache
+def cr_mogm(weighting, alpha, initial):
+    return mtl_jax.ema(getattr(mtl_jax, weighting)(), alpha, initial)
+
+
+@pytest.mark.parametrize("record", CR_MOGM, ids=lambda r: f"{r['weighting']}-{r['sequence']}")
+def test_cr_mogm_of_torchjd(record, x64):
+    (J,) = (np.array(one["J1"]) for one in SEQUENCES if one["id"] == record["sequence"])
+    number, most = J.shape[1], 4  # tasks of every program: the others are absent
+    given = record["initial_weights"]
+    weighting = cr_mogm(record["weighting"], record["alpha"], 0.0 if given else "first")
+    state = weighting.init((1.0,) * most)
+    if given:
+        weights = np.pad(given, (0, most - number))
+        state = state._replace(inner=state.inner._replace(weights=weights))
+    mask = tuple(np.arange(most) < number)
+    for rows, expected in zip(J, record["weights"], strict=True):
+        gramian = np.zeros((most, most))
+        gramian[:number, :number] = rows @ rows.T
+        weights, state = weighting.update((1.0,) * most, state, mask=mask, gramian=gramian)
+        np.testing.assert_allclose(weights[:number], expected, rtol=1e-8, atol=1e-9)
+
+
 def test_the_stateless_ones():
     each, _ = run(inner_of("inverse_norms"))
     np.testing.assert_allclose(run(composed("clipped", "inverse_norms"))[0], each.clip(0.2, 1.1))
@@ -379,6 +423,12 @@ def test_errors():
             mtl_jax.after_warmup(weighting, steps)
     with pytest.raises(ValueError, match="ema: `decay`"):
         mtl_jax.ema(weighting, 1.0)
+    with pytest.raises(ValueError, match="ema: `initial` must be 'first' or None, got 'last'"):
+        mtl_jax.ema(weighting, 0.9, "last")
+    with pytest.raises(ValueError, match="ema: an initial weight must be in .*nan"):
+        mtl_jax.ema(weighting, 0.9, {"a": jnp.nan})
+    with pytest.raises(ValueError, match="ema: `initial` must have the structure of the losses"):
+        mtl_jax.ema(weighting, 0.9, (1.0,)).init({"a": 1.0})
     for low, says in [(1.5, "the bounds"), (jnp.nan, "`low`.*nan"), (-jnp.inf, "`low`.*inf")]:
         with pytest.raises(ValueError, match=f"clipped: {says}"):
             mtl_jax.clipped(weighting, low, 1.0)

@@ -314,11 +314,10 @@ def test_spaces_begin_at_the_defaults_and_hold_valid_parameters(name):
         if isinstance(dimension, TaskWeights):
             continue
         first = dimension.first(parameter, [])[parameter]
-        (method,) = (one.factory for one in mtl_jax.METHODS.values() if name in one.spaces)
-        default = inspect.signature(method).parameters[parameter].default
-        assert first == (
-            1.0 if (name, parameter) == ("dynamic_task_priority", "gamma") else default
-        )
+        (method,) = (one for one in mtl_jax.METHODS.values() if name in one.spaces)
+        default = inspect.signature(method.factory).parameters[parameter].default
+        required = {"dynamic_task_priority": {"gamma": 1.0}, "uw_so": {"temperature": 1.0}}
+        assert first == required.get(name, {}).get(parameter, default)
         extremes = (
             dimension.values if isinstance(dimension, Choice) else (dimension.low, dimension.high)
         )

@@ -31,7 +31,7 @@ from mtl_jax._tasks import (
     read_mask,
     read_tasks,
 )
-from mtl_jax._typing import Gramian, Losses, Mask, PyTree, Vector
+from mtl_jax._typing import Gramian, Losses, Mask, Products, PyTree, Vector
 
 RowsMode = Literal["auto", "unrolled", "map", "vmap", "low_memory"] | int
 _WAYS: tuple[Any, ...] = get_args(get_args(RowsMode)[0])
@@ -232,9 +232,10 @@ def linearize(
     # but not evaluated, which JAX finds out only when it compiles.
     if "custom_lin[" in str(jax.make_jaxpr(linear)(params)):
         raise TypeError(
-            "rows='low_memory' needs the forward derivative of what it differentiates, in which "
-            "there is a function that defines its backward pass alone (jax.custom_vjp). Compute "
-            "the rows in another way, such as rows='map'."
+            "rows='low_memory', and the products with a second batch by default, need the forward "
+            "derivative of what is differentiated, in which there is a function that defines its "
+            "backward pass alone (jax.custom_vjp). Compute the rows in another way, such as "
+            "rows='map'."
         )
     return value, linear, jax.linear_transpose(linear, params), aux
 
@@ -508,6 +509,7 @@ class ParameterJacobian:
         below of weights, Gramian and parameters is then so for each: a dictionary by group.
       rows: how the rows are computed.
       axes: the mesh axes of a ``shard_map`` along which the batch is spread.
+      forward: whether the forward derivative is wanted, too, where ``rows`` leaves the choice.
 
     Attributes:
       losses: the losses.
@@ -529,14 +531,17 @@ class ParameterJacobian:
         groups: GroupsOf,
         rows: RowsMode,
         axes: tuple[str, ...],
+        forward: bool = False,
     ) -> None:
+        self._params: PyTree = params
+        self._rows_mode: RowsMode = rows
         self._parts = Partition.of(params, shared)
         self._axes, self._linear = axes, None
         self.groups = Groups.of(params, shared, groups)
         self.shared = shared_parameters(params, shared, self.groups)
         self.whole = not self._parts.has_rest
         # The one forward pass. Low memory needs the derivative in both directions.
-        if rows == "low_memory":
+        if rows == "low_memory" or (forward and rows == "auto"):
             self.losses, self._linear, self._transpose, self.aux = linearize(losses_fn, params)
         else:
             self.losses, self._transpose, self.aux = jax.vjp(losses_fn, params, has_aux=True)
@@ -577,6 +582,41 @@ class ParameterJacobian:
     def gramian_of(self, rows: Rows) -> Any:
         """The Gramian of the rows."""
         return each(self.groups, lambda own: gramian_of(own, self._axes), self.by_group(rows))
+
+    def products(
+        self, second: "Callable[[PyTree], TaskJacobian]", combinations: Array, step: Any
+    ) -> tuple[Products, Rows | None]:
+        """The inner products of the task gradients with gradients on a second batch.
+
+        Args:
+          second: from parameters to the Jacobian of the second batch's losses.
+          combinations: for each of these gradients the weights of that batch's losses.
+          step: the weights of a gradient step on this batch, after which they are taken; or
+            ``None``.
+
+        Returns:
+          The inner products, and the rows of this batch where they were held for them.
+        """
+        start = self._params
+        if step is not None:
+            start = jax.tree.map(jnp.subtract, start, self.pull_back(step))
+        there, linear = second(start), self._linear
+        assert isinstance(there, ParameterJacobian)
+
+        def direction(cotangents: list[Array]) -> list[Array]:
+            found = there._gradient_of(cotangents)
+            if linear is None:
+                return self._parts.shared(found)
+            return [self.tasks.stack(linear(self._parts.without_rest(found)))]
+
+        way = choose_rows(self._rows_mode, len(combinations), self._params)
+        way = "map" if way == "low_memory" else way
+        cotangents = stacked_cotangents(combinations, there.losses)
+        found = stacked(each_row(direction, cotangents, way))
+        if linear is not None:
+            return found[0].T, None
+        rows = self.task_gradients()
+        return gramian_between(stacked(rows), found, self._axes), rows
 
     def combine(self, weights: Any, rows: Rows | None) -> PyTree:
         """The gradient of the weighted sum of the losses, from the rows."""

@@ -182,6 +182,8 @@ def value_and_grad(
             groups=groups,
             rows=rows,
             axes=read_axis_name(axis_name),
+            forward=not isinstance(weighting, Aggregator)
+            and weighting.needs is Signal.SECOND_BATCH,
         )
 
     return _gradient(
@@ -288,7 +290,7 @@ def representation_value_and_grad(
     check_functions(where, encoder=encoder, heads=heads)
     check_flags(where, has_aux=has_aux, leave_out_zero=leave_out_zero, diagnostics=diagnostics)
     check_weighting(weighting)
-    if _reads_rows(weighting):
+    if _reads_rows(weighting) or weighting.needs is Signal.SECOND_BATCH:
         raise TypeError(
             "This weighting reads the task gradients by the parameters: use it through "
             "mtl_jax.value_and_grad, with `shared`."
@@ -342,6 +344,23 @@ def _reads_rows(weighting: Weighting | Aggregator) -> bool:
     return isinstance(weighting, Aggregator) or weighting.needs is Signal.TASK_GRADIENTS
 
 
+def _check_second(weighting: Weighting | Aggregator, second: Any) -> None:
+    """Raise an error for a second batch that is missing, or that nobody reads."""
+    reads = not isinstance(weighting, Aggregator) and weighting.needs is Signal.SECOND_BATCH
+    if reads and second is None:
+        raise ValueError(
+            "This weighting reads a second batch: pass the arguments of the losses for it, as a "
+            "tuple, such as second=(batch,)."
+        )
+    if second is not None and not reads:
+        raise ValueError("`second` is a second batch, which this weighting does not read.")
+    if second is not None and not isinstance(second, tuple):
+        raise TypeError(
+            "`second` must be the tuple of the further arguments of the losses, such as "
+            f"second=(batch,); got {type(second).__name__}."
+        )
+
+
 def _check_groups(weighting: Weighting | Aggregator, rows: RowsMode) -> None:
     """Raise an error for what cannot be had group by group."""
     if not isinstance(weighting, Aggregator) and weighting.needs is Signal.LOSSES:
@@ -349,6 +368,8 @@ def _check_groups(weighting: Weighting | Aggregator, rows: RowsMode) -> None:
             "`groups` is for what reads the Gramian or the task gradients: a weighting that reads "
             "the losses alone has the same weights in every group. Leave `groups` out."
         )
+    if not isinstance(weighting, Aggregator) and weighting.needs is Signal.SECOND_BATCH:
+        raise ValueError("`groups` is not for a weighting that reads a second batch.")
     if rows == "low_memory":
         raise ValueError(
             "rows='low_memory' does not hold the task gradients of which `groups` takes the parts: "
@@ -402,15 +423,26 @@ def _gradient(
         return each(own, start, keys, shared_parameters(params, shared, own))
 
     def update(
-        params: PyTree, state: PyTree, *args: Any, mask: PyTree | None = None
+        params: PyTree,
+        state: PyTree,
+        *args: Any,
+        mask: PyTree | None = None,
+        second: tuple[Any, ...] | None = None,
     ) -> tuple[MultiTaskValue, PyTree, PyTree]:
         _check_params(params)
+        _check_second(weighting, second)
         at = jacobian(params, mask, args)
+
+        def there(params: PyTree) -> TaskJacobian:
+            """The losses of the second batch."""
+            assert second is not None
+            return jacobian(params, mask, second)
+
         if isinstance(weighting, Aggregator):
             assert isinstance(at, ParameterJacobian)
             found = _aggregate(weighting, at, state, leave_out_zero, diagnose)
         else:
-            found = _weigh(weighting, at, state, leave_out_zero, diagnose)
+            found = _weigh(weighting, at, there, state, leave_out_zero, diagnose)
         weights, gramian, diagnosed = found.weights, found.gramian, None
         if gramian is not None and diagnose:
             diagnosed = each(at.groups, lambda own: diagnostics_of(own, at.present), gramian)
@@ -453,7 +485,12 @@ class _Found(NamedTuple):
 
 
 def _weigh(
-    weighting: Weighting, at: TaskJacobian, state: PyTree, leave_out_zero: bool, diagnose: bool
+    weighting: Weighting,
+    at: TaskJacobian,
+    second: Callable[[PyTree], TaskJacobian],
+    state: PyTree,
+    leave_out_zero: bool,
+    diagnose: bool,
 ) -> _Found:
     """Decide the weights and take the gradient, measuring the signal only if it is needed."""
     method, needs, groups = weighting.method, weighting.needs, at.groups
@@ -465,6 +502,12 @@ def _weigh(
 
     def measure() -> tuple[Any, Any, Any]:
         """The Gramian, if one is wanted, the rows, and what the method reads of the two."""
+        if needs is Signal.SECOND_BATCH:
+            assert isinstance(at, ParameterJacobian)
+            assert method.directions is not None
+            products, rows = at.products(second, *method.directions(state, at.present))
+            check_whole(products, at.losses, "A parameter", _WHOLE_GRADIENTS)
+            return at.measure()[0] if diagnose else None, rows, read(products)
         if needs is not Signal.TASK_GRADIENTS:
             gramian, rows = at.measure()
             check_whole(gramian, at.losses, "The Gramian", "Pass that axis as `axis_name`.")
@@ -483,7 +526,11 @@ def _weigh(
             weights, new_state = method.update(losses, state, at.present, signal)
             return weights, at.present, new_state
         deciding = at.present & (losses != 0) if method.positive_losses else at.present
-        moving = deciding if signal is None else deciding & nonzero_rows(jax.tree.leaves(signal))
+        moving = deciding
+        if signal is not None:
+            silent = ~nonzero_rows(jax.tree.leaves(signal))
+            # A task may have a gradient, and one that is orthogonal to those of a second batch.
+            moving &= ~(silent & (losses == 0)) if needs is Signal.SECOND_BATCH else ~silent
         weights, new_state = method.update(jnp.where(moving, losses, 1), state, moving, signal)
         if signal is None or at.whole or groups is not None:
             return weights, moving, new_state

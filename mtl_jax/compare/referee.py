@@ -140,7 +140,8 @@ def make_weighting(problem: Problem, name: str, make: MakeWeighting) -> Weightin
     """
     steps = steps_per_epoch(problem)
     optimizer = problem.optimizer(problem.learning_rate, steps * problem.epochs)
-    weighting = make(RunSettings(steps, problem.epochs, optimizer))
+    settings = RunSettings(steps, problem.epochs, optimizer, problem.learning_rate)
+    weighting = make(settings)
     params, _ = jax.eval_shape(problem.init, jax.random.key(0))
     losses = dict.fromkeys(problem.tasks, jax.ShapeDtypeStruct((), jnp.float32))
 

@@ -209,21 +209,38 @@ class Trainer:
     def _train_epoch(
         self, state: TrainState, train: Batch, key: Array
     ) -> tuple[TrainState, History]:
-        """One pass over the training split, in a random order, within one `scan`."""
+        """One pass over the training split, in a random order, within one `scan`.
 
-        def step(state: TrainState, order: dict[Source, Array]) -> tuple[TrainState, History]:
+        Where the weighting reads a second batch, it is that of the next step; the last step's is
+        the first.
+        """
+
+        def batch_of(order: dict[Source, Array]) -> tuple[Batch, dict[str, Array] | None]:
             batch = take(train, order)
             if self.mesh is not None:
                 batch = jax.lax.with_sharding_constraint(batch, spread(self.mesh))
             present = self.problem.present(batch)
-            mask = None if present is None else {task: present[task] for task in self.tasks}
-            state, value = self.train_step(state, batch, mask=mask)
+            return batch, None if present is None else {task: present[task] for task in self.tasks}
+
+        def step(
+            state: TrainState, both: tuple[dict[Source, Array], dict[Source, Array] | None]
+        ) -> tuple[TrainState, History]:
+            (batch, mask), second = batch_of(both[0]), None
+            if both[1] is not None:
+                another, labelled = batch_of(both[1])
+                second = (another,)
+                if mask is not None:  # of both batches
+                    mask = jax.tree.map(jnp.logical_and, mask, labelled)
+            state, value = self.train_step(state, batch, mask=mask, second=second)
             losses, weights = value.losses, value.weights
             if mask is not None:  # an absent task has neither
                 losses, weights = _of_present(losses, mask), weights and _of_present(weights, mask)
             return state, History(losses, weights, _conflict(value, mask))
 
-        return jax.lax.scan(step, state, orders(self.problem, key))
+        order, following = orders(self.problem, key), None
+        if _reads_second(self.weighting):
+            following = jax.tree.map(lambda one: jnp.roll(one, -1, axis=0), order)
+        return jax.lax.scan(step, state, (order, following))
 
     def _record(self, run: Run, state: TrainState, history: History) -> None:
         skipped = int(state.skipped)
@@ -248,11 +265,17 @@ class Trainer:
             _extend(run.conflict, kind, values)
 
 
+def _reads_second(weighting: Weighting | Aggregator) -> bool:
+    return isinstance(weighting, Weighting) and weighting.needs is Signal.SECOND_BATCH
+
+
 def _measured_at(
     problem: Problem, weighting: Weighting | Aggregator, conflict: bool
 ) -> Place | None:
     if isinstance(weighting, Aggregator) or weighting.needs is Signal.TASK_GRADIENTS:
         return "parameters"
+    if _reads_second(weighting):  # whose gradients, too, are those by the parameters
+        return "parameters" if conflict else None
     if weighting.needs is Signal.GRAMIAN or conflict:
         return "parameters" if problem.encoder is None else "representation"
     return None

@@ -112,7 +112,7 @@ def vector_weighting(
         than there are tasks, or a state unlike that of ``init``.
       TypeError: if a function is none, or ``needs`` not a :class:`Signal`; in ``init``, if an array
         of the state has not the tasks as its leading axis; in ``update``, if the function of that
-        name does not return a pair.
+        name, or ``directions``, does not return a pair.
 
     Example:
       Weights that grow with the task's loss, and sum to the number of tasks:
@@ -163,7 +163,7 @@ def vector_weighting(
 
     def directions_fn(state: WeightingState, present: Mask) -> tuple[Array, Vector | None]:
         assert directions is not None
-        combinations, step = jax.lax.stop_gradient(directions(state.inner, present))
+        combinations, step = _read_directions(directions(state.inner, present), state.tasks)
         # Absent tasks have no gradient on the second batch, either.
         combinations = jnp.where(present[None], combinations, 0)
         return combinations, None if step is None else jnp.where(present, step, 0)
@@ -514,6 +514,28 @@ def _read_products(products: PyTree, present: Mask, tasks: Tasks) -> Products:
             f"{products.dtype}{list(products.shape)}."
         )
     return jnp.where(present[:, None], jax.lax.stop_gradient(products).astype(tasks.dtype), 0)
+
+
+def _read_directions(output: Any, tasks: Tasks) -> tuple[Array, Vector | None]:
+    """What a method's `directions` returned, cut from the gradient."""
+    if not isinstance(output, tuple) or len(output) != 2:
+        raise TypeError(
+            f"`directions` must return a pair (combinations, step), got {type(output).__name__}."
+        )
+    combinations, step = output
+    combinations = read_array(combinations, "What `directions` returned as combinations")
+    step = None if step is None else read_array(step, "What `directions` returned as step")
+    for what, found, axes in (("combinations", combinations, 2), ("step", step, 1)):
+        if found is None:
+            continue
+        real = jnp.issubdtype(found.dtype, jnp.floating)
+        if found.ndim != axes or found.shape[-1] != tasks.number or not found.size or not real:
+            raise ValueError(
+                f"`directions` must return {what} of real floating-point numbers with the tasks "
+                f"({tasks.number}) as the last of {axes} axes, got {found.dtype}"
+                f"{list(found.shape)}."
+            )
+    return jax.lax.stop_gradient((combinations, step))
 
 
 def _check_products(products: Products, combinations: Array) -> None:

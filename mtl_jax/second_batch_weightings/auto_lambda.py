@@ -1,10 +1,11 @@
 """Weights learned by their effect on primary tasks."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int32
 
@@ -47,7 +48,8 @@ def auto_lambda(
 
     L being the losses of the training batch and L' those of a second one; p is 1 for a primary task
     and 0 for one that is only there to help. ``optimizer`` takes a step on this gradient, and the
-    network is trained with the weights after it. So a task gets more weight if a step on it lowers
+    network is trained with the weights after it; the gradient is cut off where its square would
+    overflow (in float32, above 1.8e15). So a task gets more weight if a step on it lowers
     the primary losses. The weights do not sum to anything and may become negative;
     :func:`mtl_jax.clipped` prevents it for those that are used.
 
@@ -125,8 +127,9 @@ def auto_lambda(
 
     def update(losses, state, present, steps, products):
         slopes = -rate(state) * products[:, 0]
+        largest = 1e-4 * float(jnp.finfo(losses.dtype).max) ** 0.5  # whose square is finite
         weights, opt_state = step_per_task(
-            optimizer, objective, state.weights, state.opt_state, slopes
+            optimizer, objective, state.weights, state.opt_state, slopes, largest=largest
         )
         total = jnp.asarray(optax.safe_increment(state.total))
         return weights, AutoLambdaState(weights, state.primary, opt_state, total)
@@ -134,6 +137,7 @@ def auto_lambda(
     return vector_weighting(update, init, needs=Signal.SECOND_BATCH, directions=directions)
 
 
-def _as_number(value: Array | float | bool) -> Array | float:
-    """A number for a boolean, so that both may be given."""
-    return value * 1.0
+def _as_number(value: Any) -> Any:
+    """Numbers for booleans, so that both may be given."""
+    boolean = isinstance(value, bool) or getattr(value, "dtype", None) == np.bool_
+    return np.asarray(value, np.float32) if boolean else value

@@ -1,14 +1,18 @@
 """Every form of a training step: over the losses, at the representation, over the parameters."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from toy_problem import IN_PARTS, THREE_TARGETS, encoder, heads, losses, make_problem, shared, split
 
 import mtl_jax
 from mtl_jax._base import Aggregator, Signal
 from mtl_jax.compare import WEIGHTINGS, named_weightings
+from mtl_jax.compare.batches import orders, take
 from mtl_jax.compare.referee import make_weightings
 from mtl_jax.compare.training import Evaluator, Trainer
 
@@ -195,3 +199,39 @@ def test_the_state_of_the_encoder_is_carried():
     problem = make_problem(**IN_PARTS, scores=scores)
     run = last(Trainer(problem, Evaluator(problem), mtl_jax.mgda(), "mgda"))
     assert run.test["line"] == [6, 12, 18]
+
+
+def test_the_second_batch_is_that_of_the_next_step():
+    """Its products are those of the order in which the epoch goes through the data."""
+    problem = make_problem(**WHOLE, epochs=1, batch_size=64)
+
+    def directions(state, present):
+        return jnp.array([[1.0, 0.0]]), None
+
+    weighting = mtl_jax.vector_weighting(
+        lambda losses, state, present, steps, products: (products[:, 0], state),
+        needs=Signal.SECOND_BATCH,
+        directions=directions,
+    )
+    problem = dataclasses.replace(problem, optimizer=lambda rate, steps: optax.set_to_zero())
+    trainer = Trainer(problem, Evaluator(problem), weighting, "products")
+    run = last(trainer)
+    assert run.failure is None
+    state, order_key, train = trainer._start(0)
+    order = orders(problem, jax.random.fold_in(order_key, 0))
+    steps = len(order[None])
+    assert steps == 3
+
+    def rows(step):
+        batch = take(train, jax.tree.map(lambda one: one[step], order))
+        found = jax.jacobian(
+            lambda encoder: losses(
+                state.params | {"encoder": encoder}, state.model_state, None, batch
+            )[0]
+        )(state.params["encoder"])
+        return np.stack([found[task].ravel() for task in problem.tasks])
+
+    for step in range(steps):
+        expected = rows(step) @ rows((step + 1) % steps)[0]
+        weights = [run.weights[task][step] for task in problem.tasks]
+        np.testing.assert_allclose(weights, expected, rtol=1e-4)

@@ -349,7 +349,7 @@ def test_many_metrics_are_summed_up():
 def test_what_tuning_chose():
     table = tuning_table(Analysis(made_results(ROWS, tuning=made_tuning("equal", "dwa")), "made"))
     assert table.headers == [
-        *("weighting", "learning rate", "parameters", "validation change, %", "default's, %"),
+        *("weighting", "learning rate", "parameters", "validation change, %", "at the default, %"),
         *("trials", "epochs", "seconds"),
     ]
     assert texts(table)[1] == [
@@ -362,7 +362,7 @@ def test_what_runs_were_made_with():
     assert Analysis(results, "made").provenance == {}
     for run in results.runs[:2]:
         run.provenance = {"versions": {"jax": "0.9.0", "numpy": "2.3.1"}, "device": "gpu"}
-    results.runs[3].provenance = results.runs[3].provenance | {"program": "0123"}
+    results.runs[3].provenance = results.runs[3].provenance | {"begun with": {"jax": "0.9.0"}}
     assert Analysis(results, "made").provenance == {
         "jax": {"0.9.0": 2, "0.10.0": 10},
         "device": {"gpu": 2, "1 x cpu (cpu)": 10},

@@ -52,9 +52,7 @@ def ema_rate(
       steps: the steps taken before this one, t - 1.
       dtype: the dtype of the rate.
     """
-    if is_traced(decay):
-        log_decay = jnp.log(decay)
-    else:
-        log_decay = math.log(decay) if decay > 0 else -math.inf
-    later = (1 - decay) / -jnp.expm1((steps + 1).astype(dtype) * log_decay)  # 1 for d = 0
+    # A Python number keeps its double precision. For d = 0 the logarithm is -inf and the rate 1.
+    log = jnp.log if is_traced(decay) else lambda d: math.log(d) if d > 0 else -math.inf
+    later = (1 - decay) / -jnp.expm1((steps + 1).astype(dtype) * log(decay))
     return jnp.where(steps == 0, 1, later)

@@ -1,32 +1,43 @@
 """The comparison: trains one network with each of several weightings and shows what came of it.
 
-Needs the extra ``compare``. :class:`Problem` describes a multi-task problem, :func:`compare` runs
-the weightings on it and leaves records, tables and pictures in a folder, which
-:func:`load_results` reads. Nothing else in mtl_jax imports it.
+Needs the extra ``compare``. :class:`Problem` describes a multi-task problem. Nothing else in
+mtl_jax imports it.
 """
 
-from mtl_jax.compare.results import (
-    DamagedFileError,
-    MetricInfo,
-    ProblemInfo,
-    Results,
-    Run,
-    Trial,
-    Tuning,
-    load_curves,
-    load_results,
+from mtl_jax.compare.metrics import (
+    Metric,
+    accuracy,
+    average_precision,
+    correlation,
+    entity_f1,
+    f1,
+    mean_absolute_error,
+    mean_iou,
+    mean_of,
+    r2,
+    relative_error,
+    roc_auc,
+    root_mean_squared_error,
 )
+from mtl_jax.compare.problem import Problem, Task, load_problem
 
 __all__ = [
-    "DamagedFileError",
-    "MetricInfo",
-    "ProblemInfo",
-    "Results",
-    "Run",
-    "Trial",
-    "Tuning",
-    "load_curves",
-    "load_results",
+    "Metric",
+    "Problem",
+    "Task",
+    "accuracy",
+    "average_precision",
+    "correlation",
+    "entity_f1",
+    "f1",
+    "load_problem",
+    "mean_absolute_error",
+    "mean_iou",
+    "mean_of",
+    "r2",
+    "relative_error",
+    "roc_auc",
+    "root_mean_squared_error",
 ]
 
 

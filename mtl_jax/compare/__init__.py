@@ -20,10 +20,15 @@ from mtl_jax.compare.metrics import (
     root_mean_squared_error,
 )
 from mtl_jax.compare.problem import Problem, Task, load_problem
+from mtl_jax.compare.weightings import SPACES, WEIGHTINGS, look_up, named_weightings
+from mtl_jax.methods import RunSettings
 
 __all__ = [
+    "SPACES",
+    "WEIGHTINGS",
     "Metric",
     "Problem",
+    "RunSettings",
     "Task",
     "accuracy",
     "average_precision",
@@ -31,9 +36,11 @@ __all__ = [
     "entity_f1",
     "f1",
     "load_problem",
+    "look_up",
     "mean_absolute_error",
     "mean_iou",
     "mean_of",
+    "named_weightings",
     "r2",
     "relative_error",
     "roc_auc",

@@ -1,7 +1,8 @@
 """The comparison: trains one network with each of several weightings and shows what came of it.
 
-Needs the extra ``compare``. :class:`Problem` describes a multi-task problem. Nothing else in
-mtl_jax imports it.
+Needs the extra ``compare``. :class:`Problem` describes a multi-task problem, :func:`compare` runs
+the weightings on it and leaves records, tables and pictures in a folder, which
+:func:`load_results` reads. Nothing else in mtl_jax imports it.
 """
 
 from mtl_jax.compare.metrics import (
@@ -20,20 +21,47 @@ from mtl_jax.compare.metrics import (
     root_mean_squared_error,
 )
 from mtl_jax.compare.problem import Problem, Task, load_problem
+from mtl_jax.compare.results import (
+    DamagedFileError,
+    MetricInfo,
+    ProblemInfo,
+    Results,
+    Run,
+    Trial,
+    Tuning,
+    load_curves,
+    load_results,
+)
+from mtl_jax.compare.weightings import SPACES, WEIGHTINGS, look_up, named_weightings
+from mtl_jax.methods import RunSettings
 
 __all__ = [
+    "SPACES",
+    "WEIGHTINGS",
+    "DamagedFileError",
     "Metric",
+    "MetricInfo",
     "Problem",
+    "ProblemInfo",
+    "Results",
+    "Run",
+    "RunSettings",
     "Task",
+    "Trial",
+    "Tuning",
     "accuracy",
     "average_precision",
     "correlation",
     "entity_f1",
     "f1",
+    "load_curves",
     "load_problem",
+    "load_results",
+    "look_up",
     "mean_absolute_error",
     "mean_iou",
     "mean_of",
+    "named_weightings",
     "r2",
     "relative_error",
     "roc_auc",

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 
 from mtl_jax._typing import PyTree
@@ -226,6 +227,11 @@ class Order:
         self.passes = math.ceil(drawn / size)
         self._epochs: dict[int, np.ndarray] = {}
 
+    def rows(self, start: int, number: int) -> np.ndarray:
+        """The indices of so many examples from a place of the endless order on, in one epoch."""
+        epoch, start = divmod(start, self.drawn)
+        return self.epoch(epoch)[start : start + number]
+
     def epoch(self, epoch: int) -> np.ndarray:
         """The indices of the examples that are drawn in an epoch, in order."""
         found = self._epochs.get(epoch)
@@ -246,7 +252,8 @@ class TrainBatches:
 
     Where the arrays are on the device, what is yielded for a step is the indices of its examples;
     else it is a batch of NumPy arrays, prefetched by Grain. :func:`take` makes the batch of either.
-    Close the iterator when it is not needed any more: it ends worker processes.
+    The reading begins with ``iter``; close the iterator when it is not needed any more, which ends
+    worker processes.
 
     Args:
       datasets: the training datasets by name.
@@ -288,7 +295,7 @@ class TrainBatches:
                     f"processes, {process_count}."
                 )
         self.device_data = arrays_for_device(datasets, transformations)
-        self._datasets, self._batch_sizes, self._steps = datasets, batch_sizes, steps
+        self._datasets, self._batch_sizes = datasets, batch_sizes
         self._seed, self._start = seed, start_step
         self._process, self._processes = process_index, process_count
         self._transformations, self._workers = list(transformations), workers
@@ -298,7 +305,11 @@ class TrainBatches:
         }
 
     def __iter__(self) -> Iterator[Any]:
-        return self._batches() if self.device_data is None else self._indices()
+        if self.device_data is not None:
+            return self._indices()
+        batches = self._batches()
+        next(batches)
+        return batches
 
     def example(self) -> Batch:
         """A batch as they are, to find shapes with; made in this process."""
@@ -307,15 +318,14 @@ class TrainBatches:
         return take(self.device_data, next(self._indices()))
 
     def _indices(self) -> Iterator[dict[str, np.ndarray]]:
-        for number in itertools.count(self._start):
-            epoch, step = divmod(number, self._steps)
-            rows = {name: step * size for name, size in self._batch_sizes.items()}
+        for step in itertools.count(self._start):
             yield {
-                name: order.epoch(epoch)[rows[name] : rows[name] + self._batch_sizes[name]]
+                name: order.rows(step * self._batch_sizes[name], self._batch_sizes[name])
                 for name, order in self._orders.items()
             }
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[Any]:
+        """First nothing, when the reading has begun; then batch after batch."""
         import grain
         from absl import flags
 
@@ -327,7 +337,11 @@ class TrainBatches:
         )
         iterator = iter(batches.mp_prefetch(options))
         try:
-            yield from iterator
+            iterator.start_prefetch()
+            yield None
+            for batch in iterator:
+                # A worker's arrays lie in shared memory, which must not outlive the iterator.
+                yield jax.tree.map(np.array, batch) if self._workers else batch
         finally:
             iterator.close()
 
@@ -337,16 +351,21 @@ class TrainBatches:
 
         parts = []
         for number, (name, dataset) in enumerate(self._datasets.items()):
+            order, size = self._orders[name], self._batch_sizes[name]
+            part = slice(self._process, None, self._processes)
+            if isinstance(dataset, ArrayDataset) and not self._transformations:
+                rows = _Rows(dataset, order, size, self._process, self._processes)
+                parts.append(grain.MapDataset.range(_ENDLESS).map(rows))
+                continue
             seed = np.random.SeedSequence((self._seed, number)).generate_state(1)
-            size = self._batch_sizes[name]
             # An example's index is its number among all that are drawn, in all epochs: what a
             # random transformation does with it follows from that and from the seed.
             parts.append(
                 grain.MapDataset.range(_ENDLESS * size)
                 .seed(int(seed[0]))
-                .map(_Drawn(dataset, self._orders[name]))
+                .map(_Drawn(dataset, order))
                 .apply(self._transformations)
-                .batch(size // self._processes)[self._process :: self._processes]
+                .batch(size // self._processes)[part]
             )
         batches = grain.experimental.ZipMapDataset(parts).map(_Joined(tuple(self._datasets)))
         return batches[self._start :]
@@ -377,16 +396,33 @@ class _Drawn:
     order: Order
 
     def __call__(self, place: int) -> Mapping[str, Any]:
-        epoch, place = divmod(place, self.order.drawn)
-        index = int(self.order.epoch(epoch)[place])
+        index = int(self.order.rows(place, 1)[0])
         if isinstance(self.dataset, SourceDataset):
             # In every pass the random transformations of a user's own do something else.
+            epoch, place = divmod(place, self.order.drawn)
             index += (epoch * self.order.passes + place // self.order.size) * self.order.size
         return self.dataset[index]
 
 
 @dataclasses.dataclass
+class _Rows:
+    """The batch of a step, or a process's part of it, as rows of arrays."""
+
+    dataset: ArrayDataset
+    order: Order
+    batch_size: int
+    process: int
+    processes: int
+
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        rows = self.order.rows(step * self.batch_size, self.batch_size)
+        return self.dataset[np.split(rows, self.processes)[self.process]]
+
+
+@dataclasses.dataclass
 class _Joined:
+    """The form of a batch."""
+
     names: tuple[str, ...]
 
     def __call__(self, parts: tuple[Any, ...]) -> Batch:

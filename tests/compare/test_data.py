@@ -211,8 +211,12 @@ class Broken(grain.transforms.Map):
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_processes_have_parts_of_the_batch(count):
+@pytest.mark.parametrize("form", ["read one by one", "arrays on the host"])
+def test_processes_have_parts_of_the_batch(form, count, monkeypatch):
     problem = spots(batch_size=8)
+    if form == "arrays on the host":
+        monkeypatch.setattr(data, "DEVICE_BYTES", 100)
+        problem = spots(batch_size=8, train=stacked(64), transformations=[])
     whole = first(problem, 10, 5, start_step=1)
     parts = [
         first(problem, 10, 5, start_step=1, process_index=index, process_count=count)

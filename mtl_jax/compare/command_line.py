@@ -1,6 +1,5 @@
 """The program ``mtl-jax``: ``compare``, ``list`` and ``report``."""
 
-import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -9,7 +8,7 @@ import pathlib
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Annotated, Any, Literal, NoReturn
 

@@ -191,7 +191,7 @@ def warnings_of(analysis: Analysis) -> list[str]:
         )
     begun = sum("begun with" in run.provenance for run in analysis.all_runs)
     if begun:
-        found.append(f"Begun with other versions or on another device than they ended: {begun} runs.")
+        found.append(f"Begun with other versions or on another device than ended: {begun} runs.")
     return found
 
 

@@ -40,7 +40,7 @@ from mtl_jax.compare.results import (
 )
 from mtl_jax.compare.tensorboard import TensorBoard
 from mtl_jax.compare.training import Setting, Trainer, settings_of
-from mtl_jax.compare.tuning import TUNING_SEED, Select, with_baselines
+from mtl_jax.compare.tuning import TUNING_SEED, Select, check_tuning, with_baselines
 from mtl_jax.compare.tuning import tune as tune_problem
 from mtl_jax.compare.weightings import MakeWeighting, named_weightings
 
@@ -131,7 +131,14 @@ def compare(
     if not isinstance(weightings, Mapping):
         weightings = named_weightings(list(weightings))
     seeds, folder = tuple(seeds), None if folder is None else pathlib.Path(folder)
-    _check_arguments(problems, seeds, tune, checkpoint_seconds, log)
+    _check_arguments(problems, seeds, checkpoint_seconds, log)
+    if tune is not None:
+        check_tuning(tune, select)
+        if TUNING_SEED in seeds:
+            raise ValueError(
+                f"Seed {TUNING_SEED} is the one of the tuning: its runs are those that were chosen "
+                "for. Compare with other seeds."
+            )
     if folder is None and (resume or log):
         raise ValueError("`resume` and `log` need a folder.")
     plans = []
@@ -191,7 +198,6 @@ def compare(
 def _check_arguments(
     problems: Sequence[Problem],
     seeds: Sequence[int],
-    tune: int | None,
     checkpoint_seconds: float | None,
     log: str | None,
 ) -> None:
@@ -199,11 +205,6 @@ def _check_arguments(
         raise ValueError("Two of the problems have the same name.")
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"At least one seed is needed, and none twice; got {list(seeds)}.")
-    if tune is not None and TUNING_SEED in seeds:
-        raise ValueError(
-            f"Seed {TUNING_SEED} is the one of the tuning: its runs are those that were chosen "
-            "for. Compare with other seeds."
-        )
     if checkpoint_seconds is not None and not checkpoint_seconds >= 0:
         raise ValueError(f"`checkpoint_seconds` must be at least 0, got {checkpoint_seconds}.")
     if log not in (None, "tensorboard"):
@@ -431,22 +432,27 @@ class _Progress:
 
     def trial(self, problem: str, name: str, trials: Sequence[Trial]) -> None:
         """A trial is over, or was read."""
-        self._end((problem, name))
+        if not self._end((problem, name)):
+            return
         score = trials[-1].failure or f"{100 * (trials[-1].score or 0):+.2f} %"
         self._say(f"{problem}: {name}, trial {len(trials)} of {self._trials}: {score}")
 
     def run(self, run: Run) -> None:
         """A run is over, or was read."""
-        self._end((run.problem, run.weighting))
-        self._say(f"{run.problem}: {run.weighting}, seed {run.seed}: {run.failure or 'finished'}")
+        if self._end((run.problem, run.weighting)):
+            self._say(
+                f"{run.problem}: {run.weighting}, seed {run.seed}: {run.failure or 'finished'}"
+            )
 
     def _epochs(self, problem: str) -> int:
         return self._plans[problem].trainer.problem.epochs
 
-    def _end(self, key: tuple[str, str]) -> None:
+    def _end(self, key: tuple[str, str]) -> bool:
+        """Nothing is left of it; returns whether it was trained just now."""
         of_run, done = self._place
-        self._left[key] -= self._epochs(key[0]) - (done if of_run and of_run[:2] == key else 0)
+        self._left[key] -= self._epochs(key[0]) - (0 if of_run is None else done)
         self._place, self._then = (None, 0.0), time.monotonic()
+        return of_run is not None
 
     def _show(self, line: str) -> None:
         if self._bar is not None:

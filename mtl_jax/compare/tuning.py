@@ -123,10 +123,7 @@ def tune(
         metrics of a task at 0.
       OtherSettingsError: a ``ValueError``; if the folder's trials are of another search.
     """
-    if trials < 1:
-        raise ValueError(f"`trials` must be at least 1, got {trials}.")
-    if select not in ("mean", "worst"):
-        raise ValueError(f"`select` must be 'mean' or 'worst', got {select!r}.")
+    check_tuning(trials, select)
     weightings = with_baselines(weightings, tuned=True)
     if unknown := set(spaces) - set(weightings):
         raise ValueError(f"There are spaces for {sorted(unknown)}, and no such weightings.")
@@ -152,6 +149,14 @@ def tune(
                 on_trial(setting.name, found[setting.name])
             baseline = search.baseline
     return Tuning(seed, select, found)
+
+
+def check_tuning(trials: int, select: str) -> None:
+    """Raise a ``ValueError`` for what cannot be tuned with, or for."""
+    if trials < 1:
+        raise ValueError(f"The number of trials must be at least 1, got {trials}.")
+    if select not in ("mean", "worst"):
+        raise ValueError(f"`select` must be 'mean' or 'worst', got {select!r}.")
 
 
 def with_baselines(

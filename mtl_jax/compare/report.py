@@ -325,7 +325,7 @@ def report_main(config: Report) -> None:
         results = Results.combine([Results.read(folder) for folder in config.folders])
         folder = config.folders[0] if config.out is None else config.out
         # The results of several folders never replace those that one of them goes on from.
-        if folder.resolve() not in [of.resolve() for of in config.folders]:
+        if folder.resolve() not in [given.resolve() for given in config.folders]:
             results.write(folder)
         draw_report(results, folder, weighting=config.weighting)
     except (OSError, ValueError) as error:

@@ -54,7 +54,7 @@ class Table:
     @staticmethod
     def from_columns(columns: Sequence[tuple[str, Sequence[Entry]]]) -> "Table":
         """The table of these columns, without those that are empty."""
-        filled = [of for of in columns if any(entry.text for entry in of[1])]
+        filled = [column for column in columns if any(entry.text for entry in column[1])]
         rows = [list(row) for row in zip(*(entries for _, entries in filled), strict=True)]
         return Table([header for header, _ in filled], rows)
 
@@ -90,7 +90,7 @@ class Section(NamedTuple):
 
 def sections(analysis: Analysis) -> list[Section]:
     """The tables of a problem, the most important first, without those that would be empty."""
-    best = Analysis(analysis.results, analysis.problem, best=True)
+    best = analysis.at_best
     found = [Section("After the last epoch", main_text(analysis), main_table(analysis))]
     if len(analysis.columns) > MOST_COLUMNS:
         text = "After the last epoch."
@@ -475,7 +475,7 @@ def _if_any(rows: Sequence[Row], count: Callable[[Row], int]) -> list[Entry]:
 
 
 def _until(found: Sequence[tuple[int, float] | None]) -> Entry:
-    reached = [of for of in found if of is not None]
+    reached = [end for end in found if end is not None]
     if not reached:
         return Entry("not reached" if found else "")
     epochs, seconds = np.mean(reached, axis=0)

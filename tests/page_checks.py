@@ -44,6 +44,10 @@ def representation(after, tmp_path):
     params, batch, gradient = (after[1][name] for name in ("params", "batch", "gradient"))
     encoder_rows, *_ = jax.jit(gradient)(params, gradient.init(params, batch), batch)
     assert not np.allclose(encoder_rows.gramian, value.gramian)
+    frozen = after[-2]  # which count neither in the Gramian nor for the optimizer
+    np.testing.assert_array_equal(frozen["frozen_state"].params["stem"], np.eye(4))
+    assert np.any(frozen["frozen_state"].params["encoder"] != params["encoder"])
+    np.testing.assert_allclose(frozen["value"].gramian, encoder_rows.gramian, rtol=1e-4)
     diagnosed = after[-1]["value"]
     assert diagnosed.weights == {"depth": 1, "normals": 1}
     assert np.all(np.abs(diagnosed.diagnostics.cosines) <= 1 + 1e-6)
@@ -52,7 +56,17 @@ def representation(after, tmp_path):
 def missing_labels(after, tmp_path):
     assert after[0]["value"].weights == {"depth": 1, "normals": 0}
     assert after[0]["state"].skipped == 0
-    assert sum(after[1]["value"].weights.values()) == pytest.approx(2, rel=1e-6)
+    assert after[1]["value"].weights == {"data": 0, "positive": 1}  # without leaving it out
+    assert sum(after[2]["value"].weights.values()) == pytest.approx(2, rel=1e-6)
+
+
+def many_tasks(after, tmp_path):
+    assert after[0]["value"].weights["targets"].shape == (300,)
+    assert after[0]["value"].weights["targets"][7] == 0
+    state, tasks = after[2]["state"], after[2]["state"].weighting_state.tasks
+    assert (int(state.step), int(state.skipped)) == (6, 0)
+    steps = dict(zip(tasks.names, np.asarray(state.weighting_state.steps), strict=True))
+    assert (steps["targets/0"], steps["targets/299"], steps["largest"]) == (6, 3, 1)
 
 
 def own_weighting(after, tmp_path):
@@ -70,8 +84,10 @@ def own_weighting(after, tmp_path):
 
 
 def moving(after, tmp_path):
-    (names,) = after
-    assert names["value"].weights == {"depth": 1, "normals": pytest.approx(0.3)}
+    first, second = after
+    assert first["value"].weights == {"depth": 1, "normals": pytest.approx(0.3)}
+    assert (second["state"].step, second["state"].skipped) == (1, 0)
+    assert second["value"].measured
 
 
 def scale(after, tmp_path):
@@ -85,6 +101,11 @@ def scale(after, tmp_path):
     in_parts = states[2]
     for leaf in (in_parts.params["encoder"], in_parts.opt_state[0].mu["encoder"]):
         assert leaf.sharding.spec == jax.sharding.PartitionSpec("data")
+    replicas = after[-1]["states"]
+    assert replicas.params["encoder"].sharding.spec == jax.sharding.PartitionSpec("seed")
+    np.testing.assert_array_equal(replicas.step, 3)
+    np.testing.assert_array_equal(replicas.skipped, 0)
+    assert len(np.unique(jax.device_get(replicas.params["encoder"])[:, 0, 0])) == jax.device_count()
 
 
 def accumulation(after, tmp_path):
@@ -155,6 +176,7 @@ CHECKS = {
     "docs/index.md": index,
     "docs/how_it_works.md": how_it_works,
     "docs/representation.md": representation,
+    "docs/many_tasks.md": many_tasks,
     "docs/missing_labels.md": missing_labels,
     "docs/own_weighting.md": own_weighting,
     "docs/moving.md": moving,

@@ -5,6 +5,9 @@ the weightings on it and leaves records, tables and pictures in a folder, which
 :func:`load_results` reads. Nothing else in mtl_jax imports it.
 """
 
+from mtl_jax._search_space import Choice, Range, Space, TaskWeights
+from mtl_jax.compare.checkpoints import OtherSettingsError
+from mtl_jax.compare.comparison import compare
 from mtl_jax.compare.metrics import (
     Metric,
     accuracy,
@@ -21,6 +24,7 @@ from mtl_jax.compare.metrics import (
     root_mean_squared_error,
 )
 from mtl_jax.compare.problem import Problem, Task, load_problem
+from mtl_jax.compare.report import write_report
 from mtl_jax.compare.results import (
     DamagedFileError,
     MetricInfo,
@@ -32,25 +36,33 @@ from mtl_jax.compare.results import (
     load_curves,
     load_results,
 )
+from mtl_jax.compare.tuning import TuningError, tune
 from mtl_jax.compare.weightings import SPACES, WEIGHTINGS, look_up, named_weightings
 from mtl_jax.methods import RunSettings
 
 __all__ = [
     "SPACES",
     "WEIGHTINGS",
+    "Choice",
     "DamagedFileError",
     "Metric",
     "MetricInfo",
+    "OtherSettingsError",
     "Problem",
     "ProblemInfo",
+    "Range",
     "Results",
     "Run",
     "RunSettings",
+    "Space",
     "Task",
+    "TaskWeights",
     "Trial",
     "Tuning",
+    "TuningError",
     "accuracy",
     "average_precision",
+    "compare",
     "correlation",
     "entity_f1",
     "f1",
@@ -66,6 +78,8 @@ __all__ = [
     "relative_error",
     "roc_auc",
     "root_mean_squared_error",
+    "tune",
+    "write_report",
 ]
 
 

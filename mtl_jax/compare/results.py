@@ -109,10 +109,10 @@ class Run:
         parameters that the tasks share; ``None`` if they were not.
       conflict: how the task gradients lie to each other at every step: ``"share"``, the share of
         the pairs of tasks with a negative cosine, and ``"cosine"``, the mean cosine of the pairs.
-        NaN at a step that did not measure them, or had labels of one task only. Empty if they were
-        not measured.
-      steps: the steps of ``weights`` and ``conflict`` where they were thinned; ``None`` for all, one
-        by one.
+        NaN at a step that did not measure them, or had labels of one task only. Empty if they
+        were not measured.
+      steps: the steps of ``weights`` and ``conflict`` where they were thinned; ``None`` for all of
+        them.
       epoch_seconds: the wall time of every epoch's training.
       compile_seconds: the time that this run spent on compiling.
       compilations: the number of programs that it compiled.

@@ -33,9 +33,10 @@ def index(after, tmp_path):
     assert sum(value.weights.values()) == pytest.approx(2, rel=1e-6)
     before = losses_fn(after[0]["params"], after[0]["batch"])
     assert all(value.losses[task] < before[task] / 3 for task in before)
-    comparison = after[1]["comparison"]
-    assert set(comparison.runs) == {"equal", "adaptive"}
-    assert all(run.failure is None for runs in comparison.runs.values() for run in runs)
+    runs = after[1]["results"].runs
+    assert {run.weighting for run in runs} == {"equal", "adaptive", "sum alone", "product alone"}
+    assert all(run.failure is None for run in runs)
+    assert set(runs[0].metrics["test"]["product"]) == {"absolute error", "R2"}
 
 
 def representation(after, tmp_path):

@@ -470,7 +470,7 @@ def made_with(runs: Iterable[Run]) -> dict[str, dict[str, int]]:
     for run in runs:
         flat = {**run.provenance.get("versions", {}), **run.provenance}
         for key, value in flat.items():
-            if key not in ("versions", "program"):  # each weighting has a program of its own
+            if key not in ("versions", "begun with"):  # what is nested
                 by_value = found.setdefault(key, {})
                 by_value[str(value)] = by_value.get(str(value), 0) + 1
     return found

@@ -36,8 +36,8 @@ Figure = matplotlib.figure.Figure
 CAPTIONS = {
     "changes": (
         "What every task gains (right of 0) or loses from being trained alone, or from equal "
-        "weights where that was not done: mean over the seeds with its 95 % interval, the weighting "
-        "with the best mean on top."
+        "weights where that was not done: mean over the seeds with its 95 % interval; the "
+        "weighting with the best mean is on top."
     ),
     "metrics": "Every test metric after every epoch: which weighting learns faster, and how far.",
     "losses": "The mean training loss in every epoch: whether a task still learns at the end.",
@@ -181,11 +181,11 @@ def weights_figure(analysis: Analysis) -> Figure | None:
     figure, axes = panels(len(tasks) if many else len(weighted))
     for column, (name, runs) in enumerate(weighted.items()):
         for number, task in enumerate(tasks):
-            thin = _steps(runs, POINTS)
+            steps, thin = _steps(runs, POINTS)
             values = over_seeds([run.weights[task] for run in thin])
             axis, label = (axes[number], name) if many else (axes[column], task)
             color, kind = style(names.index(name)) if many else style(number)
-            line(axis, thin[0].steps, values, label, color, kind)
+            line(axis, steps, values, label, color, kind)
             axis.set_title(task if many else name)
     for axis in axes:
         axis.set_xlabel("step")
@@ -215,9 +215,9 @@ def conflict_figure(analysis: Analysis) -> Figure | None:
     for row, (where, measured) in enumerate(rows):
         for axis, (kind, label, scale) in zip(axes[2 * row :], CONFLICT, strict=False):
             for name, runs in measured.items():
-                thin = _steps(runs, CONFLICT_POINTS)
+                steps, thin = _steps(runs, CONFLICT_POINTS)
                 values = over_seeds([run.conflict[kind] for run in thin])
-                line(axis, thin[0].steps, scale * values, name, *style(names.index(name)))
+                line(axis, steps, scale * values, name, *style(names.index(name)))
             axis.set_title(where)
             axis.set_xlabel("step")
             axis.set_ylabel(label)
@@ -328,7 +328,7 @@ def style(number: int) -> tuple[str, str]:
 
 def line(
     axis: Axes,
-    x: Float[np.ndarray, "points"] | None,
+    x: Float[np.ndarray, "points"],
     values: Float[np.ndarray, "seeds points"],
     label: str,
     color: str,
@@ -339,9 +339,9 @@ def line(
     Points of which nothing is known are left out, and a long row of them is a gap.
     """
     known = np.isfinite(values).any(axis=0)
-    if x is None or not known.any():
+    if not known.any():
         return
-    x, values = x[: len(known)][known].astype(float), values[:, known]
+    x, values = x[: known.size][known].astype(float), values[:, known]
     mean, deviation = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
     steps = np.diff(x)
     if steps.size:
@@ -432,10 +432,11 @@ def _weighted(analysis: Analysis) -> dict[str, list[Run]]:
     return {name: runs for name, runs in analysis.weightings.items() if runs[0].weights}
 
 
-def _steps(runs: Sequence[Run], points: int) -> list[Run]:
-    """The runs that did not fail, or ended like the first, with so many points of their curves."""
+def _steps(runs: Sequence[Run], points: int) -> tuple[Float[np.ndarray, "points"], list[Run]]:
+    """So many steps, and the runs that did not fail, or ended like the first, at these."""
     thin = [run.thinned(points) for run in complete(runs)]
-    return [run for run in thin if np.array_equal(run.steps, thin[0].steps)]
+    steps = np.asarray(thin[0].steps)
+    return steps, [run for run in thin if np.array_equal(np.asarray(run.steps), steps)]
 
 
 def _left(runs: Sequence[Run], task: str) -> Float[np.ndarray, "seeds"]:

@@ -35,7 +35,7 @@ from mtl_jax.compare.tables import (
 FORMATS = ("png", "pdf", "svg")
 """Of the pictures. The page holds the first."""
 
-_STYLE = {"svg.hashsalt": "mtl_jax", "pdf.fonttype": 42}
+_STYLE: Any = {"svg.hashsalt": "mtl_jax", "pdf.fonttype": 42}
 """The same picture is the same file; letters are letters, as publishers want it."""
 _METADATA = {"png": None, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
@@ -187,8 +187,11 @@ def warnings_of(analysis: Analysis) -> list[str]:
     if differing:
         found.append(
             f"Runs were not all made with the same: {differing}. Their times do not compare, and "
-            "their last digits may differ for no other reason."
+            "their metrics may differ for no other reason."
         )
+    begun = sum("begun with" in run.provenance for run in analysis.all_runs)
+    if begun:
+        found.append(f"Begun with other versions or on another device than ended: {begun} runs.")
     return found
 
 

@@ -235,7 +235,7 @@ def tuning_table(analysis: Analysis) -> Table:
             ("learning rate", entries(lambda c, _: Entry(f"{c.learning_rate:.3g}", "", c.score))),
             ("parameters", entries(lambda c, _: Entry(parameters_text(c.parameters)))),
             ("validation change, %", entries(lambda c, _: _score(c))),
-            ("default's, %", entries(lambda _, trials: _score(trials[0]))),
+            ("at the default, %", entries(lambda _, trials: _score(trials[0]))),
             ("trials", entries(lambda _, trials: _trials(trials))),
             (
                 "epochs",
@@ -293,7 +293,8 @@ def _sentence(row: Row, columns: Sequence[Column]) -> str:
         parts.append(f"undecided, with {seeds} seed{'s' * (seeds != 1)}")
     sentence = ", ".join(parts)
     if row.against_equal is not None and not math.isnan(row.against_equal.mean):
-        sentence += f"; mean {100 * row.against_equal.mean:+.1f} %"
+        mean = round(100 * row.against_equal.mean, 1) + 0.0  # never "-0.0"
+        sentence += f"; mean {mean:+.1f} %"
     return f"{row.name}: {sentence}."
 
 

@@ -1,6 +1,10 @@
 import dataclasses
 import math
+import pathlib
 import re
+import sys
+import textwrap
+import types
 
 import numpy as np
 import pytest
@@ -26,6 +30,7 @@ from mtl_jax.compare.tables import (
 )
 from mtl_jax.evaluation import delta_m
 
+ROOT = pathlib.Path(__file__).parents[2]
 GAIN = {"topic": [0.100, 0.110, 0.090, 0.105], "depth": [0.1, -0.1, 0.2, -0.3]}
 LOSS = {"topic": [0.01, -0.02, 0.00, 0.02], "depth": [0.30, 0.31, 0.29, 0.305]}
 ROWS = {"equal": EQUAL, "gains": shifted(GAIN), "loses": shifted(LOSS)}
@@ -349,7 +354,7 @@ def test_many_metrics_are_summed_up():
 def test_what_tuning_chose():
     table = tuning_table(Analysis(made_results(ROWS, tuning=made_tuning("equal", "dwa")), "made"))
     assert table.headers == [
-        *("weighting", "learning rate", "parameters", "validation change, %", "default's, %"),
+        *("weighting", "learning rate", "parameters", "validation change, %", "at the default, %"),
         *("trials", "epochs", "seconds"),
     ]
     assert texts(table)[1] == [
@@ -362,7 +367,7 @@ def test_what_runs_were_made_with():
     assert Analysis(results, "made").provenance == {}
     for run in results.runs[:2]:
         run.provenance = {"versions": {"jax": "0.9.0", "numpy": "2.3.1"}, "device": "gpu"}
-    results.runs[3].provenance = results.runs[3].provenance | {"program": "0123"}
+    results.runs[3].provenance = results.runs[3].provenance | {"begun with": {"jax": "0.9.0"}}
     assert Analysis(results, "made").provenance == {
         "jax": {"0.9.0": 2, "0.10.0": 10},
         "device": {"gpu": 2, "1 x cpu (cpu)": 10},
@@ -405,3 +410,36 @@ def test_tables_have_no_empty_columns():
     table = Table.from_columns([*columns, ("x", [Entry("1"), Entry("2", "worse")])])
     assert table.headers == ["name", "x"]
     assert texts(table) == [["a", "1"], ["b", "2 worse"]]
+
+
+def test_the_column_of_the_contributing_page_works(monkeypatch):
+    """Its edits are made in copies of the two modules."""
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (page,) = re.findall(r"^## Add a column.*", page, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"   ```python\n(.*?)   ```", page, re.DOTALL)
+    field, value, column, test = map(textwrap.dedent, blocks)
+
+    def edited(name, *edits):
+        text = (ROOT / f"mtl_jax/compare/{name}.py").read_text(encoding="utf-8")
+        for anchor, indent, lines in edits:
+            assert text.count(anchor) == 1, anchor
+            text = text.replace(anchor, anchor + textwrap.indent(lines, " " * indent))
+        module = types.ModuleType(f"{name}_with_a_column")
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        exec(text, module.__dict__)
+        return module
+
+    changed = edited(
+        "analysis",
+        ("    worst: Estimate | None\n", 4, field),
+        ("            task, worst = self._worst(name)\n", 12, value),
+        ("                    worst=worst,\n", 20, "best=best,\n"),
+    )
+    anchor = "_change(row.against_alone) for row in rows]),\n"
+    tables = edited("tables", (anchor, 8, column))
+    found = changed.Analysis(made_results(ROWS, alone=SINGLE), "made")
+    table = tables.main_table(found)
+    assert table.headers[5:7] == ["best task vs alone, %", "worst task vs alone, %"]
+    names = {"np": np, "SINGLE": SINGLE, "EQUAL": EQUAL}
+    exec(test, names)
+    names["test_the_best_task_is_the_one_that_gains_most"](found)

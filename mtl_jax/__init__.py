@@ -7,7 +7,7 @@ from mtl_jax import methods
 from mtl_jax._base import Aggregator, MultiTaskGradient, MultiTaskValue, Signal, Weighting
 from mtl_jax._diagnostics import Diagnostics, diagnostics
 from mtl_jax._interop import as_aggregator
-from mtl_jax._lift import WeightingState, rows_aggregator, vector_weighting
+from mtl_jax._lift import WeightingState, carry_over, rows_aggregator, vector_weighting
 from mtl_jax._masking import masked_mean
 from mtl_jax._microbatching import microbatched, microbatched_encoder
 from mtl_jax._tasks import Tasks
@@ -34,6 +34,7 @@ __all__ = [
     "Weights",
     "after_warmup",
     "as_aggregator",
+    "carry_over",
     "check_heads",
     "clipped",
     "diagnostics",

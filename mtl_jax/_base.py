@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from jaxtyping import Array, Bool
 
-from mtl_jax._checks import check_functions
+from mtl_jax._checks import check_flags, check_functions
 from mtl_jax._diagnostics import Diagnostics
 from mtl_jax._typing import Gramian, Losses, PyTree, Weights
 
@@ -82,6 +82,8 @@ class VectorMethod(NamedTuple):
       observe: ``observe(losses, state, present) -> state``, or ``None``.
       due: ``due(state) -> bool``, or ``None``.
       needs: the signal that ``update`` reads.
+      positive_losses: whether a loss of exactly 0 has no answer, or teaches what is not meant: the
+        transforms then leave its task out of the step.
     """
 
     init: Callable[..., Any]
@@ -89,6 +91,7 @@ class VectorMethod(NamedTuple):
     observe: Callable[..., Any] | None
     due: Callable[..., Any] | None
     needs: Signal
+    positive_losses: bool
 
 
 class Weighting(NamedTuple):
@@ -125,9 +128,9 @@ class Weighting(NamedTuple):
       method: the same on vectors.
 
     Raises:
-      ValueError: by its functions, when they are traced: if there are no losses or one is not a
-        scalar, the state is of other tasks or another weighting, the mask has another structure
-        than the losses, the signal is missing or of another shape, or the key is missing.
+      ValueError: by its functions, when they are traced: if there are no losses or one has
+        two axes or more, the state is of other tasks or another weighting, the mask has another
+        structure than the losses, the signal is missing or of another shape, or the key is missing.
       TypeError: by its functions: if a loss is not a real floating-point number, a leaf of the mask
         not one boolean, the state none that ``init`` returned, or the key no ``jax.random.key``.
 
@@ -217,6 +220,8 @@ class MultiTaskValue(NamedTuple):
       losses: the losses, as ``losses_fn`` returned them.
       weights: the weight that each task had in the gradient; the gradient is that of the sum of
         ``weights * losses``. ``None`` with an aggregator, which has no weights.
+      present: for each task whether the step was decided on it: not if it has no labels (``mask``),
+        or nothing to say (``leave_out_zero``). It is the ``mask`` for ``observe``.
       finite: whether the step can be taken: the weights are finite, and so is the squared norm of
         the gradient; from a train step, that of the update, too: whether it was taken.
       aux: the auxiliary output of ``losses_fn``, or ``None``.
@@ -228,6 +233,7 @@ class MultiTaskValue(NamedTuple):
 
     losses: Losses
     weights: Weights
+    present: PyTree
     finite: Bool[Array, ""]
     aux: Any = None
     gramian: Gramian | None = None
@@ -263,8 +269,8 @@ class MultiTaskGradient:
         state.
       losses: ``losses(params, *args) -> losses``: the losses alone.
       observe: ``observe(params, state, *args, mask=None) -> state``, to be called with the updated
-        parameters and the arguments of the step, for a weighting that reads the losses after the
-        step, too (:func:`mtl_jax.famo`); ``None`` for all others.
+        parameters, the arguments of the step and ``mask=value.present``, for a weighting that reads
+        the losses after the step, too (:func:`mtl_jax.famo`); ``None`` for all others.
     """
 
     init: Callable[..., PyTree]
@@ -288,6 +294,11 @@ def check_weighting(weighting: Any) -> None:
             optional = {"observe": method.observe, "due": method.due}
             given = {name: function for name, function in optional.items() if function is not None}
             check_functions("The weighting", init=method.init, update=method.update, **given)
+            check_flags("The weighting", positive_losses=method.positive_losses)
+            if not isinstance(method.needs, Signal):
+                raise TypeError(
+                    f"The weighting: `needs` must be a mtl_jax.Signal, got {method.needs!r}."
+                )
             return
     if isinstance(weighting, Aggregator):
         raise TypeError(

@@ -11,6 +11,7 @@ Inside ``shard_map`` each device has its part of the arrays that vary along a me
 over the parts is ours.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, get_args
@@ -169,9 +170,10 @@ def stacked(rows: Rows) -> list[Array]:
 
 def unit_cotangents(losses: Losses) -> list[Array]:
     """The K unit vectors as cotangents of the leaves of the losses, along a leading axis."""
+    tasks = read_tasks(losses)
+    units = jax.vmap(tasks.split)(jnp.eye(tasks.number, dtype=bool))
     leaves = jax.tree.leaves(losses)
-    identity = jnp.eye(len(leaves), dtype=bool)
-    return [identity[k].astype(leaf.dtype) for k, leaf in enumerate(leaves)]
+    return [unit.astype(leaf.dtype) for unit, leaf in zip(units, leaves, strict=True)]
 
 
 def each_row(function: Callable[[list[Array]], list[Array]], rows: Rows, way: Any) -> Rows:
@@ -208,6 +210,15 @@ def combine(weights: Float[Array, "tasks"], rows: Rows) -> list[Array]:
         return sum_of(terms).astype(leaves[0].dtype)
 
     return [add(*leaves) for leaves in zip(*rows, strict=True)]
+
+
+def nonzero_rows(leaves: list[Array]) -> Mask:
+    """For each task whether anything in its row is not exactly zero; the leading axis is the task.
+
+    For complex numbers and NaN, too.
+    """
+    by_leaf = [jnp.any(leaf != 0, axis=tuple(range(1, leaf.ndim))) for leaf in leaves]
+    return functools.reduce(jnp.logical_or, by_leaf)
 
 
 def gramian_of(rows: Rows, axes: tuple[str, ...] = ()) -> Float[Array, "tasks tasks"]:
@@ -321,11 +332,18 @@ def sum_over_devices(array: Array, axes: Iterable[str]) -> Array:
     return jax.lax.psum(array, names) if names else array
 
 
+_INSTEAD_OF_PMAP = (
+    "Instead of jax.pmap, spread the batch over a mesh under jax.jit; or, if the devices train "
+    "independent replicas, map over these with jax.vmap and spread them."
+)
+
+
 def read_axis_name(axis_name: AxisName) -> tuple[str, ...]:
     """The axes that are named, checked against the surrounding ``shard_map``.
 
     Raises:
-      ValueError: if there is no such axis, or ``shard_map`` does not track what varies along it.
+      ValueError: if there is no such axis, or it is not tracked what varies along one, as in
+        ``pmap``, or in ``shard_map`` with ``check_vma=False``.
     """
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
     manual = getattr(jax.sharding.get_abstract_mesh(), "manual_axes", ())
@@ -334,14 +352,15 @@ def read_axis_name(axis_name: AxisName) -> tuple[str, ...]:
             raise ValueError(
                 f"axis_name={name!r} is not an axis of a jax.shard_map around this call, whose "
                 f"axes are {manual}. Under jit alone leave `axis_name` out, however the arrays are "
-                "sharded."
+                f"sharded. {_INSTEAD_OF_PMAP}"
             )
     for name in manual:
         if name not in varying_axes(jax.lax.axis_index(name)):
             raise ValueError(
-                "jax.shard_map with check_vma=False does not know which arrays differ between the "
-                f"devices along {name!r}: the gradient of replicated parameters would be wrong "
-                "without an error. Leave check_vma at its default, True."
+                f"Which arrays differ between the devices along {name!r} is not known in jax.pmap, "
+                "nor in jax.shard_map with check_vma=False: the gradient of replicated parameters "
+                f"would be wrong without an error. {_INSTEAD_OF_PMAP} In jax.shard_map leave "
+                "check_vma at its default, True."
             )
     return names
 
@@ -413,6 +432,7 @@ class ParameterJacobian:
       tasks: the tasks.
       present: which of them are.
       shared: the parameters that enter the rows, ``None`` standing for the others.
+      whole: whether all parameters enter them.
     """
 
     def __init__(
@@ -428,6 +448,7 @@ class ParameterJacobian:
         self._parts = Partition.of(params, shared)
         self._axes, self._linear = axes, None
         self.shared = self._parts.join(self._parts.shared(params), None)
+        self.whole = not self._parts.has_rest
         # The one forward pass. Low memory needs the derivative in both directions.
         if rows == "low_memory":
             self.losses, self._linear, self._transpose, self.aux = linearize(losses_fn, params)
@@ -483,9 +504,7 @@ class ParameterJacobian:
 
         def row(unit: list[Array]) -> Vector:
             gradient = self._parts.without_rest(self._gradient_of(unit))
-            products = jax.tree.leaves(linear(gradient))
-            dtype = at_least_float32(*(product.dtype for product in products))
-            return jnp.stack([product.astype(dtype) for product in products])
+            return self.tasks.stack(linear(gradient))
 
         gramian = jax.lax.map(row, unit_cotangents(self.losses))
         return (gramian + gramian.T) / 2
@@ -514,6 +533,7 @@ class RepresentationJacobian:
     """
 
     shared = None
+    whole = False  # the heads have parameters of their own
 
     def __init__(
         self,
@@ -613,6 +633,8 @@ TaskJacobian = ParameterJacobian | RepresentationJacobian
 
 def cotangent(weights: Vector, losses: Losses) -> Losses:
     """The weights as a cotangent of the losses, in their dtypes."""
-    leaves, structure = jax.tree.flatten(losses)
-    parts = zip(jnp.unstack(weights), leaves, strict=True)
-    return jax.tree.unflatten(structure, [weight.astype(leaf.dtype) for weight, leaf in parts])
+    tasks, leaves = read_tasks(losses), jax.tree.leaves(losses)
+    parts = zip(tasks.split(weights), leaves, strict=True)
+    return jax.tree.unflatten(
+        tasks.structure, [weight.astype(leaf.dtype) for weight, leaf in parts]
+    )

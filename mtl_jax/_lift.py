@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int32
 
@@ -63,6 +64,7 @@ def vector_weighting(
     observe: VectorObserve | None = None,
     needs: Signal = Signal.LOSSES,
     due: Callable[[PyTree], Bool[Array, ""]] | None = None,
+    positive_losses: bool = False,
 ) -> Weighting:
     """Make a :class:`Weighting` of functions written on the vector of K task losses.
 
@@ -86,6 +88,9 @@ def vector_weighting(
       needs: the signal that ``update`` reads.
       due: ``due(state) -> bool``, for a method that reads its signal only now and then: whether it
         must be measured at this step. Where it need not, ``update`` is called with ``None`` for it.
+      positive_losses: whether a loss of exactly 0 has no answer, or teaches the method what is not
+        meant. :func:`mtl_jax.value_and_grad` and its like then leave the task out of the step, as
+        if it had no labels; ``update`` itself is not changed by it.
 
     Returns:
       The weighting.
@@ -112,6 +117,7 @@ def vector_weighting(
     optional = {"observe": observe, "due": due}
     given = {name: function for name, function in optional.items() if function is not None}
     check_functions("vector_weighting", update=update, init=init, **given)
+    check_flags("vector_weighting", positive_losses=positive_losses)
     if not isinstance(needs, Signal):
         raise TypeError(f"vector_weighting: `needs` must be a mtl_jax.Signal, got {needs!r}.")
 
@@ -151,6 +157,7 @@ def vector_weighting(
             observe=None if observe is None else observe_fn,
             due=None if due is None else lambda state: due(state.inner),
             needs=needs,
+            positive_losses=positive_losses,
         )
     )
 
@@ -346,12 +353,63 @@ def rows_aggregator(
         if losses is None:  # the state knows their names
             leaf_types(mask, "The mask's leaf")
             tasks = tasks_of(state)
-            losses = jax.tree.unflatten(tasks.structure, [1.0] * tasks.number)
+            losses = tasks.unstack(tasks.full(1))
         else:
             tasks = _read_arguments(losses, state, mask)
         return program(tasks, task_gradients, state, losses, mask)
 
     return Aggregator(init_fn, update_fn)
+
+
+def carry_over(old: WeightingState, new: WeightingState) -> WeightingState:
+    """Put what is known of the tasks that two states share into the new state.
+
+    For tasks that are added, or left out, in the middle of a training. Tasks are told by their
+    names; one that the old state does not know begins as in the new one.
+
+    Args:
+      old: the state of a weighting or an aggregator up to now.
+      new: the state that ``init`` of the same one makes for the new tasks. For a method whose
+        state is like the parameters, they must be the same.
+
+    Returns:
+      The state to go on from.
+
+    Raises:
+      ValueError: if the states are not of the same weighting.
+      TypeError: if one is no state of a weighting.
+
+    Example:
+      >>> import mtl_jax
+      >>> weighting = mtl_jax.adaptive(decay=0.9)
+      >>> state = weighting.init({"depth": 1.0})
+      >>> _, state = weighting.update({"depth": 3.0}, state)
+      >>> state = mtl_jax.carry_over(state, weighting.init({"depth": 1.0, "normals": 1.0}))
+      >>> [round(float(average), 3) for average in state.inner.average]
+      [3.0, 0.0]
+    """
+    known = tasks_of(old).names
+    pairs = [(known.index(n), k) for k, n in enumerate(tasks_of(new).names) if n in known]
+    rows, own_rows = np.array(pairs, np.int32).reshape(-1, 2).T
+
+    def carried(old: Array, new: Array) -> Array:
+        if (old.ndim, old.dtype, old.shape[1:]) != (new.ndim, new.dtype, new.shape[1:]):
+            raise ValueError(
+                "The states are not of the same weighting: a leaf is "
+                f"{old.dtype}{list(old.shape)} in the old one and {new.dtype}{list(new.shape)} in "
+                "the new one."
+            )
+        return new.at[own_rows].set(old[rows]) if new.ndim else old
+
+    leaves, structure = jax.tree.flatten(new)
+    old_leaves = jax.tree.leaves(old)
+    if len(old_leaves) != len(leaves):
+        raise ValueError(
+            f"The states are not of the same weighting: they have {len(old_leaves)} and "
+            f"{len(leaves)} leaves."
+        )
+    found = [carried(*pair) for pair in zip(old_leaves, leaves, strict=True)]
+    return jax.tree.unflatten(structure, found)
 
 
 # What the lifted functions read

@@ -103,7 +103,7 @@ def microbatched(
         (losses, counts), aux = Microbatches.of(args, n, batch_argnums).run(microbatch, params)
         losses = jax.tree.map(widened, losses)
         if counts is None:
-            losses = jax.tree.map(jnp.mean, losses)
+            losses = jax.tree.map(lambda loss: jnp.mean(loss, axis=0), losses)
         else:
             losses = jax.tree.map(_mean_by_count, losses, counts)
         return (losses, aux) if has_aux else losses
@@ -179,25 +179,27 @@ def _read_counts(counts: PyTree, losses: Losses) -> PyTree:
             f"`count` must return the structure of the losses, {describe(expected)}; got "
             f"{describe(structure)}."
         )
-    for path, leaf in jax.tree_util.tree_leaves_with_path(counts):
+    for (path, leaf), loss in zip(
+        jax.tree_util.tree_leaves_with_path(counts), jax.tree.leaves(losses), strict=True
+    ):
         dtype = jnp.result_type(leaf)
-        if jnp.shape(leaf) or not jnp.issubdtype(dtype, jnp.number):
+        if jnp.shape(leaf) != loss.shape or not jnp.issubdtype(dtype, jnp.number):
             raise TypeError(
                 f"The count{where(path)} has shape {jnp.shape(leaf)} and dtype {dtype}; it must be "
-                "one number, that of the task's labels in the microbatch, such as "
+                "one number for each loss, that of the task's labels in the microbatch, such as "
                 "jnp.sum(labelled)."
             )
     return jax.tree.map(jnp.asarray, counts)
 
 
 def _mean_by_count(
-    losses: Float[Array, "microbatches"], counts: Real[Array, "microbatches"]
-) -> Float[Array, ""]:
+    losses: Float[Array, "microbatches ..."], counts: Real[Array, "microbatches ..."]
+) -> Float[Array, "..."]:
     """The mean of the microbatches' losses by their counts, 0 if all of these are."""
     counts = jax.lax.stop_gradient(counts).astype(losses.dtype)
-    total = jnp.sum(counts)
+    total = jnp.sum(counts, axis=0, keepdims=True)
     shares = counts / jnp.where(total > 0, total, 1)
-    return jnp.sum(jnp.where(shares > 0, shares * losses, 0))
+    return jnp.sum(jnp.where(shares > 0, shares * losses, 0), axis=0)
 
 
 class Microbatches(NamedTuple):

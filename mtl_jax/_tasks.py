@@ -1,10 +1,12 @@
 """The tasks of a pytree of losses: their names, which are present, and vectors over them."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from mtl_jax._checks import leaf_name, leaf_types, read_array
 from mtl_jax._typing import Losses, Mask, PyTree, Vector
@@ -19,12 +21,14 @@ class Tasks:
 
     Attributes:
       structure: the structure of the losses.
+      shapes: the shape of each of its leaves: () for one task, (n,) for n.
       names: the path of each loss, such as ``"depth"`` or ``"heads/0"``.
       dtype: the dtype of the method's arithmetic and state: the widest of the losses' dtypes, and
         at least float32.
     """
 
     structure: Any
+    shapes: tuple[tuple[int, ...], ...]
     names: tuple[str, ...]
     dtype: Any
 
@@ -33,6 +37,10 @@ class Tasks:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_hash", hash((self.structure, self.names)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Made anew where it is sent: another process hashes strings in another way.
+        return Tasks, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     def __hash__(self) -> int:
         return self._hash  # pyright: ignore[reportAttributeAccessIssue]
@@ -56,14 +64,26 @@ class Tasks:
     def vector(self, values: PyTree, what: str) -> Vector:
         """The vector of a parameter given for every task: one number, or a pytree like the losses.
 
+        For a leaf of several tasks one number will do, too.
+
         Raises:
-          ValueError: if ``values`` is neither a number nor of the losses' structure.
+          ValueError: if ``values`` is neither a number nor of the losses' structure, or a leaf has
+            another shape than that of the losses.
         """
-        structure = jax.tree.structure(values)
-        if structure == jax.tree.structure(0):
+        if jax.tree.structure(values) == jax.tree.structure(0) and not jnp.shape(values):
             return self.full(values)
-        self.check_structure(structure, what)
-        return jnp.stack([jnp.asarray(leaf, self.dtype) for leaf in jax.tree.leaves(values)])
+        self.check_structure(jax.tree.structure(values), what)
+        parts = []
+        for (path, leaf), shape in zip(
+            jax.tree_util.tree_leaves_with_path(values), self.shapes, strict=True
+        ):
+            if jnp.shape(leaf) not in ((), shape):
+                raise ValueError(
+                    f"{what}: the leaf {leaf_name(path)!r} has shape {jnp.shape(leaf)} instead of "
+                    f"{shape}, that of the losses."
+                )
+            parts.append(jnp.broadcast_to(jnp.asarray(leaf, self.dtype), shape))
+        return _join(parts)
 
     def check_structure(self, structure: Any, what: str) -> None:
         """Raise a ``ValueError`` for another structure than that of the losses."""
@@ -75,21 +95,42 @@ class Tasks:
 
     def stack(self, values: PyTree) -> Vector:
         """A pytree like the losses as a vector, in the dtype of the method's arithmetic."""
-        named = zip(self.names, jax.tree.leaves(values), strict=True)
-        return jnp.stack(
-            [read_array(leaf, f"The loss {name!r}").astype(self.dtype) for name, leaf in named]
+        return _join(
+            [
+                read_array(leaf, f"The loss {leaf_name(path)!r}").astype(self.dtype)
+                for path, leaf in jax.tree_util.tree_leaves_with_path(values)
+            ]
         )
 
     def unstack(self, vector: Vector) -> PyTree:
         """A vector as a pytree like the losses."""
-        return jax.tree.unflatten(self.structure, jnp.unstack(vector))
+        return jax.tree.unflatten(self.structure, self.split(vector))
+
+    def split(self, vector: Vector) -> list[Array]:
+        """A vector as the leaves of the losses."""
+        if not any(self.shapes):
+            return list(jnp.unstack(vector))
+        if len(self.shapes) == 1:
+            return [vector]
+        ends = list(itertools.accumulate(shape[0] if shape else 1 for shape in self.shapes))
+        parts = zip([0, *ends], ends, self.shapes, strict=False)
+        return [vector[start:end].reshape(shape) for start, end, shape in parts]
+
+
+def _join(leaves: list[Array]) -> Vector:
+    """The vector of the numbers in all leaves."""
+    if not any(leaf.ndim for leaf in leaves):
+        return jnp.stack(leaves)
+    if len(leaves) == 1:
+        return leaves[0]
+    return jnp.concatenate([jnp.atleast_1d(leaf) for leaf in leaves])
 
 
 def read_tasks(losses: Losses) -> Tasks:
     """Read and check the tasks of a pytree of losses.
 
     Raises:
-      ValueError: if there are none, or one is not a scalar.
+      ValueError: if there are none, or a leaf is neither a scalar nor a vector.
       TypeError: if one is not a real floating-point number.
     """
     types = leaf_types(
@@ -101,16 +142,23 @@ def read_tasks(losses: Losses) -> Tasks:
     )
     if not types:
         raise ValueError("There are no losses: expected a pytree with one scalar for each task.")
-    names = tuple(leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(losses))
-    for name, (shape, _) in zip(names, types, strict=True):
-        if shape:
+    names: list[str] = []
+    for (path, _), (shape, _) in zip(
+        jax.tree_util.tree_leaves_with_path(losses), types, strict=True
+    ):
+        name = leaf_name(path)
+        if len(shape) > 1 or 0 in shape:
             raise ValueError(
-                f"The loss {name!r} has shape {shape}; a task's loss is a scalar. "
-                "Reduce it over the batch first, for example with `mtl_jax.masked_mean`."
+                f"The loss {name!r} has shape {shape}; a task's loss is a scalar, and a vector "
+                "holds those of several tasks. Reduce it over the batch first, for example with "
+                "`mtl_jax.masked_mean`."
             )
+        prefix = f"{name}/" if name else ""
+        names += [f"{prefix}{k}" for k in range(shape[0])] if shape else [name]
     return Tasks(
         structure=jax.tree.structure(losses),
-        names=names,
+        shapes=tuple(shape for shape, _ in types),
+        names=tuple(names),
         dtype=at_least_float32(*(dtype for _, dtype in types)),
     )
 
@@ -120,13 +168,16 @@ def read_mask(mask: PyTree | None, tasks: Tasks) -> Mask:
     if mask is None:
         return jnp.ones((tasks.number,), bool)
     tasks.check_structure(jax.tree.structure(mask), "The mask")
-    for name, (shape, dtype) in zip(tasks.names, leaf_types(mask, "The mask's leaf"), strict=True):
-        if shape or dtype != jnp.bool_:
+    leaves = jax.tree_util.tree_leaves_with_path(mask)
+    types = leaf_types(mask, "The mask's leaf")
+    for (path, _), (shape, dtype), wanted in zip(leaves, types, tasks.shapes, strict=True):
+        if shape != wanted or dtype != jnp.bool_:
+            booleans = f"booleans of shape {wanted}" if wanted else "one boolean"
             raise TypeError(
-                f"The mask's leaf {name!r} has shape {shape} and dtype {dtype}; it must be one "
-                "boolean, whether the task has labels in this batch."
+                f"The mask's leaf {leaf_name(path)!r} has shape {shape} and dtype {dtype}; it must "
+                f"be {booleans}, whether the task has labels in this batch."
             )
-    return jnp.stack([jnp.asarray(leaf) for leaf in jax.tree.leaves(mask)])
+    return _join([jnp.asarray(leaf) for _, leaf in leaves])
 
 
 def at_least_float32(*dtypes: Any) -> Any:

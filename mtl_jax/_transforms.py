@@ -1,7 +1,7 @@
 """From the losses of several tasks to one gradient: the weights are the cotangent."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -20,7 +20,9 @@ from mtl_jax._base import (
 from mtl_jax._checks import (
     check_flags,
     check_functions,
+    check_no_statistics,
     check_option,
+    leaf_name,
     leaf_types,
     read_array,
 )
@@ -37,6 +39,7 @@ from mtl_jax._jacobian import (
     choose_rows,
     gramian_of,
     has_finite_norm,
+    nonzero_rows,
     read_axis_name,
     shared_parameters,
     stacked,
@@ -56,6 +59,7 @@ def value_and_grad(
     has_aux: bool = False,
     shared: Shared = None,
     rows: RowsMode = "auto",
+    leave_out_zero: bool = True,
     diagnostics: bool = False,
     axis_name: AxisName = None,
 ) -> MultiTaskGradient:
@@ -73,7 +77,8 @@ def value_and_grad(
 
     Args:
       losses_fn: ``losses_fn(params, *args)`` returns the losses, a pytree of scalars, or
-        ``(losses, aux)`` with ``has_aux``.
+        ``(losses, aux)`` with ``has_aux``. A leaf of shape [n] is n tasks; mask, weights and what
+        a method is given for each task then have this form, too.
       weighting: decides the weights; or an :class:`mtl_jax.Aggregator`, which combines the task
         gradients itself.
       has_aux: whether ``losses_fn`` returns auxiliary output.
@@ -90,6 +95,14 @@ def value_and_grad(
         on CPU ``"unrolled"`` for up to 5 tasks and ``"map"`` for more, and so on several devices
         with Auto mesh axes; on other backends ``"vmap"``. On CPU the gradient of a convolution is
         slow inside a loop, so ``"unrolled"`` may be better there.
+      leave_out_zero: whether a task that has nothing to say in a step is left out of its decision,
+        as if it had no labels (``mask``): a task whose row of the measured Gramian, or whose task
+        gradient, is exactly zero, or whose loss is, for a weighting that needs positive losses. So
+        is a constraint that is satisfied, or a detector's loss of boxes in a batch without any.
+        ``False`` keeps to the theory: a task with a zero gradient cannot be improved, and many
+        methods then give it all the weight, which ends the training. A task that is left out has
+        weight 0; where parameters outside the Gramian may still learn from it (``shared``), the
+        mean absolute weight of the others, or 1 if there are none.
       diagnostics: whether to return the :class:`mtl_jax.Diagnostics` of the task gradients; then
         the Gramian is measured whatever the weighting reads.
       axis_name: inside ``jax.shard_map``, the mesh axis along which the batch is spread, or a tuple
@@ -104,15 +117,16 @@ def value_and_grad(
       is not finite, the state is returned as it was, and ``value.finite`` is False.
 
     Raises:
-      ValueError: if there are no losses or no parameters, a loss is not a scalar, the tasks are not
-        as many as the state's, ``mask`` has another structure than the losses, ``shared`` selects
+      ValueError: if there are no losses or no parameters, a loss has two axes or more, the tasks
+        are not the state's, ``mask`` has another structure than the losses, ``shared`` selects
         nothing, ``rows`` is unknown, or is ``"low_memory"`` where task gradients are read; inside
         ``shard_map``, if ``axis_name`` is not an axis of it, the losses differ along that axis, an
         aggregator's parameters are spread over devices, or ``check_vma`` is False.
       TypeError: if ``losses_fn`` is not a function, ``weighting`` neither a :class:`Weighting` nor
         an aggregator, ``state`` not its state, a loss or a parameter not floating-point, a leaf of
         ``mask`` not one boolean, or ``losses_fn`` has no forward derivative and ``rows`` is
-        ``"low_memory"``.
+        ``"low_memory"``; if there are batch statistics of Flax among the parameters; or if
+        ``losses_fn`` returns a pair of anything but scalars without ``has_aux``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -127,7 +141,9 @@ def value_and_grad(
       4.0
     """
     check_functions("value_and_grad", losses_fn=losses_fn)
-    check_flags("value_and_grad", has_aux=has_aux, diagnostics=diagnostics)
+    check_flags(
+        "value_and_grad", has_aux=has_aux, leave_out_zero=leave_out_zero, diagnostics=diagnostics
+    )
     choose_rows(rows, number=1)
     if not isinstance(weighting, Aggregator):
         check_weighting(weighting)
@@ -150,7 +166,7 @@ def value_and_grad(
             axes=read_axis_name(axis_name),
         )
 
-    return _gradient(weighting, losses, jacobian, shared, diagnostics, axis_name)
+    return _gradient(weighting, losses, jacobian, shared, leave_out_zero, diagnostics, axis_name)
 
 
 def representation_value_and_grad(
@@ -164,6 +180,7 @@ def representation_value_and_grad(
     gramian: Literal["representation", "encoder"] = "representation",
     shared: Shared = None,
     rows: RowsMode = "auto",
+    leave_out_zero: bool = True,
     diagnostics: bool = False,
     axis_name: AxisName = None,
 ) -> MultiTaskGradient:
@@ -186,9 +203,10 @@ def representation_value_and_grad(
       encoder: ``encoder(params, *args) -> z``, a pytree of arrays; with ``has_aux`` it returns
         ``(z, aux)``.
       heads: ``heads(params, zs, *args) -> losses`` with ``zs = {task: z}`` and ``losses`` a
-        dictionary with these tasks; with ``has_aux`` it returns ``(losses, aux)``. It gets the
-        same whole ``params`` as the encoder. The loss of a task may depend on its own copy of z
-        only: another one's gives wrong gradients without an error (:func:`check_heads` finds it).
+        dictionary, of any kind, with these tasks; with ``has_aux`` it returns ``(losses, aux)``. It
+        gets the same whole ``params`` as the encoder. The loss of a task may depend on its own copy
+        of z only: another one's gives wrong gradients without an error (:func:`check_heads` finds
+        it).
       weighting: decides the weights. A weighting that reads the losses alone works, too.
       tasks: the tasks' names.
       has_aux: whether both functions return auxiliary output.
@@ -202,6 +220,8 @@ def representation_value_and_grad(
         use have a gradient of 0. Naming them saves the memory of these zeros.
       rows: with ``gramian="encoder"``, how the K passes through the encoder are done, as in
         :func:`mtl_jax.value_and_grad`.
+      leave_out_zero: whether a task whose gradient at z is exactly zero is left out of the
+        decision, as in :func:`mtl_jax.value_and_grad`; its head still learns.
       diagnostics: whether to return the :class:`mtl_jax.Diagnostics` of the gradients at z; then
         the Gramian is measured whatever the weighting reads.
       axis_name: inside ``jax.shard_map``, the mesh axis along which the batch is spread, or a tuple
@@ -221,7 +241,8 @@ def representation_value_and_grad(
       TypeError: if ``encoder`` or ``heads`` is not a function, ``tasks`` not a sequence of strings,
         ``state`` not the weighting's state, a loss, a parameter or a part of z not floating-point,
         a leaf of ``mask`` not one boolean, or ``weighting`` not a :class:`Weighting`, or one that
-        reads the task gradients: those by the parameters, as an aggregator.
+        reads the task gradients: those by the parameters, as an aggregator; if there are batch
+        statistics of Flax among the parameters; or if ``heads`` returns a pair without ``has_aux``.
 
     References:
       Sener and Koltun, `Multi-Task Learning as Multi-Objective Optimization
@@ -245,7 +266,7 @@ def representation_value_and_grad(
     """
     where = "representation_value_and_grad"
     check_functions(where, encoder=encoder, heads=heads)
-    check_flags(where, has_aux=has_aux, diagnostics=diagnostics)
+    check_flags(where, has_aux=has_aux, leave_out_zero=leave_out_zero, diagnostics=diagnostics)
     check_weighting(weighting)
     if _reads_rows(weighting):
         raise TypeError(
@@ -289,7 +310,7 @@ def representation_value_and_grad(
         found.aux = found.aux if has_aux else None
         return found
 
-    return _gradient(weighting, losses, jacobian, shared, diagnostics, axis_name)
+    return _gradient(weighting, losses, jacobian, shared, leave_out_zero, diagnostics, axis_name)
 
 
 # What both transforms do
@@ -304,6 +325,7 @@ def _gradient(
     losses_and_aux: Callable[..., tuple[Losses, Any]],
     jacobian: Callable[[PyTree, PyTree | None, tuple[Any, ...]], TaskJacobian],
     shared: Shared,
+    leave_out_zero: bool,
     diagnose: bool,
     axis_name: AxisName,
 ) -> MultiTaskGradient:
@@ -339,13 +361,14 @@ def _gradient(
         at = jacobian(params, mask, args)
         if isinstance(weighting, Aggregator):
             assert isinstance(at, ParameterJacobian)
-            found = _aggregate(weighting, at, state, mask, diagnose)
+            found = _aggregate(weighting, at, state, leave_out_zero, diagnose)
         else:
-            found = _weigh(weighting, at, state, diagnose)
+            found = _weigh(weighting, at, state, leave_out_zero, diagnose)
         gramian = found.gramian
         value = MultiTaskValue(
             losses=at.losses,
             weights=None if found.weights is None else at.tasks.unstack(found.weights),
+            present=at.tasks.unstack(found.present),
             finite=all_finite(found.weights) & has_finite_norm(found.gradient, at.losses),
             aux=at.aux,
             gramian=gramian,
@@ -371,13 +394,16 @@ class _Found(NamedTuple):
     """What was decided in a step: the gradient, and what it was decided on."""
 
     weights: Vector | None
+    present: Mask
     gradient: PyTree
     state: PyTree
     gramian: Gramian | None
     measured: Bool[Array, ""]
 
 
-def _weigh(weighting: Weighting, at: TaskJacobian, state: PyTree, diagnose: bool) -> _Found:
+def _weigh(
+    weighting: Weighting, at: TaskJacobian, state: PyTree, leave_out_zero: bool, diagnose: bool
+) -> _Found:
     """Decide the weights and take the gradient, measuring the signal only if it is needed."""
     method, needs = weighting.method, weighting.needs
     state = read_state(method, state, at.tasks, at.shared)
@@ -395,30 +421,46 @@ def _weigh(weighting: Weighting, at: TaskJacobian, state: PyTree, diagnose: bool
         signal = read_signal(needs, at.as_tree(rows), at.present, at.tasks)
         return gramian_of(rows) if diagnose else None, rows, signal
 
+    def decide(signal: Any) -> tuple[Vector, Mask, PyTree]:
+        """The weights, the tasks that they are decided on, and the new state."""
+        if not leave_out_zero:
+            weights, new_state = method.update(losses, state, at.present, signal)
+            return weights, at.present, new_state
+        deciding = at.present & (losses != 0) if method.positive_losses else at.present
+        moving = deciding if signal is None else deciding & nonzero_rows(jax.tree.leaves(signal))
+        weights, new_state = method.update(jnp.where(moving, losses, 1), state, moving, signal)
+        if signal is None or at.whole:
+            return weights, moving, new_state
+        # What does not enter the Gramian, such as a head whose last layer begins at zero, may well
+        # have a gradient.
+        total, number = jnp.sum(jnp.abs(weights)), jnp.sum(moving, dtype=weights.dtype)
+        usual = jnp.where(number > 0, total / jnp.maximum(number, 1), 1)
+        return jnp.where(deciding & ~moving, usual, weights), moving, new_state
+
     always = jnp.asarray(True)
     if needs is Signal.LOSSES and not diagnose:
-        weights, new_state = method.update(losses, state, at.present, None)
-        return _Found(weights, at.pull_back(weights), new_state, None, always)
+        weights, present, new_state = decide(None)
+        return _Found(weights, present, at.pull_back(weights), new_state, None, always)
     if method.due is None:
         gramian, rows, signal = measure()
-        weights, new_state = method.update(losses, state, at.present, signal)
-        return _Found(weights, at.combine(weights, rows), new_state, gramian, always)
+        weights, present, new_state = decide(signal)
+        return _Found(weights, present, at.combine(weights, rows), new_state, gramian, always)
 
     shape = jax.eval_shape(lambda: measure()[0])
 
     def when_due() -> tuple[Any, ...]:
         gramian, _, signal = measure()
-        return *method.update(losses, state, at.present, signal), gramian
+        return *decide(signal), gramian
 
     def otherwise() -> tuple[Any, ...]:
         zeros = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shape)
-        return *method.update(losses, state, at.present, None), zeros
+        return *decide(None), zeros
 
     # The rows do not leave the branch: the other one would have to hold as many zeros. So the
     # gradient takes a backward pass of its own, which is the only one in a step that is not due.
     due = _any_due(method.due(state))
-    weights, new_state, gramian = jax.lax.cond(due, when_due, otherwise)
-    return _Found(weights, at.pull_back(weights), new_state, gramian, due)
+    weights, present, new_state, gramian = jax.lax.cond(due, when_due, otherwise)
+    return _Found(weights, present, at.pull_back(weights), new_state, gramian, due)
 
 
 _WHOLE_GRADIENTS = (
@@ -428,15 +470,22 @@ _WHOLE_GRADIENTS = (
 
 
 def _aggregate(
-    aggregator: Aggregator, at: ParameterJacobian, state: PyTree, mask: PyTree, diagnose: bool
+    aggregator: Aggregator,
+    at: ParameterJacobian,
+    state: PyTree,
+    leave_out_zero: bool,
+    diagnose: bool,
 ) -> _Found:
     """Combine the task gradients; what is not shared gets the gradient of the plain sum."""
     rows = stacked(at.task_gradients())
     check_whole(rows, at.losses, "A parameter", _WHOLE_GRADIENTS)
-    combined, new_state = aggregator.update(at.as_tree(rows), state, losses=at.losses, mask=mask)
+    moving = at.present & nonzero_rows(rows) if leave_out_zero else at.present
+    combined, new_state = aggregator.update(
+        at.as_tree(rows), state, losses=at.losses, mask=at.tasks.unstack(moving)
+    )
     gradient = at.with_rest(jax.tree.leaves(combined), at.present.astype(at.tasks.dtype))
     gramian = gramian_of(rows) if diagnose else None
-    return _Found(None, gradient, new_state, gramian, jnp.asarray(True))
+    return _Found(None, moving, gradient, new_state, gramian, jnp.asarray(True))
 
 
 def _any_due(due: Bool[Array, ""]) -> Bool[Array, ""]:
@@ -520,9 +569,11 @@ def _dependence(
     losses, pullback = jax.vjp(losses_fn, dict.fromkeys(names, z))
     _check_names(losses, names)
     rows = []
+    leaves, structure = jax.tree.flatten(losses)  # of any kind of dictionary, in its order
+    named = list(zip(read_tasks(losses).names, leaves, strict=True))
     for task in names:
-        unit = {name: jnp.full_like(loss, name == task) for name, loss in losses.items()}
-        (gradients,) = pullback(unit)
+        unit = [jnp.full_like(loss, name == task) for name, loss in named]
+        (gradients,) = pullback(jax.tree.unflatten(structure, unit))
         by_leaf = [[jnp.any(g != 0) for g in jax.tree.leaves(gradients[name])] for name in names]
         rows.append(jnp.any(jnp.array(by_leaf), axis=1))
     return jnp.stack(rows)
@@ -534,6 +585,7 @@ def _dependence(
 def _check_params(params: PyTree, *, abstract: bool = False) -> None:
     """Raise an error for no parameters, or for one that is not floating-point."""
     hint = ", by which nothing can be differentiated. Pass it to `losses_fn` as another argument."
+    check_no_statistics(params)
     if not leaf_types(params, "The parameter", jnp.inexact, hint, abstract=abstract):
         raise ValueError("There are no parameters: expected a pytree with at least one array.")
 
@@ -564,21 +616,44 @@ def _read_names(tasks: Sequence[str]) -> tuple[str, ...]:
 
 def _check_names(losses: Losses, names: tuple[str, ...]) -> None:
     """Raise an error for losses that are not those of the tasks."""
-    if not isinstance(losses, dict) or set(losses) != set(names):
-        got = sorted(losses, key=str) if isinstance(losses, dict) else type(losses).__name__
+    if not isinstance(losses, Mapping) or set(losses) != set(names):
+        got = sorted(losses, key=str) if isinstance(losses, Mapping) else type(losses).__name__
         raise ValueError(
             f"`heads` must return a dictionary with the losses of the tasks {sorted(names)}, got "
             f"{got}."
         )
+    for name, loss in losses.items():
+        if jnp.ndim(loss):
+            raise ValueError(
+                f"The loss {name!r} has shape {jnp.shape(loss)}: at the representation, of which "
+                "every task has its own copy, a task's loss is a scalar."
+            )
 
 
 def read_output(output: Any, has_aux: bool, name: str) -> tuple[Losses, Any]:
     """The losses, checked, as arrays, and the auxiliary output of the function of that name."""
+    if not has_aux:
+        _check_no_aux(output, name)
     losses, aux = split_aux(output, name, "losses") if has_aux else (output, None)
     tasks = read_tasks(losses)  # before the backward pass, for its error messages
-    named = zip(tasks.names, jax.tree.leaves(losses), strict=True)
-    leaves = [read_array(leaf, f"The loss {name!r}") for name, leaf in named]
+    named = jax.tree_util.tree_leaves_with_path(losses)
+    leaves = [read_array(leaf, f"The loss {leaf_name(path)!r}") for path, leaf in named]
     return jax.tree.unflatten(tasks.structure, leaves), aux
+
+
+def _check_no_aux(output: Any, name: str) -> None:
+    """Raise an error for what looks like losses with auxiliary output.
+
+    A scalar in that would become a task without a word. Losses in two containers look alike, but
+    can be returned in something else than a pair.
+    """
+    if type(output) is not tuple or len(output) != 2:
+        return
+    if not all(jax.tree_util.all_leaves([part]) and np.ndim(part) == 0 for part in output):
+        raise TypeError(
+            f"{name} returned a pair that is not of two scalars. Was has_aux=True forgotten, for "
+            "(losses, aux)? If both parts hold losses, return them in a list or a dictionary."
+        )
 
 
 def split_aux(output: Any, name: str, what: str) -> tuple[Any, Any]:

@@ -10,10 +10,12 @@ else:
     from jaxtyping import PyTree
 
 Losses = PyTree
-"""A pytree of scalars, one for each task, such as ``{"depth": ..., "normals": ...}``."""
+"""A pytree of scalars, one for each task, such as ``{"depth": ..., "normals": ...}``.
+
+A leaf of shape [n] is n tasks, so that many need not be as many leaves."""
 
 Weights = PyTree
-"""A pytree of scalars with the structure of the losses."""
+"""A pytree with the structure and the shapes of the losses."""
 
 Vector = Float[Array, "tasks"]
 """One number for each task, in the order of the leaves of the losses."""

@@ -159,7 +159,7 @@ def ema(weighting: Weighting, decay: float) -> Weighting:
         average = state.weights + rate * (weights - state.weights)
         return average, AverageState(inner_state, average)
 
-    return vector_weighting(update, init, needs=inner.needs, **_passed_on(inner))
+    return vector_weighting(update, init, **_passed_on(inner))
 
 
 def clipped(weighting: Weighting, low: float = 0.0, high: float = float("inf")) -> Weighting:
@@ -299,7 +299,12 @@ def _scheduled(
         return state._replace(inner=tree_where(now, observed, state.inner))
 
     return vector_weighting(
-        update, init, observe=observe if inner.observe else None, needs=inner.needs, due=due
+        update,
+        init,
+        observe=observe if inner.observe else None,
+        needs=inner.needs,
+        due=due,
+        positive_losses=inner.positive_losses,
     )
 
 
@@ -317,7 +322,7 @@ def _changed(
 
 
 def _passed_on(inner: VectorMethod) -> dict[str, Any]:
-    """What a wrapper with a state hands on to the weighting inside, if that asks for it."""
+    """What a wrapper with a state hands on: what the weighting inside asks for."""
 
     def observe(losses, state, present):
         assert inner.observe is not None
@@ -327,4 +332,9 @@ def _passed_on(inner: VectorMethod) -> dict[str, Any]:
         assert inner.due is not None
         return inner.due(state.inner)
 
-    return {"observe": observe if inner.observe else None, "due": due if inner.due else None}
+    return {
+        "observe": observe if inner.observe else None,
+        "due": due if inner.due else None,
+        "needs": inner.needs,
+        "positive_losses": inner.positive_losses,
+    }

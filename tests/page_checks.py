@@ -8,6 +8,7 @@ from trees import assert_trees_close
 
 import mtl_jax
 from mtl_jax.compare import digest
+from tests.experiments.tfds_folders import picture, write_cifar
 
 
 def no_step_was_skipped(after, tmp_path):
@@ -32,9 +33,10 @@ def index(after, tmp_path):
     assert sum(value.weights.values()) == pytest.approx(2, rel=1e-6)
     before = losses_fn(after[0]["params"], after[0]["batch"])
     assert all(value.losses[task] < before[task] / 3 for task in before)
-    comparison = after[1]["comparison"]
-    assert set(comparison.runs) == {"equal", "adaptive"}
-    assert all(run.failure is None for runs in comparison.runs.values() for run in runs)
+    runs = after[1]["results"].runs
+    assert {run.weighting for run in runs} == {"equal", "adaptive", "sum alone", "product alone"}
+    assert all(run.failure is None for run in runs)
+    assert set(runs[0].metrics["test"]["product"]) == {"absolute error", "R2"}
 
 
 def representation(after, tmp_path):
@@ -44,6 +46,10 @@ def representation(after, tmp_path):
     params, batch, gradient = (after[1][name] for name in ("params", "batch", "gradient"))
     encoder_rows, *_ = jax.jit(gradient)(params, gradient.init(params, batch), batch)
     assert not np.allclose(encoder_rows.gramian, value.gramian)
+    frozen = after[-2]  # which count neither in the Gramian nor for the optimizer
+    np.testing.assert_array_equal(frozen["frozen_state"].params["stem"], np.eye(4))
+    assert np.any(frozen["frozen_state"].params["encoder"] != params["encoder"])
+    np.testing.assert_allclose(frozen["value"].gramian, encoder_rows.gramian, rtol=1e-4)
     diagnosed = after[-1]["value"]
     assert diagnosed.weights == {"depth": 1, "normals": 1}
     assert np.all(np.abs(diagnosed.diagnostics.cosines) <= 1 + 1e-6)
@@ -52,7 +58,17 @@ def representation(after, tmp_path):
 def missing_labels(after, tmp_path):
     assert after[0]["value"].weights == {"depth": 1, "normals": 0}
     assert after[0]["state"].skipped == 0
-    assert sum(after[1]["value"].weights.values()) == pytest.approx(2, rel=1e-6)
+    assert after[1]["value"].weights == {"data": 0, "positive": 1}  # without leaving it out
+    assert sum(after[2]["value"].weights.values()) == pytest.approx(2, rel=1e-6)
+
+
+def many_tasks(after, tmp_path):
+    assert after[0]["value"].weights["targets"].shape == (300,)
+    assert after[0]["value"].weights["targets"][7] == 0
+    state, tasks = after[2]["state"], after[2]["state"].weighting_state.tasks
+    assert (int(state.step), int(state.skipped)) == (6, 0)
+    steps = dict(zip(tasks.names, np.asarray(state.weighting_state.steps), strict=True))
+    assert (steps["targets/0"], steps["targets/299"], steps["largest"]) == (6, 3, 1)
 
 
 def own_weighting(after, tmp_path):
@@ -70,8 +86,10 @@ def own_weighting(after, tmp_path):
 
 
 def moving(after, tmp_path):
-    (names,) = after
-    assert names["value"].weights == {"depth": 1, "normals": pytest.approx(0.3)}
+    first, second = after
+    assert first["value"].weights == {"depth": 1, "normals": pytest.approx(0.3)}
+    assert (second["state"].step, second["state"].skipped) == (1, 0)
+    assert second["value"].measured
 
 
 def scale(after, tmp_path):
@@ -85,6 +103,11 @@ def scale(after, tmp_path):
     in_parts = states[2]
     for leaf in (in_parts.params["encoder"], in_parts.opt_state[0].mu["encoder"]):
         assert leaf.sharding.spec == jax.sharding.PartitionSpec("data")
+    replicas = after[-1]["states"]
+    assert replicas.params["encoder"].sharding.spec == jax.sharding.PartitionSpec("seed")
+    np.testing.assert_array_equal(replicas.step, 3)
+    np.testing.assert_array_equal(replicas.skipped, 0)
+    assert len(np.unique(jax.device_get(replicas.params["encoder"])[:, 0, 0])) == jax.device_count()
 
 
 def accumulation(after, tmp_path):
@@ -115,6 +138,27 @@ def checkpoints(after, tmp_path):
     (tmp_path / "resumed" / "30" / "digest" / "metadata").write_text('"0"')
     with pytest.raises(ValueError, match="step 30 .* is damaged"):
         train(40, tmp_path / "resumed")
+
+
+def problem(after, tmp_path):
+    """Its photographs are turned over in training alone, and tensorflow-datasets is read."""
+    tasks, problem = after[0]["tasks"], after[1]["problem"]
+    assert [metric.name for metric in tasks["segments"].metrics] == ["mIoU", "pixel accuracy"]
+    batches = iter(problem.train_batches(seed=0))
+    images = {image.tobytes() for _ in range(9) for image in next(batches)["image"]}
+    batches.close()
+    originals = [problem.train[index]["image"] for index in range(300)]
+    assert images < {image.tobytes() for o in originals for image in (o, o[:, ::-1])}
+    assert 0 < len(images - {image.tobytes() for image in originals}) < 288
+    batch, _ = next(problem.evaluation_batches("test", 100))
+    np.testing.assert_array_equal(batch["image"][7], problem.test[7]["image"])
+
+    labels = {"label": 100, "coarse_label": 20}
+    folder = write_cifar(tmp_path, "cifar100", labels, num_train=40, num_test=12)
+    splits = after[2]["cifar100"](str(folder))
+    assert [len(split) for split in splits] == [36, 4, 12]
+    np.testing.assert_array_equal(splits[1][0]["image"], picture(36))
+    assert splits[2][0]["fine"] == 40
 
 
 def tuning(after, tmp_path):
@@ -155,6 +199,7 @@ CHECKS = {
     "docs/index.md": index,
     "docs/how_it_works.md": how_it_works,
     "docs/representation.md": representation,
+    "docs/many_tasks.md": many_tasks,
     "docs/missing_labels.md": missing_labels,
     "docs/own_weighting.md": own_weighting,
     "docs/moving.md": moving,
@@ -162,5 +207,6 @@ CHECKS = {
     "docs/accumulation.md": accumulation,
     "docs/checkpoints.md": checkpoints,
     "docs/evaluation.md": evaluation,
+    "docs/problem.md": problem,
     "docs/tuning.md": tuning,
 }

@@ -166,6 +166,11 @@ def test_bfloat16_gradients_of_every_norm():
     value, _, after = run((0, 80, 0))
     assert all(np.isnan(weight) for weight in value.weights)
     assert_trees_equal(after, state)
-    value, gradient, after = run((0, -80, 0))  # a gradient of 0: nothing serves all
+    value, _, after = run((0, -80, 0))  # a gradient whose square vanishes is one of 0
+    np.testing.assert_allclose(value.weights, [1, 0, 1], rtol=1e-5)
+    assert after.inner.residual < 1e-5
+    theory = mtl_jax.value_and_grad(losses_fn, weighting, leave_out_zero=False)
+    norms = tuple(np.float32(2.0**e) for e in (0, -80, 0))
+    value, _, after = jax.jit(theory)(params, state, norms)  # nothing serves all
     assert all(np.isfinite(weight) for weight in value.weights)
     assert after.inner.residual > 0.5

@@ -550,12 +550,12 @@ def test_errors_say_what_and_where_and_the_way_out(call, message):
 
 @pytest.mark.parametrize("count", [lambda x: {"a": x[:, 0]}, lambda x: {"a": jnp.any(x > 0)}])
 def test_a_count_is_one_number(count):
-    with pytest.raises(TypeError, match="The count at 'a'.*must be one number"):
+    with pytest.raises(TypeError, match="The count at 'a'.*must be one number for each loss"):
         cut_with(mean_of, X, n=2, count=count)()
 
 
 def test_the_errors_of_losses_are_those_of_value_and_grad():
     with pytest.raises(ValueError, match="a task's loss is a scalar"):
-        cut_with(lambda params, x: {"a": x[:, 0]}, X, n=2)()
+        cut_with(lambda params, x: {"a": x[:, :, None]}, X, n=2)()
     with pytest.raises(TypeError, match=r"must return a pair \(losses, aux\)"):
         cut_with(mean_of, X, n=2, has_aux=True)()

@@ -53,14 +53,14 @@ def test_float64_under_x64(x64):
 @pytest.mark.parametrize(
     ("loss", "error", "says"),
     [
-        (jnp.ones((4,)), ValueError, r"'heads/0' has shape \(4,\).*masked_mean"),
-        (jnp.ones((1,)), ValueError, r"'heads/0' has shape \(1,\)"),
+        (jnp.ones((4, 2)), ValueError, r"'heads/0' has shape \(4, 2\).*masked_mean"),
+        (jnp.ones((1, 1)), ValueError, r"'heads/0' has shape \(1, 1\)"),
         (jnp.int32(1), TypeError, "'heads/0' has dtype int32"),
         (1, TypeError, "'heads/0' has dtype int"),
         (jnp.array(True), TypeError, "'heads/0' has dtype bool"),
         (True, TypeError, "'heads/0' has dtype bool"),
         (jnp.complex64(1), TypeError, "'heads/0' has dtype complex64"),
-        (jax.ShapeDtypeStruct((2,), jnp.float32), ValueError, r"'heads/0' has shape \(2,\)"),
+        (jax.ShapeDtypeStruct((2, 2), jnp.float32), ValueError, r"'heads/0' has shape \(2, 2\)"),
         (jax.ShapeDtypeStruct((), jnp.int32), TypeError, "'heads/0' has dtype int32"),
     ],
 )
@@ -89,7 +89,7 @@ def test_errors_are_raised_while_tracing():
     weighting = EQUAL
     state = weighting.init({"a": 1.0})
     with pytest.raises(ValueError, match="'a' has shape"):
-        jax.eval_shape(weighting.update, {"a": jax.ShapeDtypeStruct((3,), jnp.float32)}, state)
+        jax.eval_shape(weighting.update, {"a": jax.ShapeDtypeStruct((3, 3), jnp.float32)}, state)
 
 
 @pytest.mark.parametrize("call", ["update", "observe"])

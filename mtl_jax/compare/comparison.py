@@ -28,7 +28,6 @@ from mtl_jax.compare.devices import is_first_process, wait_for_all
 from mtl_jax.compare.problem import Problem
 from mtl_jax.compare.report import print_tables, write_report
 from mtl_jax.compare.results import (
-    ProblemInfo,
     Results,
     Run,
     Trial,
@@ -40,7 +39,13 @@ from mtl_jax.compare.results import (
 )
 from mtl_jax.compare.tensorboard import TensorBoard
 from mtl_jax.compare.training import Setting, Trainer, settings_of
-from mtl_jax.compare.tuning import TUNING_SEED, Select, check_tuning, with_baselines
+from mtl_jax.compare.tuning import (
+    TUNING_SEED,
+    Select,
+    check_tuning,
+    settings_of_problem,
+    with_baselines,
+)
 from mtl_jax.compare.tuning import tune as tune_problem
 from mtl_jax.compare.weightings import MakeWeighting, named_weightings
 
@@ -157,13 +162,18 @@ def compare(
     output = _Output(results, folder if first else None, console if first else None)
     if folder is not None:
         _check_folder(folder, results, resume)
+        for plan in plans if tune is None else ():
+            plan.read_finished(folder)  # all are checked before anything is trained
         wait_for_all("the folder is looked at")
-        if first:
+        if first and not (folder / "results.json").exists():
             results.write(folder)
-    events = contextlib.nullcontext(None)
-    if log and folder is not None and first:
-        events = TensorBoard(folder / "tensorboard")
-    with _Progress(plans, tune or 0, output.console) as progress, events as events:
+    events = None
+    if log and output.folder is not None:
+        events = TensorBoard(output.folder / "tensorboard")
+    with (
+        _Progress(plans, tune or 0, output.console) as progress,
+        events or contextlib.nullcontext(),
+    ):
         for plan in plans:
             try:
                 if tune is not None:
@@ -181,13 +191,16 @@ def compare(
                         on_trial=functools.partial(progress.trial, plan.name),
                     )
                     plan.choose(results.tunings[plan.name])
-                for run in _runs(plan, folder, checkpoint_seconds, progress):
+                finished = {} if folder is None else plan.read_finished(folder)
+                if output.folder is not None:
+                    results.write(output.folder)
+                for run in _runs(plan, finished, folder, checkpoint_seconds, progress):
                     if events is not None:
                         events.write(run)
                     if plan.trainer.is_finished(run):
                         results.runs.append(run)
             except BaseException:  # an interruption, too
-                if results.runs:
+                if results.of(plan.name):
                     output.show(plan.name, pictures=False)
                 raise
             output.show(plan.name, pictures=True)
@@ -256,6 +269,23 @@ class _Plan:
         """All runs. Seeds outermost, so that a slow moment of the machine falls on all alike."""
         return [(setting, seed) for seed in self.seeds for setting in self.settings]
 
+    def read_finished(self, folder: pathlib.Path) -> dict[tuple[str, int], Run]:
+        """The runs that the folder has records of, by name and seed.
+
+        Raises:
+          OtherSettingsError: if one has other settings.
+          DamagedFileError: if one is not what was written.
+        """
+        found = {}
+        for setting, seed in self.runs:
+            path = record_path(folder, self.name, setting.name, seed)
+            if path.exists():
+                run = read_run(path)
+                wanted = self.trainer.new_run(setting, seed)
+                check_same_settings(wanted, run, f"{path} is the record")
+                found[setting.name, seed] = run
+        return found
+
     def choose(self, tuning: Tuning) -> None:
         """Take the settings that tuning chose."""
         self.settings = [
@@ -270,12 +300,14 @@ class _Plan:
 
 def _runs(
     plan: _Plan,
+    finished: Mapping[tuple[str, int], Run],
     folder: pathlib.Path | None,
     checkpoint_seconds: float | None,
     progress: "_Progress",
 ) -> Iterator[Run]:
     """The runs of a plan, each after every epoch of it, or as it was read."""
-    finished = {} if folder is None else _finished_runs(plan, folder)
+    if finished and len(finished) < len(plan.runs):
+        _warn_of_another_network(plan, finished.values())
     for run in finished.values():
         progress.run(run)
         yield run  # to be logged again
@@ -301,24 +333,14 @@ def _runs(
             checkpoints.remove()
 
 
-def _finished_runs(plan: _Plan, folder: pathlib.Path) -> dict[tuple[str, int], Run]:
-    """The runs that the folder has records of. All are checked before anything is trained."""
-    found = {}
-    for setting, seed in plan.runs:
-        path = record_path(folder, plan.name, setting.name, seed)
-        if path.exists():
-            run = read_run(path)
-            check_same_settings(plan.trainer.new_run(setting, seed), run, f"{path} is the record")
-            found[setting.name, seed] = run
-    programs = {run.provenance.get("program") for run in found.values()}
-    if found and len(found) < len(plan.runs) and programs != {plan.trainer.program}:
+def _warn_of_another_network(plan: _Plan, finished: Iterable[Run]) -> None:
+    if any(run.provenance.get("program") != plan.trainer.program for run in finished):
         warnings.warn(
             f"The network or the losses of {plan.name!r} are not those that its finished runs were "
             "trained with, as JAX lowers them. If you changed them, begin anew in another folder; "
             "another version of JAX or of a library can make a difference, too.",
             stacklevel=2,
         )
-    return found
 
 
 def _check_folder(folder: pathlib.Path, results: Results, resume: bool) -> None:
@@ -354,18 +376,7 @@ def _check_folder(folder: pathlib.Path, results: Results, resume: bool) -> None:
     for name, info in results.problems.items():
         if name in before.problems:
             what = f"{folder} holds runs on {name!r} with other settings"
-            check_same(_settings_of(info), _settings_of(before.problems[name]), what)
-
-
-def _settings_of(info: ProblemInfo) -> dict[str, Any]:
-    """What must be the same when a comparison goes on."""
-    return {
-        "epochs": info.epochs,
-        "batch_size": dict(info.batch_size),
-        "learning_rate": info.learning_rate,
-        "tasks": {task: list(metrics) for task, metrics in info.tasks.items()},
-        "data": info.data,
-    }
+            check_same(settings_of_problem(info), settings_of_problem(before.problems[name]), what)
 
 
 class _Progress:

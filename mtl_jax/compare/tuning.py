@@ -23,6 +23,7 @@ from mtl_jax.compare.results import (
     BASELINE,
     PRUNED,
     DamagedFileError,
+    ProblemInfo,
     Run,
     Trial,
     Tuning,
@@ -157,6 +158,17 @@ def check_tuning(trials: int, select: str) -> None:
         raise ValueError(f"The number of trials must be at least 1, got {trials}.")
     if select not in ("mean", "worst"):
         raise ValueError(f"`select` must be 'mean' or 'worst', got {select!r}.")
+
+
+def settings_of_problem(info: ProblemInfo) -> dict[str, Any]:
+    """What of a problem must be the same when a search or a comparison goes on."""
+    return {
+        "epochs": info.epochs,
+        "batch_size": dict(info.batch_size),
+        "learning_rate": info.learning_rate,
+        "tasks": {task: list(metrics) for task, metrics in info.tasks.items()},
+        "data": info.data,
+    }
 
 
 def with_baselines(
@@ -305,8 +317,7 @@ class _Search:
     # The file
 
     def _search_settings(self) -> dict[str, Any]:
-        return {
-            "learning rate": self.setting.learning_rate,
+        return settings_of_problem(self.trainer.problem.info()) | {
             "space": {name: repr(dimension) for name, dimension in self.space.items()},
             "seed": self.seed,
             "select": self.select,

@@ -8,8 +8,8 @@ import optax
 from jaxtyping import Array, Float
 
 from mtl_jax._base import Signal, Weighting
-from mtl_jax._checks import check_optimizer, read_number
-from mtl_jax._learned import per_task
+from mtl_jax._checks import read_number
+from mtl_jax._learned import check_learner, per_task, step_per_task
 from mtl_jax._lift import vector_weighting
 from mtl_jax._typing import PyTree
 from mtl_jax.gramian_weightings._spectral import gradient_norms
@@ -50,13 +50,17 @@ def gradnorm(optimizer: optax.GradientTransformation, alpha: float = 1.5) -> Wei
     :math:`\pm \lVert g_k \rVert` has the scale of the gradients, so plain gradient descent needs a
     learning rate that suits it, and Adam does not. The gradient norms are those of the Gramian: at
     the representation, or over the parameters of ``shared``; the paper takes the last shared layer.
-    :math:`L_k(0)` is the loss of the task's first step, the paper's choice for a known one aside.
-    A first loss that is not positive, or a later one that is negative, is outside the domain: the
+    :math:`L_k(0)` is the loss of the task's first step, the paper's choice for a known one aside. A
+    first loss that is not positive, or a later one that is negative, is outside the domain: the
     weights are then NaN and the state stays as it was. Where all losses are 0, r is 1.
+    :func:`mtl_jax.value_and_grad` leaves a task out of a step in which its loss, or its gradient,
+    is exactly 0 (``leave_out_zero``).
 
     Args:
       optimizer: the optax optimizer of the weights; it is applied to each task's weight on its own.
-        The paper uses the network's own optimizer and learning rate.
+        The paper uses the network's own optimizer and learning rate. One that asks for more than
+        the gradient (a line search, ``optax.polyak_sgd``) gets the task's term of this sum, as a
+        value and as a function of the weight.
       alpha: how strongly to pull the tasks to a common rate, at least 0. The default is the paper's
         choice for NYUv2.
 
@@ -65,7 +69,8 @@ def gradnorm(optimizer: optax.GradientTransformation, alpha: float = 1.5) -> Wei
 
     Raises:
       ValueError: if ``alpha`` is negative or not finite.
-      TypeError: if ``optimizer`` is not an optax optimizer, or ``alpha`` not a number.
+      TypeError: if ``optimizer`` is not an optax optimizer, or cannot be applied to one number, or
+        ``alpha`` is not a number.
 
     References:
       Chen et al., `GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep Multitask
@@ -83,12 +88,14 @@ def gradnorm(optimizer: optax.GradientTransformation, alpha: float = 1.5) -> Wei
       >>> [round(float(weight), 1) for weight in weights]
       [1.5, 0.5]
     """
-    check_optimizer(optimizer, "gradnorm")
+    check_learner(optimizer, "gradnorm")
     alpha = read_number(alpha, "gradnorm: `alpha`", "[0, inf)")
-    optimizer = per_task(optimizer)
 
     def init(tasks, key):
-        return GradNormState(tasks.full(1), tasks.full(1), optimizer.init(tasks.full(1)))
+        return GradNormState(tasks.full(1), tasks.full(1), per_task(optimizer).init(tasks.full(1)))
+
+    def objective(weight, norm, target):
+        return jnp.abs(weight * norm - target)
 
     def update(losses, state, present, steps, gramian):
         number = jnp.maximum(jnp.sum(present, dtype=losses.dtype), 1)
@@ -104,12 +111,12 @@ def gradnorm(optimizer: optax.GradientTransformation, alpha: float = 1.5) -> Wei
         logs = jnp.log(losses) - jnp.log(initial)
         logs = jnp.where(jnp.all(losses == 0, where=present), 0 * initial, logs)
         rate = number * jax.nn.softmax(logs, where=present)
-        gradient = jnp.sign(weights * norms - mean * rate**alpha) * norms
 
-        updates, opt_state = optimizer.update(gradient, state.opt_state, weights)
-        learned = jnp.asarray(optax.apply_updates(weights, updates))
+        learned, opt_state = step_per_task(
+            optimizer, objective, weights, state.opt_state, norms, mean * rate**alpha
+        )
         learned = jnp.clip(learned, 1e-3, number)
-        learned = learned * (share * number / jnp.sum(learned, where=present))
+        learned = learned / jnp.sum(learned, where=present) * (share * number)
         return weights, GradNormState(learned, initial, opt_state)
 
-    return vector_weighting(update, init, needs=Signal.GRAMIAN)
+    return vector_weighting(update, init, needs=Signal.GRAMIAN, positive_losses=True)

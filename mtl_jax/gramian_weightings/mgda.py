@@ -19,12 +19,13 @@ def mgda(normalization: Literal["l2", "loss", "loss+"] | None = None) -> Weighti
     .. math:: w = \arg\min_{w \ge 0,\; \sum_k w_k = 1} \left\| \sum_k w_k \frac{g_k}{n_k} \right\|,
               \qquad n_k = 1, \; \|g_k\|, \; L_k \; \text{or} \; L_k \|g_k\|.
 
-    Without normalisation no task's loss rises to first order, and where the shortest vector is 0
-    no direction improves all of them: the parameters are Pareto stationary. The shortest vector
-    leans to the task with the smallest gradient; a task with a zero gradient takes all the weight.
-    The weights sum to 1, as in the paper, and multiply the gradients as they are; the
-    normalisation serves only to find them, as in the authors' code. The problem is solved exactly,
-    not by the paper's Frank-Wolfe iterations.
+    Without normalisation no task's loss rises to first order, and where the shortest vector is 0 no
+    direction improves all of them: the parameters are Pareto stationary. The shortest vector leans
+    to the task with the smallest gradient; a task with a zero gradient takes all the weight, if it
+    is not left out, as :func:`mtl_jax.value_and_grad` does (``leave_out_zero``). The weights sum to
+    1, as in the paper, and multiply the gradients as they are; the normalisation serves only to
+    find them, as in the authors' code. The problem is solved exactly, not by the paper's
+    Frank-Wolfe iterations.
 
     Args:
       normalization: what each gradient is divided by: nothing (the paper), its ``"l2"`` norm, the

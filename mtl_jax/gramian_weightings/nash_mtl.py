@@ -23,12 +23,16 @@ def nash_mtl(max_norm: float | None = None) -> Weighting:
     paper does.
 
     At Pareto-stationary parameters there is no solution. The weights are then finite and sum to 1,
-    the direction is near 0, and ``state.inner.residual`` is about 1. The losses are not read: they
-    may be 0 or negative.
+    the direction is near 0, and ``state.inner.residual`` is about 1. A task with a zero gradient
+    makes them so; :func:`mtl_jax.value_and_grad` leaves it out (``leave_out_zero``). The losses are
+    not read: they may be 0 or negative.
 
     Args:
-      max_norm: the greatest norm of d. The paper has none; the authors' code scales the weights to
-        norm 1, which is to divide them by :math:`\sqrt K`.
+      max_norm: the greatest norm of d where the weights are decided. The paper has none; the
+        authors' code scales the weights to norm 1, which is to divide them by :math:`\sqrt K`.
+        Under :func:`mtl_jax.every` the norm changes in between: there, for a bound at every step,
+        put ``optax.clip_by_global_norm`` into the optimizer, under ``optax.masked`` if it is to
+        bound the shared parameters alone.
 
     Returns:
       The weighting; its state holds ``state.inner.residual``.

@@ -55,7 +55,9 @@ def adaptive(
     The proportional rule is computed in logarithms, so that neither losses of 1e30 nor high powers
     overflow. Where all losses are 0 the weights are equal. A negative loss is outside the domain of
     the proportional rule and of ``relative_to="initial"``, and so is a first loss of 0 for the
-    latter: the weights are then NaN and the state stays as it was.
+    latter: the weights are then NaN and the state stays as it was. For ``relative_to="initial"``
+    :func:`mtl_jax.value_and_grad` leaves a task out of a step in which its loss is exactly 0
+    (``leave_out_zero``), so that its first loss is a positive one.
 
     Args:
       emphasis: the power p, at least 0.
@@ -110,7 +112,7 @@ def adaptive(
         shares = jax.nn.softmax(scores, where=present)
         return jnp.sum(present, dtype=losses.dtype) * shares, AdaptiveState(average, initial)
 
-    return vector_weighting(update, init)
+    return vector_weighting(update, init, positive_losses=relative_to == "initial")
 
 
 def _log_ratio(

@@ -3,10 +3,11 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mtl_jax._base import Weighting
-from mtl_jax._checks import leaf_name, read_number
+from mtl_jax._checks import check_numbers, leaf_name
 from mtl_jax._lift import vector_weighting
 from mtl_jax._typing import PyTree
 
@@ -50,12 +51,14 @@ def constant(weights: PyTree) -> Weighting:
       1.8
     """
     leaves = jax.tree_util.tree_leaves_with_path(weights)
-    if not leaves or jax.tree.structure(weights) == jax.tree.structure(0):
+    if not leaves or (
+        jax.tree.structure(weights) == jax.tree.structure(0) and not jnp.ndim(weights)
+    ):
         raise ValueError(
             f"constant: expected a pytree with one weight for each task, got {weights!r}."
         )
     for path, leaf in leaves:
-        read_number(leaf, f"constant: the weight {leaf_name(path)!r}", "[0, inf)")
+        check_numbers(leaf, f"constant: the weight {leaf_name(path)!r}", "[0, inf)")
 
     def update(losses, state, present, steps):
         return state.weights, state

@@ -48,7 +48,10 @@ def famo(
     so that a task whose loss fell less gains. The weights sum to 1, as in the paper. A loss below
     its minimum is outside the domain: the weights are then NaN and the state stays as it was, and
     ``observe`` must not be called after such an update.
-    Losses far below 1e-8 above their minimum all steps as 1e-8, as in the published code.
+    Losses far below 1e-8 above their minimum all steps as 1e-8, as in the published code: a loss at
+    its minimum takes nearly all the weight. If the minimum of all is 0,
+    :func:`mtl_jax.value_and_grad` leaves a task out of a step in which its loss is exactly 0
+    (``leave_out_zero``).
 
     Args:
       learning_rate: of :math:`\xi`; the default is the paper's.
@@ -114,4 +117,5 @@ def famo(
         logits = optax.apply_updates(state.logits, updates)
         return state._replace(logits=logits, opt_state=opt_state)
 
-    return vector_weighting(update, init, observe=observe)
+    at_zero = not any(jax.tree.leaves(min_losses))
+    return vector_weighting(update, init, observe=observe, positive_losses=at_zero)

@@ -16,6 +16,8 @@ def geometric() -> Weighting:
     losses' scales; the weights keep the scale above and do not sum to K. A loss that is not
     positive is outside the domain: the weights are then NaN and the state stays as it was. So it
     is where a weight overflows, beside a loss some 1e38 times smaller than the mean.
+    :func:`mtl_jax.value_and_grad` leaves a task out of a step in which its loss is exactly 0
+    (``leave_out_zero``).
 
     Returns:
       The weighting, which has no parameters and no state of its own.
@@ -37,4 +39,4 @@ def geometric() -> Weighting:
         mean = jnp.mean(log_losses, where=present)
         return jnp.exp(mean - log_losses) / jnp.sum(present, dtype=losses.dtype), state
 
-    return vector_weighting(update)
+    return vector_weighting(update, positive_losses=True)

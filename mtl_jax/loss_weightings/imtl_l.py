@@ -4,8 +4,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_jax._base import Weighting
-from mtl_jax._checks import check_optimizer
-from mtl_jax._learned import LearnedState, learned_step
+from mtl_jax._learned import LearnedState, check_learner, learned_step
 from mtl_jax._lift import vector_weighting
 
 
@@ -22,17 +21,21 @@ def imtl_l(optimizer: optax.GradientTransformation) -> Weighting:
     :math:`e^s` is finite, about ±80 in float32. With -s for s it is the ``"kendall"`` form of
     :func:`mtl_jax.uncertainty`, and trains alike where the optimizer treats both signs alike.
     At a loss of 0, and at a negative one, no s is best: it grows to its limit, and the weight with
-    it. The gradient by s is cut off where its square would overflow (in float32, above 1.8e15).
+    it; :func:`mtl_jax.value_and_grad` leaves a task out of a step in which its loss is exactly 0
+    (``leave_out_zero``). The gradient by s is cut off where its square would overflow (in float32,
+    above 1.8e15).
 
     Args:
       optimizer: the optax optimizer of s; it is applied to each task's s on its own. The paper
-        optimises s with the network's own optimizer.
+        optimises s with the network's own optimizer. One that asks for more than the gradient (a
+        line search, ``optax.polyak_sgd``) gets the task's term of this total, as a value and as a
+        function of s.
 
     Returns:
       The weighting; its state holds s as ``state.inner.parameter``.
 
     Raises:
-      TypeError: if ``optimizer`` is not an optax optimizer.
+      TypeError: if ``optimizer`` is not an optax optimizer, or cannot be applied to one number.
 
     References:
       Liu et al., `Towards Impartial Multi-Task Learning
@@ -48,13 +51,16 @@ def imtl_l(optimizer: optax.GradientTransformation) -> Weighting:
       >>> [round(float(weight), 3) for weight in weights]
       [2.0, 0.5]
     """
-    check_optimizer(optimizer, "imtl_l")
+    check_learner(optimizer, "imtl_l")
 
     def init(tasks, key):
         return LearnedState.create(tasks.full(0), optimizer)
 
+    def objective(s, loss):
+        return jnp.exp(s) * loss - s
+
     def update(losses, state, present, steps):
         weights = jnp.exp(state.parameter)
-        return weights, learned_step(state, weights * losses - 1, optimizer)
+        return weights, learned_step(state, objective, losses, optimizer=optimizer)
 
-    return vector_weighting(update, init)
+    return vector_weighting(update, init, positive_losses=True)

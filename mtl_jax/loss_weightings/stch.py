@@ -33,6 +33,8 @@ def stch(warmup: int, mu: float = 1.0, window: int | None = None) -> Weighting:
     preferences. The weights keep this scale and do not sum to K. A loss that is not positive is
     outside the domain: the weights are then NaN and the state stays as it was. Each task counts
     its warm-up in the steps in which it is present; it ends when it has ended for all present.
+    :func:`mtl_jax.value_and_grad` leaves a task out of a step in which its loss is exactly 0
+    (``leave_out_zero``).
 
     Args:
       warmup: the number of training steps of the warm-up; the published code takes the first
@@ -83,4 +85,4 @@ def stch(warmup: int, mu: float = 1.0, window: int | None = None) -> Weighting:
         shares = jnp.sum(present, dtype=losses.dtype) * jax.nn.softmax(scores, where=present)
         return jnp.where(warm, shares, 1) / losses, StchState(nadir)
 
-    return vector_weighting(update, init)
+    return vector_weighting(update, init, positive_losses=True)

@@ -73,7 +73,7 @@ def scenes(**changes):
         return {"encoder": dense(keys[0], 3, 16), "heads": heads}, {}
 
     def encoder(params, model_state, key, batch):
-        return jnp.tanh(batch["picture"] @ params["encoder"]), model_state
+        return jax.nn.relu(batch["picture"] @ params["encoder"]), model_state
 
     def heads(params, zs, batch):
         outputs = {task: zs[task] @ head for task, head in params["heads"].items()}

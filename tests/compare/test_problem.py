@@ -1,5 +1,7 @@
 """What a problem is made of, and what is wrong with one."""
 
+import contextlib
+import itertools
 import sys
 
 import grain
@@ -23,6 +25,7 @@ from toy_problem import (
 
 import mtl_jax
 from mtl_jax.compare import Problem, Task, accuracy, load_problem, mean_absolute_error
+from mtl_jax.compare.data import take
 from mtl_jax.compare.results import MetricInfo
 from tests.compare.problems import ALL, ASSAYS, Spots, molecules, scenes, spots
 
@@ -70,6 +73,32 @@ def test_metrics_do_not_depend_on_the_size_of_the_batches(name):
         for metric, value in found[task].items():
             np.testing.assert_allclose(value, whole[task][metric], rtol=1e-5)
             assert np.isfinite(value)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_loop_by_hand_learns_all_tasks(name):
+    """From the batches of the problem, wherever they come from, with its optimizer and its mask."""
+    problem = ALL[name](learning_rate=0.03)
+    params, model_state = problem.init(jax.random.key(0))
+    losses = lambda *args: problem.losses(*args)  # noqa: E731
+    gradient = mtl_jax.value_and_grad(losses, mtl_jax.equal(), has_aux=True)
+    step = mtl_jax.make_train_step(
+        gradient, problem.optimizer(problem.learning_rate, 80), new_model_state=lambda aux: aux
+    )
+    batches = problem.train_batches(0)
+    state = step.init(params, batches.example(), model_state=model_state, rng=jax.random.key(1))
+    history = []
+    with contextlib.closing(iter(batches)) as items:
+        for item in itertools.islice(items, 80):
+            batch = take(batches.device_data, item)
+            state, value = step(state, batch, mask=problem.present(batch))
+            history.append(value.losses)
+    assert state.skipped == 0
+    for task in problem.tasks:
+        first, last = (
+            np.mean([losses[task] for losses in part]) for part in (history[:8], history[-8:])
+        )
+        assert last < 0.9 * first, task
 
 
 @pytest.mark.parametrize("batch_size", [7, 500])

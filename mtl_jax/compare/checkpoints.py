@@ -231,9 +231,16 @@ def digest(tree: PyTree) -> str:
     Args:
       tree: arrays and PRNG keys, which must be whole on this process.
 
+    Returns:
+      The digest, in hexadecimal digits.
+
     Example:
       >>> import jax.numpy as jnp
-      >>> digest({"step": jnp.int32(7)}) == digest({"step": jnp.int32(8)})
+      >>> from mtl_jax.compare import digest
+      >>> state = {"params": jnp.ones(3), "step": jnp.int32(7)}
+      >>> digest(state) == digest({"params": jnp.ones(3), "step": jnp.int32(7)})
+      True
+      >>> digest(state) == digest({"params": jnp.ones(3), "step": jnp.int32(8)})
       False
     """
     found = hashlib.sha256()

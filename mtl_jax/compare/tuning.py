@@ -306,10 +306,11 @@ class _Search:
         nothing = [task for task, by_name in metrics.items() if not by_name]
         if first.failure is not None or nothing:
             name, rate = self.trainer.problem.name, self.setting.learning_rate
+            undefined = f"the validation metrics of {', '.join(nothing)} are 0 or undefined"
             raise TuningError(
                 f"Trials on {name!r} are measured against equal weights at its own learning rate, "
                 f"{rate:g}; but there "
-                + (first.failure or f"the validation metrics of {', '.join(nothing)} are 0")
+                + (first.failure or undefined)
                 + ". Give the problem a learning rate at which equal weights train."
             )
         return metrics

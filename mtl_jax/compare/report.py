@@ -61,8 +61,7 @@ def write_report(
       folder: the folder; made if it does not exist.
       pictures: the problems whose pictures are drawn; all by default. The page shows those of
         others if they are there, unless that problem is not finished.
-      weighting: a weighting to compare with every other one over all problems, as
-        :func:`mtl_jax.compare.analysis.over_problems` does.
+      weighting: a weighting to compare with every other one over all problems.
 
     Raises:
       ValueError: if that weighting has no runs.

@@ -18,6 +18,7 @@ from mtl_jax.gradient_aggregators.graddrop import graddrop
 from mtl_jax.gradient_aggregators.moco import moco
 from mtl_jax.gradient_aggregators.trimmed_mean import trimmed_mean
 from mtl_jax.gradient_weightings.excess_mtl import excess_mtl
+from mtl_jax.gradient_weightings.lr_annealing import lr_annealing
 from mtl_jax.gramian_weightings.aligned_mtl import aligned_mtl
 from mtl_jax.gramian_weightings.cagrad import cagrad
 from mtl_jax.gramian_weightings.conflict_free import conflict_free
@@ -29,6 +30,7 @@ from mtl_jax.gramian_weightings.imtl_g import imtl_g
 from mtl_jax.gramian_weightings.krum import krum
 from mtl_jax.gramian_weightings.mgda import mgda
 from mtl_jax.gramian_weightings.nash_mtl import nash_mtl
+from mtl_jax.gramian_weightings.norm_balance import norm_balance
 from mtl_jax.gramian_weightings.pcgrad import pcgrad
 from mtl_jax.gramian_weightings.upgrad import upgrad
 from mtl_jax.loss_weightings.adaptive import adaptive
@@ -71,9 +73,11 @@ __all__ = [
     "imtl_g",
     "imtl_l",
     "krum",
+    "lr_annealing",
     "mgda",
     "moco",
     "nash_mtl",
+    "norm_balance",
     "pcgrad",
     "random_weighting",
     "relobralo",
@@ -350,6 +354,19 @@ _RECORDS = (
         search={"alpha": Range(1.5, 0.1, 3.0)},
     ),
     Method(
+        factory=norm_balance,
+        reads="the Gramian",
+        effect="weighted gradients of equal norm, averaged over time",
+        total="inverse to the gradients' norms",
+        degree=0,
+        sources=(
+            ("Wang 2020", "https://arxiv.org/abs/2007.14527"),
+            ("Wang 2023", "https://arxiv.org/abs/2308.08468"),
+            ("Esser 2021", "https://arxiv.org/abs/2012.09841"),
+        ),
+        search={"momentum": Choice(0.9, 0.0, 0.99)},
+    ),
+    Method(
         factory=mgda,
         reads="the Gramian",
         effect="the shortest in the convex hull",
@@ -504,6 +521,18 @@ _RECORDS = (
         search={"step_size": Range(0.01, 0.001, 1.0, log=True)},
     ),
     Method(
+        factory=lr_annealing,
+        reads="the task gradients",
+        effect="the small mean entry, against the largest of a reference task",
+        required={"reference": lambda settings: None},
+        total="1 for the reference",
+        sources=(("Wang 2020", "https://arxiv.org/abs/2001.04536"),),
+        search={
+            "alpha": Range(0.1, 0.01, 1.0, log=True),
+            "statistic": Choice("max", "mean"),
+        },
+    ),
+    Method(
         factory=db_mtl,
         reads="the task gradients",
         effect="gradients of the log losses, all as long as the longest",
@@ -519,6 +548,7 @@ METHODS: Mapping[str, Method] = {method.name: method for method in _RECORDS}
 
 Arguments without a default are what a comparison begins with: windows are one epoch; the weightings
 that learn take the network's optimizer; ``stch`` warms up for a fifth of the epochs. ``krum`` and
-``trimmed_mean`` take the smallest numbers that do something: they need three tasks. The ranges of
+``trimmed_mean`` take the smallest numbers that do something: they need three tasks.
+``lr_annealing`` has the first of the losses for its reference. The ranges of
 ``search`` hold the published default and the values that publications chose from, and reach as far
 beyond as may make sense."""

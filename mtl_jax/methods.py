@@ -13,6 +13,7 @@ import optax
 
 from mtl_jax._base import Aggregator, Weighting
 from mtl_jax._search_space import Choice, Range, Space, TaskWeights
+from mtl_jax.gradient_aggregators.conflict_free_momentum import conflict_free_momentum
 from mtl_jax.gradient_aggregators.db_mtl import db_mtl
 from mtl_jax.gradient_aggregators.graddrop import graddrop
 from mtl_jax.gradient_aggregators.moco import moco
@@ -56,6 +57,7 @@ __all__ = [
     "aligned_mtl",
     "cagrad",
     "conflict_free",
+    "conflict_free_momentum",
     "constant",
     "cov_weighting",
     "db_mtl",
@@ -511,6 +513,14 @@ _RECORDS = (
             "beta": Range(0.5, 0.05, 1.0, log=True),
             "gamma": Range(0.1, 0.01, 10.0, log=True),
         },
+    ),
+    Method(
+        factory=conflict_free_momentum,
+        reads="the task gradients",
+        effect="M-ConFIG: the same acute angle to averaged gradients, one new each step",
+        total=None,
+        sources=(("Liu 2024", "https://arxiv.org/abs/2408.11104"),),
+        search={"decay": Choice(0.9, 0.0, 0.99)},
     ),
     Method(
         factory=excess_mtl,

@@ -1,9 +1,11 @@
 """Conflict-free gradients (ConFIG)."""
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from mtl_jax._base import Signal, Weighting
 from mtl_jax._lift import vector_weighting
+from mtl_jax._typing import Gramian
 from mtl_jax.gramian_weightings._spectral import cosines, gradient_norms, rounding, spectrum
 from mtl_jax.solvers._precision import in_float64
 
@@ -24,7 +26,8 @@ def conflict_free() -> Weighting:
 
     Where :math:`U^+ \mathbf 1` is zero up to rounding, as for two opposite gradients or if all are
     zero, no such direction exists, and all weights are 0: a step that stands still. The losses are
-    not read: they may be 0 or negative.
+    not read: they may be 0 or negative. For one task gradient a step, averaged over time:
+    :func:`mtl_jax.conflict_free_momentum`.
 
     Returns:
       The weighting.
@@ -44,20 +47,26 @@ def conflict_free() -> Weighting:
       [2.0, 0.667]
     """
 
-    def weights(gramian, *, eps):
-        norms, eigen = gradient_norms(gramian), spectrum(cosines(gramian), eps)
-        ones = (norms > 0).astype(gramian.dtype)
-        v = eigen.apply(1 / eigen.values, ones)
-        size = jnp.sum(v)  # = |U^+ 1|^2
-        unit_products = eigen.apply(jnp.ones_like(eigen.values), ones)  # = U U^+ 1
-        length = jnp.sum(norms * unit_products)
-        # The same sum without cancellation; a square, so its rounding is one too.
-        sizes = eigen._replace(vectors=jnp.abs(eigen.vectors)).apply(1 / eigen.values, ones)
-        exists = size > rounding(gramian, eps) ** 2 * jnp.sum(sizes)
-        scale = jnp.where(exists, size, 1) * jnp.where(norms > 0, norms, 1)
-        return jnp.where(exists, v * (length / scale), 0)
-
     def update(losses, state, present, steps, gramian):
-        return in_float64(weights, gramian), state
+        return conflict_free_weights(gramian), state
 
     return vector_weighting(update, needs=Signal.GRAMIAN)
+
+
+def conflict_free_weights(gramian: Gramian) -> Float[Array, "tasks"]:
+    """The weights of a Gramian; 0 for a task gradient of 0."""
+    return in_float64(_weights, gramian)
+
+
+def _weights(gramian: Gramian, *, eps: float) -> Float[Array, "tasks"]:
+    norms, eigen = gradient_norms(gramian), spectrum(cosines(gramian), eps)
+    ones = (norms > 0).astype(gramian.dtype)
+    v = eigen.apply(1 / eigen.values, ones)
+    size = jnp.sum(v)  # = |U^+ 1|^2
+    unit_products = eigen.apply(jnp.ones_like(eigen.values), ones)  # = U U^+ 1
+    length = jnp.sum(norms * unit_products)
+    # The same sum without cancellation; a square, so its rounding is one too.
+    sizes = eigen._replace(vectors=jnp.abs(eigen.vectors)).apply(1 / eigen.values, ones)
+    exists = size > rounding(gramian, eps) ** 2 * jnp.sum(sizes)
+    scale = jnp.where(exists, size, 1) * jnp.where(norms > 0, norms, 1)
+    return jnp.where(exists, v * (length / scale), 0)

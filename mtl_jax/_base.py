@@ -292,8 +292,8 @@ def check_weighting(weighting: Any) -> None:
     """Raise a ``TypeError`` for what is not a weighting."""
     if isinstance(weighting, Weighting):
         check_functions("The weighting", init=weighting.init, update=weighting.update)
-        if isinstance(weighting.method, VectorMethod):
-            method = weighting.method
+        method = weighting.method
+        if isinstance(method, VectorMethod) and isinstance(method.needs, Signal):
             optional = {"observe": method.observe, "due": method.due}
             given = {name: function for name, function in optional.items() if function is not None}
             check_functions("The weighting", init=method.init, update=method.update, **given)

@@ -3,13 +3,13 @@
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array
 
 from mtl_jax._typing import PyTree
@@ -94,19 +94,6 @@ def check_functions(where: str, **functions: Any) -> None:
             raise TypeError(f"{where}: `{name}` must be a function, got {value!r}.")
 
 
-def check_optimizer(optimizer: Any, where: str) -> None:
-    """Raise an error for what is not an optax optimizer."""
-    if isinstance(optimizer, optax.GradientTransformation) and all(map(callable, optimizer)):
-        return
-    hint = " Did you mean to call it?" if callable(optimizer) else ""
-    if isinstance(optimizer, optax.MultiSteps):
-        hint = " Pass its `.gradient_transformation()`."
-    raise TypeError(
-        f"{where}: `optimizer` must be an optax optimizer, such as optax.adam(1e-3), got "
-        f"{optimizer!r}.{hint}"
-    )
-
-
 # Keys
 
 
@@ -156,6 +143,27 @@ def read_array(value: Any, what: str) -> Array:
         return jnp.asarray(value)
     except (TypeError, ValueError, OverflowError):
         raise TypeError(f"{what} must be an array, got {value!r}.") from None
+
+
+def check_no_statistics(params: PyTree) -> None:
+    """Raise a ``TypeError`` for batch statistics of Flax, which would be trained as parameters."""
+    linen = isinstance(params, Mapping) and {"params", "batch_stats"} <= set(params)
+    found = "batch_stats" if linen else None
+    nnx = sys.modules.get("flax.nnx")  # if it is not imported there is nothing of it
+    if nnx is not None:
+        kinds = (nnx.BatchStat, nnx.Cache, nnx.Intermediate)
+        nodes = jax.tree_util.tree_leaves_with_path(
+            params, is_leaf=lambda node: isinstance(node, nnx.Variable)
+        )
+        names = (leaf_name(path) for path, node in nodes if isinstance(node, kinds))
+        found = next(names, found)
+    if found is not None:
+        raise TypeError(
+            f"{found!r} is none of the parameters, but a state of the network, and would be "
+            "trained as one. Take the parameters alone, in Flax NNX by nnx.split(model, nnx.Param, "
+            '...), in Linen variables["params"], and give the rest to the losses as another '
+            "argument, such as the model state of a train step."
+        )
 
 
 def leaf_type(leaf: Any, what: str, *, abstract: bool = False) -> tuple[tuple[int, ...], Any]:

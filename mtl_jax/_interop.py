@@ -5,21 +5,26 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from mtl_jax._base import Weighting, check_weighting
 from mtl_jax._checks import leaf_types, read_integer, read_key
-from mtl_jax._jacobian import gramian_of
+from mtl_jax._jacobian import gramian_of, nonzero_rows
 from mtl_jax._lift import leading_axis, weighted_sum
 from mtl_jax._tasks import at_least_float32, read_mask, read_tasks
-from mtl_jax._typing import Losses, PyTree
+from mtl_jax._typing import Losses, Mask, PyTree, Vector
 
 if TYPE_CHECKING:
     import optax.experimental
 
 
 def as_aggregator(
-    weighting: Weighting, num_tasks: int, *, key: Array | None = None
+    weighting: Weighting,
+    num_tasks: int,
+    *,
+    leave_out_zero: bool = True,
+    key: Array | None = None,
 ) -> "optax.experimental.aggregating.Aggregator":
     r"""A weighting as an ``optax.experimental.aggregating.Aggregator`` of stacked task gradients.
 
@@ -29,15 +34,18 @@ def as_aggregator(
     Args:
       weighting: the weighting, one that reads the Gramian or the task gradients.
       num_tasks: K.
+      leave_out_zero: whether a task whose gradient is exactly zero, or whose loss is, for a
+        weighting that needs positive losses, is left out of the decision, as in
+        :func:`mtl_jax.value_and_grad`.
       key: a ``jax.random.key`` for a weighting that draws random numbers.
 
     Returns:
       The aggregator. ``init(params)`` is the weighting's state; ``update(task_gradients, state,
       params=None, *, losses=None, mask=None)`` combines gradients whose leaves have the tasks as
-      their leading axis. ``losses``, a pytree of K scalars, need only be given for a weighting
+      their leading axis. ``losses``, a pytree of K losses, need only be given for a weighting
       that reads them besides the Gramian (:func:`mtl_jax.gradnorm`, and :func:`mtl_jax.mgda`
       normalised by the losses): they are 1 by default. If something is not finite, the state is
-      returned as it was and the update is NaN.
+      returned as it was and the update is NaN. Gradients without arrays are returned as they are.
 
     Raises:
       ValueError: if ``num_tasks`` is not a positive integer; in ``update``, if there are gradients
@@ -70,12 +78,21 @@ def as_aggregator(
 
     @functools.partial(jax.jit, inline=True)
     def combined(
-        updates: PyTree, state: PyTree, losses: tuple[Any, ...] | None, mask: tuple[Any, ...] | None
+        updates: PyTree, state: PyTree, losses: Vector | None, mask: Mask | None
     ) -> tuple[PyTree, PyTree]:
-        gramian = gramian_of(jax.tree.leaves(updates))
-        losses = (jnp.ones((), gramian.dtype),) * num_tasks if losses is None else losses
+        rows = jax.tree.leaves(updates)
+        gramian = gramian_of(rows)
+        losses = jnp.ones((num_tasks,), gramian.dtype) if losses is None else losses
+        present = jnp.ones((num_tasks,), bool) if mask is None else mask
+        if leave_out_zero:
+            present = present & nonzero_rows(rows)
+            present = present & (losses != 0) if weighting.method.positive_losses else present
         weights, state = weighting.update(
-            losses, state, mask=mask, gramian=gramian, task_gradients=updates
+            tuple(jnp.unstack(losses)),
+            state,
+            mask=tuple(jnp.unstack(present)),
+            gramian=gramian,
+            task_gradients=updates,
         )
         return weighted_sum(jnp.stack(weights), updates), state
 
@@ -89,6 +106,8 @@ def as_aggregator(
         **extra: object,
     ) -> tuple[PyTree, PyTree]:
         del params, extra
+        if not jax.tree.leaves(updates):  # a part of `optax.partition` that no parameter is in
+            return updates, state
         if leading_axis(updates) != num_tasks:
             raise ValueError(
                 f"as_aggregator was made for {num_tasks} tasks, but there are gradients of "
@@ -96,27 +115,27 @@ def as_aggregator(
             )
         _real_dtypes(updates, "The gradient")
         leaf_types(state, "The state's leaf")
-        if losses is not None:
-            tasks = read_tasks(losses)
-            read_mask(mask, tasks)
-        by_task = [
-            None if tree is None else _of_each_task(tree, num_tasks, name)
-            for tree, name in ((losses, "losses"), (mask, "mask"))
-        ]
-        return combined(updates, state, *by_task)
+        return combined(updates, state, *_read_by_task(losses, mask, num_tasks))
 
     return aggregating.Aggregator(init, update)
 
 
-def _of_each_task(tree: PyTree, number: int, name: str) -> tuple[Any, ...]:
-    """The leaves of a pytree with one for each task."""
-    leaves = tuple(jax.tree.leaves(tree))
-    leaf_types(leaves, f"In `{name}`, the leaf")
-    if len(leaves) != number:
+def _read_by_task(
+    losses: Losses | None, mask: PyTree | None, number: int
+) -> tuple[Vector | None, Mask | None]:
+    """The losses and the mask as vectors, where they are given."""
+    if losses is None and mask is None:
+        return None, None
+    leaf_types(mask, "In `mask`, the leaf")
+    like = jax.tree.map(lambda leaf: np.ones(np.shape(leaf), np.float32), mask)
+    tasks = read_tasks(like if losses is None else losses)
+    if tasks.number != number:
+        what = "mask" if losses is None else "losses"
         raise ValueError(
-            f"as_aggregator was made for {number} tasks, but `{name}` has {len(leaves)} leaves."
+            f"as_aggregator was made for {number} tasks, but `{what}` has {tasks.number}."
         )
-    return leaves
+    vector = None if losses is None else tasks.stack(losses)
+    return vector, None if mask is None else read_mask(mask, tasks)
 
 
 def _real_dtypes(tree: PyTree, what: str, *, abstract: bool = False) -> list[Any]:

@@ -11,6 +11,7 @@ Inside ``shard_map`` each device has its part of the arrays that vary along a me
 over the parts is ours.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, get_args
@@ -211,6 +212,15 @@ def combine(weights: Float[Array, "tasks"], rows: Rows) -> list[Array]:
     return [add(*leaves) for leaves in zip(*rows, strict=True)]
 
 
+def nonzero_rows(leaves: list[Array]) -> Mask:
+    """For each task whether anything in its row is not exactly zero; the leading axis is the task.
+
+    For complex numbers and NaN, too.
+    """
+    by_leaf = [jnp.any(leaf != 0, axis=tuple(range(1, leaf.ndim))) for leaf in leaves]
+    return functools.reduce(jnp.logical_or, by_leaf)
+
+
 def gramian_of(rows: Rows, axes: tuple[str, ...] = ()) -> Float[Array, "tasks tasks"]:
     r"""The Gramian :math:`G_{ij} = \langle g_i, g_j \rangle` of the task gradients.
 
@@ -322,11 +332,18 @@ def sum_over_devices(array: Array, axes: Iterable[str]) -> Array:
     return jax.lax.psum(array, names) if names else array
 
 
+_INSTEAD_OF_PMAP = (
+    "Instead of jax.pmap, spread the batch over a mesh under jax.jit; or, if the devices train "
+    "independent replicas, map over these with jax.vmap and spread them."
+)
+
+
 def read_axis_name(axis_name: AxisName) -> tuple[str, ...]:
     """The axes that are named, checked against the surrounding ``shard_map``.
 
     Raises:
-      ValueError: if there is no such axis, or ``shard_map`` does not track what varies along it.
+      ValueError: if there is no such axis, or it is not tracked what varies along one, as in
+        ``pmap``, or in ``shard_map`` with ``check_vma=False``.
     """
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
     manual = getattr(jax.sharding.get_abstract_mesh(), "manual_axes", ())
@@ -335,14 +352,15 @@ def read_axis_name(axis_name: AxisName) -> tuple[str, ...]:
             raise ValueError(
                 f"axis_name={name!r} is not an axis of a jax.shard_map around this call, whose "
                 f"axes are {manual}. Under jit alone leave `axis_name` out, however the arrays are "
-                "sharded."
+                f"sharded. {_INSTEAD_OF_PMAP}"
             )
     for name in manual:
         if name not in varying_axes(jax.lax.axis_index(name)):
             raise ValueError(
-                "jax.shard_map with check_vma=False does not know which arrays differ between the "
-                f"devices along {name!r}: the gradient of replicated parameters would be wrong "
-                "without an error. Leave check_vma at its default, True."
+                f"Which arrays differ between the devices along {name!r} is not known in jax.pmap, "
+                "nor in jax.shard_map with check_vma=False: the gradient of replicated parameters "
+                f"would be wrong without an error. {_INSTEAD_OF_PMAP} In jax.shard_map leave "
+                "check_vma at its default, True."
             )
     return names
 

@@ -38,6 +38,10 @@ class Tasks:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_hash", hash((self.structure, self.names)))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Made anew where it is sent: another process hashes strings in another way.
+        return Tasks, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
     def __hash__(self) -> int:
         return self._hash  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -90,6 +94,26 @@ class Tasks:
                 )
             parts.append(jnp.broadcast_to(jnp.asarray(leaf, self.dtype), shape))
         return _join(parts)
+
+    def numbers(self, values: PyTree, what: str) -> Vector:
+        """The vector of a pytree like the losses, of real numbers that may be traced.
+
+        Raises:
+          ValueError: if it has another structure than the losses.
+          TypeError: if a leaf is not of real numbers, or of another shape than that of the losses.
+        """
+        self.check_structure(jax.tree.structure(values), what)
+        leaves = jax.tree_util.tree_leaves_with_path(values)
+        types = leaf_types(values, what)
+        for (path, _), (shape, dtype), wanted in zip(leaves, types, self.shapes, strict=True):
+            real = any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer))
+            if shape != wanted or not real:
+                must = f"numbers of shape {wanted}" if wanted else "one number"
+                raise TypeError(
+                    f"{what}: {leaf_name(path)!r} has shape {shape} and dtype {dtype}; it must be "
+                    f"{must}."
+                )
+        return _join([jnp.asarray(leaf).astype(self.dtype) for _, leaf in leaves])
 
     def check_structure(self, structure: Any, what: str) -> None:
         """Raise a ``ValueError`` for another structure than that of the losses."""

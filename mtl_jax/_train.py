@@ -1,7 +1,6 @@
 """A jitted train step around a gradient of weighted losses and an optax optimizer."""
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -14,13 +13,13 @@ from mtl_jax._base import MultiTaskGradient, MultiTaskValue
 from mtl_jax._checks import (
     check_flags,
     check_functions,
-    check_optimizer,
     leaf_name,
     leaf_types,
     read_key,
 )
 from mtl_jax._jacobian import has_finite_norm
 from mtl_jax._lift import tree_where
+from mtl_jax._optimizers import check_optimizer, optimizer_update
 from mtl_jax._tasks import read_mask, read_tasks
 from mtl_jax._typing import PyTree
 
@@ -127,8 +126,9 @@ def make_train_step(
 
     Any optax optimizer will do. One that takes extra arguments gets ``value``, the weighted sum of
     the losses of present tasks with the weights of the step; ``grad``, its gradient; ``value_fn``,
-    from parameters to this sum, the weights held, as ``optax.lbfgs`` asks for; and ``grad_fn``,
-    from parameters to its gradient, as ``optax.contrib.sam`` does in its opaque mode. An
+    from parameters to this sum, the weights held, as ``optax.lbfgs`` asks for (``obj_fn`` is the
+    same, for ``optax.contrib.sophia``); and ``grad_fn``, from parameters to its gradient, as
+    ``optax.contrib.sam`` does in its opaque mode. What asks for anything else is refused. An
     :class:`mtl_jax.Aggregator` has no weights: with it the sum is the plain one, while ``grad`` is
     the combined gradient.
 
@@ -174,7 +174,6 @@ def make_train_step(
     check_optimizer(optimizer, "make_train_step")
     check_functions("make_train_step", new_model_state=new_model_state)
     check_flags("make_train_step", donate=donate)
-    taken = _extra_arguments(optimizer)
 
     def init(
         params: PyTree,
@@ -211,21 +210,16 @@ def make_train_step(
         _check_model_state(model_state, state.model_state)
 
         # What line searches minimise: the weights are those of this step, and are held.
-        # A line search hands on to it what it does not know.
-        def value_fn(params: PyTree, *, grad_fn: Any = None) -> Array:
+        def value_fn(params: PyTree) -> Array:
             return _weighted_sum(gradient.losses(params, *args), value.weights, mask)
 
-        extra = {
-            "value": _weighted_sum(value.losses, value.weights, mask),
-            "grad": grads,
-            "value_fn": value_fn,
-            "grad_fn": lambda params, *_: jax.grad(value_fn)(params),
-        }
-        updates, opt_state = optimizer.update(
+        updates, opt_state = optimizer_update(
+            optimizer,
             grads,
             state.opt_state,
             state.params,
-            **{name: argument for name, argument in extra.items() if name in taken},
+            value=_weighted_sum(value.losses, value.weights, mask),
+            value_fn=value_fn,
         )
         params = optax.apply_updates(state.params, updates)
         if gradient.observe is not None:
@@ -250,16 +244,6 @@ def make_train_step(
         return tree_where(finite, new_state, skipped), value._replace(finite=finite)
 
     return TrainStep(init, jax.jit(update, donate_argnums=(0,) if donate else ()))
-
-
-def _extra_arguments(optimizer: optax.GradientTransformation) -> frozenset[str]:
-    """The names of the extra arguments that an optimizer takes."""
-    names = frozenset(("value", "grad", "value_fn", "grad_fn"))
-    if not isinstance(optimizer, optax.GradientTransformationExtraArgs):
-        return frozenset()
-    parameters = inspect.signature(optimizer.update).parameters
-    takes_all = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
-    return names if takes_all else names.intersection(parameters)
 
 
 def _context(model_state: PyTree, rng: Array | None) -> tuple[Any, ...]:

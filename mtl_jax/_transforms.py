@@ -1,7 +1,7 @@
 """From the losses of several tasks to one gradient: the weights are the cotangent."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from mtl_jax._base import (
 from mtl_jax._checks import (
     check_flags,
     check_functions,
+    check_no_statistics,
     check_option,
     leaf_name,
     leaf_types,
@@ -38,6 +39,7 @@ from mtl_jax._jacobian import (
     choose_rows,
     gramian_of,
     has_finite_norm,
+    nonzero_rows,
     read_axis_name,
     shared_parameters,
     stacked,
@@ -130,7 +132,8 @@ def value_and_grad(
       TypeError: if ``losses_fn`` is not a function, ``weighting`` neither a :class:`Weighting` nor
         an aggregator, ``state`` not its state, a loss or a parameter not floating-point, a leaf of
         ``mask`` not one boolean, or ``losses_fn`` has no forward derivative and ``rows`` is
-        ``"low_memory"``.
+        ``"low_memory"``; if there are batch statistics of Flax among the parameters; or if
+        ``losses_fn`` returns a pair of anything but scalars without ``has_aux``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -207,9 +210,10 @@ def representation_value_and_grad(
       encoder: ``encoder(params, *args) -> z``, a pytree of arrays; with ``has_aux`` it returns
         ``(z, aux)``.
       heads: ``heads(params, zs, *args) -> losses`` with ``zs = {task: z}`` and ``losses`` a
-        dictionary with these tasks; with ``has_aux`` it returns ``(losses, aux)``. It gets the
-        same whole ``params`` as the encoder. The loss of a task may depend on its own copy of z
-        only: another one's gives wrong gradients without an error (:func:`check_heads` finds it).
+        dictionary, of any kind, with these tasks; with ``has_aux`` it returns ``(losses, aux)``. It
+        gets the same whole ``params`` as the encoder. The loss of a task may depend on its own copy
+        of z only: another one's gives wrong gradients without an error (:func:`check_heads` finds
+        it).
       weighting: decides the weights. A weighting that reads the losses alone works, too.
       tasks: the tasks' names.
       has_aux: whether both functions return auxiliary output.
@@ -244,7 +248,8 @@ def representation_value_and_grad(
       TypeError: if ``encoder`` or ``heads`` is not a function, ``tasks`` not a sequence of strings,
         ``state`` not the weighting's state, a loss, a parameter or a part of z not floating-point,
         a leaf of ``mask`` not one boolean, or ``weighting`` not a :class:`Weighting`, or one that
-        reads the task gradients: those by the parameters, as an aggregator.
+        reads the task gradients: those by the parameters, as an aggregator; if there are batch
+        statistics of Flax among the parameters; or if ``heads`` returns a pair without ``has_aux``.
 
     References:
       Sener and Koltun, `Multi-Task Learning as Multi-Objective Optimization
@@ -429,7 +434,7 @@ def _weigh(
             weights, new_state = method.update(losses, state, at.present, signal)
             return weights, at.present, new_state
         deciding = at.present & (losses != 0) if method.positive_losses else at.present
-        moving = deciding if signal is None else deciding & _nonzero_rows(jax.tree.leaves(signal))
+        moving = deciding if signal is None else deciding & nonzero_rows(jax.tree.leaves(signal))
         weights, new_state = method.update(jnp.where(moving, losses, 1), state, moving, signal)
         if signal is None or at.whole:
             return weights, moving, new_state
@@ -465,15 +470,6 @@ def _weigh(
     return _Found(weights, present, at.pull_back(weights), new_state, gramian, due)
 
 
-def _nonzero_rows(leaves: list[Array]) -> Mask:
-    """For each task whether anything in its row is not exactly zero; the leading axis is the task.
-
-    For complex numbers and NaN, too.
-    """
-    by_leaf = [jnp.any(leaf != 0, axis=tuple(range(1, leaf.ndim))) for leaf in leaves]
-    return functools.reduce(jnp.logical_or, by_leaf)
-
-
 _WHOLE_GRADIENTS = (
     "Task gradients must be whole where they are read: replicate the parameters in shard_map, or "
     "shard them under jit."
@@ -494,7 +490,7 @@ def _aggregate(
         rows = stacked(at.task_gradients()) if diagnose else at.one_task_gradient(present)
     else:
         present, rows = at.present, stacked(at.task_gradients())
-        moving = present & _nonzero_rows(rows) if leave_out_zero else present
+        moving = present & nonzero_rows(rows) if leave_out_zero else present
     check_whole(rows, at.losses, "A parameter", _WHOLE_GRADIENTS)
     combined, new_state = aggregator.update(
         at.as_tree(rows), state, losses=at.losses, mask=at.tasks.unstack(moving)
@@ -585,9 +581,11 @@ def _dependence(
     losses, pullback = jax.vjp(losses_fn, dict.fromkeys(names, z))
     _check_names(losses, names)
     rows = []
+    leaves, structure = jax.tree.flatten(losses)  # of any kind of dictionary, in its order
+    named = list(zip(read_tasks(losses).names, leaves, strict=True))
     for task in names:
-        unit = {name: jnp.full_like(loss, name == task) for name, loss in losses.items()}
-        (gradients,) = pullback(unit)
+        unit = [jnp.full_like(loss, name == task) for name, loss in named]
+        (gradients,) = pullback(jax.tree.unflatten(structure, unit))
         by_leaf = [[jnp.any(g != 0) for g in jax.tree.leaves(gradients[name])] for name in names]
         rows.append(jnp.any(jnp.array(by_leaf), axis=1))
     return jnp.stack(rows)
@@ -599,6 +597,7 @@ def _dependence(
 def _check_params(params: PyTree, *, abstract: bool = False) -> None:
     """Raise an error for no parameters, or for one that is not floating-point."""
     hint = ", by which nothing can be differentiated. Pass it to `losses_fn` as another argument."
+    check_no_statistics(params)
     if not leaf_types(params, "The parameter", jnp.inexact, hint, abstract=abstract):
         raise ValueError("There are no parameters: expected a pytree with at least one array.")
 
@@ -629,8 +628,8 @@ def _read_names(tasks: Sequence[str]) -> tuple[str, ...]:
 
 def _check_names(losses: Losses, names: tuple[str, ...]) -> None:
     """Raise an error for losses that are not those of the tasks."""
-    if not isinstance(losses, dict) or set(losses) != set(names):
-        got = sorted(losses, key=str) if isinstance(losses, dict) else type(losses).__name__
+    if not isinstance(losses, Mapping) or set(losses) != set(names):
+        got = sorted(losses, key=str) if isinstance(losses, Mapping) else type(losses).__name__
         raise ValueError(
             f"`heads` must return a dictionary with the losses of the tasks {sorted(names)}, got "
             f"{got}."
@@ -645,11 +644,28 @@ def _check_names(losses: Losses, names: tuple[str, ...]) -> None:
 
 def read_output(output: Any, has_aux: bool, name: str) -> tuple[Losses, Any]:
     """The losses, checked, as arrays, and the auxiliary output of the function of that name."""
+    if not has_aux:
+        _check_no_aux(output, name)
     losses, aux = split_aux(output, name, "losses") if has_aux else (output, None)
     tasks = read_tasks(losses)  # before the backward pass, for its error messages
     named = jax.tree_util.tree_leaves_with_path(losses)
     leaves = [read_array(leaf, f"The loss {leaf_name(path)!r}") for path, leaf in named]
     return jax.tree.unflatten(tasks.structure, leaves), aux
+
+
+def _check_no_aux(output: Any, name: str) -> None:
+    """Raise an error for what looks like losses with auxiliary output.
+
+    A scalar in that would become a task without a word. Losses in two containers look alike, but
+    can be returned in something else than a pair.
+    """
+    if type(output) is not tuple or len(output) != 2:
+        return
+    if not all(jax.tree_util.all_leaves([part]) and np.ndim(part) == 0 for part in output):
+        raise TypeError(
+            f"{name} returned a pair that is not of two scalars. Was has_aux=True forgotten, for "
+            "(losses, aux)? If both parts hold losses, return them in a list or a dictionary."
+        )
 
 
 def split_aux(output: Any, name: str, what: str) -> tuple[Any, Any]:

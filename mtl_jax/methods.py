@@ -34,7 +34,9 @@ from mtl_jax.gramian_weightings.nash_mtl import nash_mtl
 from mtl_jax.gramian_weightings.norm_balance import norm_balance
 from mtl_jax.gramian_weightings.pcgrad import pcgrad
 from mtl_jax.gramian_weightings.upgrad import upgrad
+from mtl_jax.loss_weightings.achievement import achievement
 from mtl_jax.loss_weightings.adaptive import adaptive
+from mtl_jax.loss_weightings.causal import causal
 from mtl_jax.loss_weightings.constant import constant
 from mtl_jax.loss_weightings.cov_weighting import cov_weighting
 from mtl_jax.loss_weightings.dwa import dwa
@@ -42,20 +44,24 @@ from mtl_jax.loss_weightings.dynamic_task_priority import dynamic_task_priority
 from mtl_jax.loss_weightings.equal import equal
 from mtl_jax.loss_weightings.famo import famo
 from mtl_jax.loss_weightings.geometric import geometric
+from mtl_jax.loss_weightings.group_dro import group_dro
 from mtl_jax.loss_weightings.imtl_l import imtl_l
 from mtl_jax.loss_weightings.random_weighting import random_weighting
 from mtl_jax.loss_weightings.relobralo import relobralo
 from mtl_jax.loss_weightings.softadapt import softadapt
 from mtl_jax.loss_weightings.stch import stch
 from mtl_jax.loss_weightings.uncertainty import uncertainty
+from mtl_jax.loss_weightings.uw_so import uw_so
 
 __all__ = [
     "METHODS",
     "Method",
     "RunSettings",
+    "achievement",
     "adaptive",
     "aligned_mtl",
     "cagrad",
+    "causal",
     "conflict_free",
     "conflict_free_momentum",
     "constant",
@@ -72,6 +78,7 @@ __all__ = [
     "graddrop",
     "gradnorm",
     "gradvac",
+    "group_dro",
     "imtl_g",
     "imtl_l",
     "krum",
@@ -88,6 +95,7 @@ __all__ = [
     "trimmed_mean",
     "uncertainty",
     "upgrad",
+    "uw_so",
 ]
 
 
@@ -165,6 +173,15 @@ class Method:
         without = (one.name for one in parameters if one.default is inspect.Parameter.empty)
         return f"{self.name}({', '.join(without)})"
 
+    @property
+    def spaces(self) -> Mapping[str, Space]:
+        """What tuning searches for it and for its variants, by name, less what a variant sets."""
+        others = {
+            variant: {key: one for key, one in self.search.items() if key not in own}
+            for variant, own in self.variants.items()
+        }
+        return {self.name: self.search, **others}
+
     def make(self, settings: RunSettings, **own: Any) -> Weighting | Aggregator:
         """Make the weighting or aggregator for a run.
 
@@ -225,8 +242,26 @@ _RECORDS = (
         effect="the task with the higher loss",
         domain="not negative",
         total="K",
-        search={"emphasis": Range(1.0, 0.1, 4.0, log=True), "decay": Choice(0.0, 0.9, 0.99)},
-        variants={"adaptive_initial": {"relative_to": "initial"}},
+        search={
+            "emphasis": Range(1.0, 0.1, 4.0, log=True),
+            "rule": Choice("proportional", "softmax"),
+            "decay": Choice(0.0, 0.9, 0.99),
+        },
+        variants={
+            "adaptive_softmax": {"rule": "softmax"},
+            "adaptive_initial": {"relative_to": "initial"},
+        },
+    ),
+    Method(
+        factory=group_dro,
+        reads="the losses",
+        effect="the task whose losses add up to most",
+        total="K",
+        sources=(
+            ("Sagawa 2020", "https://arxiv.org/abs/1911.08731"),
+            ("Xie 2023", "https://arxiv.org/abs/2305.10429"),
+        ),
+        search={"step_size": Range(0.01, 0.001, 1.0, log=True), "normalize": Choice(False, True)},
     ),
     Method(
         factory=dwa,
@@ -248,6 +283,16 @@ _RECORDS = (
             "initial_log_variance": Range(0.0, -3.0, 3.0),
             "form": Choice("kendall", "half", "revised"),
         },
+    ),
+    Method(
+        factory=uw_so,
+        reads="the losses",
+        effect="the lower loss",
+        required={"temperature": lambda settings: 1.0},
+        domain="positive",
+        total="1",
+        sources=(("Kirchdorfer 2024", "https://arxiv.org/abs/2408.07985"),),
+        search={"temperature": Range(1.0, 0.1, 100.0, log=True)},
     ),
     Method(
         factory=random_weighting,
@@ -281,6 +326,22 @@ _RECORDS = (
             ),
         ),
         search={"gamma": Range(1.0, 0.0, 5.0), "decay": Choice(0.0, 0.9, 0.99)},
+    ),
+    Method(
+        factory=achievement,
+        reads="the losses",
+        effect="the task whose validation metric is furthest behind that alone",
+        domain="positive",
+        total="free",
+        sources=(
+            (
+                "Yun 2023",
+                "https://openaccess.thecvf.com/content/ICCV2023/html/"
+                "Yun_Achievement-Based_Training_Progress_Balancing_for_Multi-Task_Learning_"
+                "ICCV_2023_paper.html",
+            ),
+        ),
+        search={"gamma": Range(0.5, 0.1, 4.0, log=True), "margin": Choice(0.15, 0.05)},
     ),
     Method(
         factory=cov_weighting,
@@ -332,6 +393,16 @@ _RECORDS = (
         total="free",
         sources=(("Lin 2024", "https://arxiv.org/abs/2402.19078"),),
         search={"mu": Range(1.0, 0.1, 10.0, log=True)},
+    ),
+    Method(
+        factory=causal,
+        reads="the losses",
+        effect="the first, until its loss is small; then the next",
+        required={"order": lambda settings: None},
+        domain="not negative",
+        total="1 for the first, less for others",
+        sources=(("Wang 2022", "https://arxiv.org/abs/2203.07404"),),
+        search={"tolerance": Range(1.0, 0.01, 100.0, log=True)},
     ),
     Method(
         factory=famo,
@@ -557,8 +628,8 @@ METHODS: Mapping[str, Method] = {method.name: method for method in _RECORDS}
 """All methods by name, those that read the same side by side, the cheapest first.
 
 Arguments without a default are what a comparison begins with: windows are one epoch; the weightings
-that learn take the network's optimizer; ``stch`` warms up for a fifth of the epochs. ``krum`` and
-``trimmed_mean`` take the smallest numbers that do something: they need three tasks.
-``lr_annealing`` has the first of the losses for its reference. The ranges of
-``search`` hold the published default and the values that publications chose from, and reach as far
-beyond as may make sense."""
+that learn take the network's optimizer; ``stch`` warms up for a fifth of the epochs; ``uw_so`` has
+the temperature 1, ``causal`` the order of the losses, and ``lr_annealing`` the first of them for its
+reference. ``krum`` and ``trimmed_mean`` take the smallest numbers that do something: they need three
+tasks. The ranges of ``search`` hold the published default and the values that publications chose
+from, and reach as far beyond as may make sense."""

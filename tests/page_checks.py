@@ -44,6 +44,10 @@ def representation(after, tmp_path):
     params, batch, gradient = (after[1][name] for name in ("params", "batch", "gradient"))
     encoder_rows, *_ = jax.jit(gradient)(params, gradient.init(params, batch), batch)
     assert not np.allclose(encoder_rows.gramian, value.gramian)
+    frozen = after[-2]  # which count neither in the Gramian nor for the optimizer
+    np.testing.assert_array_equal(frozen["frozen_state"].params["stem"], np.eye(4))
+    assert np.any(frozen["frozen_state"].params["encoder"] != params["encoder"])
+    np.testing.assert_allclose(frozen["value"].gramian, encoder_rows.gramian, rtol=1e-4)
     diagnosed = after[-1]["value"]
     assert diagnosed.weights == {"depth": 1, "normals": 1}
     assert np.all(np.abs(diagnosed.diagnostics.cosines) <= 1 + 1e-6)
@@ -76,12 +80,16 @@ def own_weighting(after, tmp_path):
     rows = jax.jacobian(after[3]["losses_fn"])(params, x)
     assert_trees_close(after[3]["value"].weights, value.weights, rtol=1e-5, atol=0)  # one number
     assert float(after[4]["grads"]) == pytest.approx(float(max(rows.values(), key=abs)))
-    assert isinstance(after[5]["weightings"]["rising"](None), mtl_jax.Weighting)
+    weights = after[5]["value"].weights
+    assert (weights["a"], weights["b"]) == pytest.approx((0.5, 1.5), rel=1e-5)
+    assert isinstance(after[6]["weightings"]["rising"](None), mtl_jax.Weighting)
 
 
 def moving(after, tmp_path):
-    (names,) = after
-    assert names["value"].weights == {"depth": 1, "normals": pytest.approx(0.3)}
+    first, second = after
+    assert first["value"].weights == {"depth": 1, "normals": pytest.approx(0.3)}
+    assert (second["state"].step, second["state"].skipped) == (1, 0)
+    assert second["value"].measured
 
 
 def scale(after, tmp_path):
@@ -95,6 +103,11 @@ def scale(after, tmp_path):
     in_parts = states[2]
     for leaf in (in_parts.params["encoder"], in_parts.opt_state[0].mu["encoder"]):
         assert leaf.sharding.spec == jax.sharding.PartitionSpec("data")
+    replicas = after[-1]["states"]
+    assert replicas.params["encoder"].sharding.spec == jax.sharding.PartitionSpec("seed")
+    np.testing.assert_array_equal(replicas.step, 3)
+    np.testing.assert_array_equal(replicas.skipped, 0)
+    assert len(np.unique(jax.device_get(replicas.params["encoder"])[:, 0, 0])) == jax.device_count()
 
 
 def accumulation(after, tmp_path):

@@ -68,6 +68,7 @@ SOLVERS = {
     "upgrad": (upgrad, 1e-5),
     "maximin_in_ball 0.5": (lambda gramian: solvers.maximin_in_ball(gramian, 0.5), 1e-5),
     "maximin_in_ball 0.9": (lambda gramian: solvers.maximin_in_ball(gramian, 0.9), 1e-5),
+    "maximin_in_ball 3": (lambda gramian: solvers.maximin_in_ball(gramian, 3.0), 1e-5),
 }
 
 

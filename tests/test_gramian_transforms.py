@@ -419,6 +419,49 @@ def test_every_leaves_the_backward_passes_out_in_between(rows):
     assert [len(set(group)) for group in (weights[:4], weights[4:8], weights[8:])] == [1, 1, 1]
 
 
+def test_nash_mtl_bounded_at_every_step():
+    """By optax, on what is shared: the norm of LibMTL and TorchJD, whose weights are held."""
+    rows = np.array([[3.0, 0.0], [-1.0, 2.0]], np.float32)  # with 0 outside of their hull
+
+    def losses_fn(params, scale):
+        return {
+            task: scale * jnp.dot(row, params["shared"], precision="highest") + params[task] ** 2
+            for task, row in zip(("a", "b"), rows, strict=True)
+        }
+
+    params = {"shared": np.zeros(2, np.float32), "a": np.float32(1), "b": np.float32(-2)}
+    shared = {"shared": True, "a": False, "b": False}
+    bounded = optax.masked(optax.clip_by_global_norm(1.0), shared)
+    steps = {}
+    for name, max_norm, optimizer in (("ours", 1.0, optax.identity()), ("theirs", None, bounded)):
+        weighting = mtl_jax.every(mtl_jax.nash_mtl(max_norm), 3)
+        gradient = mtl_jax.value_and_grad(losses_fn, weighting, shared=shared)
+        optimizer = optax.chain(optimizer, optax.sgd(1.0))
+        steps[name] = mtl_jax.make_train_step(gradient, optimizer, donate=False)
+    states = {name: step.init(params, np.float32(1)) for name, step in steps.items()}
+    scales = [1.0, 2.0, 0.1, 4.0, 40.0, 0.01]
+    norms = {name: [] for name in steps}
+    gramian = rows.astype(float) @ rows.T
+    for number, scale in enumerate(scales):
+        for name, step in steps.items():
+            before, (states[name], value) = states[name], step(states[name], np.float32(scale))
+            moved = before.params["shared"] - states[name].params["shared"]
+            norms[name].append(np.linalg.norm(moved))
+        # The weights of the last decision, of norm sqrt(2), and the gradient cut off at 1.
+        decided = scales[number - number % 3]
+        weights = np.array(list(value.weights.values()))
+        np.testing.assert_allclose(decided**2 * gramian @ weights, 1 / weights, rtol=1e-4)
+        direction = scale * weights @ rows
+        np.testing.assert_allclose(
+            moved, direction / max(1, np.linalg.norm(direction)), rtol=1e-4, atol=1e-6
+        )
+        np.testing.assert_allclose(  # the heads' gradients are not cut
+            states[name].params["a"], (1 - 2 * weights[0]) * before.params["a"], rtol=1e-4
+        )
+    assert max(norms["theirs"]) < 1 + 1e-5
+    np.testing.assert_allclose(norms["ours"], [1, 2, 0.1, 1, 10, 0.0025], rtol=1e-4)
+
+
 def test_every_leaves_them_out_under_vmap_over_seeds_too():
     seeds, counter = 2, Counter()
     batch = make_batch(3, np.float32)

@@ -71,6 +71,36 @@ def test_a_weighting_of_the_task_gradients():
     np.testing.assert_array_equal(after.steps, 2)
 
 
+@pytest.mark.parametrize("method", ["pcgrad", "excess_mtl", "every"])
+def test_a_part_without_parameters(method):
+    """Of `optax.partition`, with a label that no parameter has; and what it gives for the other."""
+    weighting = {
+        "pcgrad": mtl_jax.pcgrad,
+        "excess_mtl": mtl_jax.excess_mtl,
+        "every": lambda: mtl_jax.every(mtl_jax.imtl_g(), 2),
+    }[method]()
+
+    def aggregator():
+        return mtl_jax.as_aggregator(weighting, 4, key=jax.random.key(0))
+
+    parts = optax.partition(
+        {"all": aggregator(), "none": aggregator(), "more": optax.adam(0.1)},
+        {"w": "all", "b": "all"},
+    )
+    state = parts.init(PARAMS)
+    got, after = parts.update(ROWS, state, PARAMS)
+    alone = aggregator()
+    expected, _ = alone.update(ROWS, alone.init(PARAMS))
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert np.all(after.inner_states["none"].inner_state.steps == 0)
+    assert np.all(after.inner_states["all"].inner_state.steps == 1)
+    empty = aggregator()
+    for nothing in ({}, (), {"a": None}):
+        state = empty.init(nothing)
+        assert empty.update(nothing, state) == (nothing, state)
+
+
 def test_what_is_not_finite():
     aggregator = mtl_jax.as_aggregator(mtl_jax.upgrad(), 4)
     state = aggregator.init(PARAMS)

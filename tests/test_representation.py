@@ -1,10 +1,13 @@
 """The Gramian at a representation."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.core import FrozenDict
 
 import mtl_jax
 
@@ -333,6 +336,45 @@ def test_check_heads():
 
     with pytest.raises(ValueError, match="loss of 'c' depends on the representation of 'a'"):
         mtl_jax.check_heads(crossed, params, z, *batch, tasks=TASKS, has_aux=True)
+
+
+# Kinds of dictionaries: each orders its entries in its own way.
+DICTIONARIES = {
+    "OrderedDict": lambda losses: collections.OrderedDict(reversed(losses.items())),
+    "defaultdict": lambda losses: collections.defaultdict(float, reversed(losses.items())),
+    "FrozenDict": lambda losses: FrozenDict(dict(reversed(losses.items()))),
+}
+
+
+@pytest.mark.parametrize("kind", DICTIONARIES)
+def test_losses_in_any_kind_of_dictionary(kind):
+    """They are returned in it, and checked as those in a plain one."""
+    params, batch = make_params(dtype=np.float32), make_batch(dtype=np.float32)
+    wrap = DICTIONARIES[kind]
+    found = {}
+    for name, fn in (("plain", heads), (kind, lambda *args: wrap(heads(*args)))):
+        gradient = mtl_jax.representation_value_and_grad(
+            encoder, fn, ROW_SUMS, tasks=("c", "a", "b")
+        )
+        state = gradient.init(params, *batch)
+        found[name] = jax.jit(gradient.update)(params, state, *batch)
+    (plain, expected, _), (value, grads, _) = found["plain"], found[kind]
+    assert isinstance(value.weights, type(wrap({})))
+    for task in TASKS:
+        np.testing.assert_allclose(value.weights[task], plain.weights[task], rtol=1e-5)
+    np.testing.assert_allclose(flat(grads), flat(expected), rtol=1e-5, atol=1e-6)
+
+    z = jax.jit(encoder)(params, *batch)
+    mtl_jax.check_heads(lambda *args: wrap(heads(*args)), params, z, *batch, tasks=("c", "a", "b"))
+
+    def crossed(params, zs, *batch):
+        losses = heads(params, zs, *batch)
+        return wrap(losses | {"c": losses["c"] + losses["a"] * 0.1})
+
+    with pytest.raises(ValueError, match="loss of 'c' depends on the representation of 'a'"):
+        mtl_jax.check_heads(crossed, params, z, *batch, tasks=TASKS)
+    with pytest.raises(ValueError, match=r"losses of the tasks \['a', 'b', 'c'\], got \['x'\]"):
+        mtl_jax.check_heads(lambda *_: wrap({"x": 1.0}), params, z, *batch, tasks=TASKS)
 
 
 def test_errors():

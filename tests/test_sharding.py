@@ -368,9 +368,37 @@ def test_untracked_axes_are_refused(axis_name):
         at_representation(weighting, axis_name=axis_name),
         transform(weighting, {}, heads=global_heads, axis_name=axis_name),
     ):
-        with pytest.raises(ValueError, match="Leave check_vma at its default, True"):
+        with pytest.raises(ValueError, match="leave check_vma at its default, True"):
             spread_call(fn, weighting, check_vma=False)
     spread_call(at_representation(weighting), weighting)
+
+
+@pytest.mark.parametrize("named", [{}, {"axis_name": "data"}])
+def test_pmap_is_refused_with_what_to_do_instead(named):
+    gradient = transform(inverse_norms(), {})
+    replicas = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), PARAMS)
+    mapped = jax.pmap(gradient.update, in_axes=(0, None, None), **named)
+    says = "Instead of jax.pmap, spread the batch.*jax.jit; or.*independent replicas.*jax.vmap"
+    with pytest.raises(ValueError, match=says):
+        jax.eval_shape(mapped, replicas, gradient.init(PARAMS, BATCH), BATCH)
+
+
+@pytest.mark.parametrize("signal", ["every", "parameters"])
+def test_independent_replicas_by_vmap_spread_over_the_devices(signal):
+    """What is said to be done instead of pmap: each is trained as if it were alone."""
+    step, one = start(signal, PARAMS, BATCH)
+    mesh = make_mesh(AxisType.Auto)
+    states = jax.tree.map(lambda leaf: np.stack([leaf] * 8), one)
+    states = put(states, mesh, lambda leaf: P("data"))
+    many = jax.jit(jax.vmap(lambda state, mask: step(state, BATCH, mask=mask), in_axes=(0, None)))
+    for mask in MASKS:
+        states, _ = many(states, mask)
+    kernel = states.params["encoder"]["kernel"]
+    assert not kernel.is_fully_replicated
+    _, expected = on_one_device(signal)
+    for replica in (0, 7):
+        found = jax.tree.map(lambda leaf: leaf[replica], jax.device_get(states))  # noqa: B023
+        assert_same(found, expected)
 
 
 @pytest.mark.parametrize("weighting", [inverse_norms(), mtl_jax.every(inverse_norms(), 2)])

@@ -218,7 +218,7 @@ def test_dual_cone_projection_against_least_squares(drawn):
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(gradients(), st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.5]))
+@given(gradients(), st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0, 1.5, 3.0, 10.0]))
 @pytest.mark.usefixtures("x64")
 def test_maximin_in_ball_is_certified_by_duality(drawn, radius):
     padded, present = drawn
@@ -242,6 +242,87 @@ def test_maximin_in_ball_is_certified_by_duality(drawn, radius):
     bounds = [g0 @ J.T @ w + rho * np.linalg.norm(J.T @ w) for w in candidates]
     assert (J @ d).min() >= min(bounds) - 1e-7 * unit * unit
     assert (J @ d).min() <= min(bounds) + 1e-7 * unit * unit
+
+
+def nearest_of_gain(J, gain):
+    """The d nearest to the mean with J d >= gain, as a least distance problem; None without one."""
+    mean, lengths = J.mean(axis=0), np.linalg.norm(J, axis=1)
+    rows = J / np.where(lengths > 0, lengths, 1)[:, None]
+    missing = gain / np.where(lengths > 0, lengths, 1) - rows @ mean
+    unit = missing.max()
+    if unit <= 0:
+        return mean
+    # Lawson and Hanson, Solving Least Squares Problems, chapter 23.
+    A, b = np.vstack([rows.T, missing / unit]), np.append(np.zeros(J.shape[1]), 1)
+    left = A @ nonnegative_least_squares(A, b) - b
+    return mean - unit * left[:-1] / left[-1] if np.linalg.norm(left) > 1e-9 else None
+
+
+def best_in_ball(J, radius):
+    """The maximin direction by bisection of the gain; the nearest to the mean if it can be 0."""
+    mean, lengths = J.mean(axis=0), np.linalg.norm(J, axis=1)
+    most = radius * np.linalg.norm(mean)
+    weights = nonnegative_least_squares(
+        np.vstack([J.T, np.ones(len(J))]), np.eye(J.shape[1] + 1)[-1]
+    )
+    stationary = np.linalg.norm(J.T @ weights) < 1e-9 * weights.sum() * lengths.max()
+    best = mean
+    low, high = (J @ mean).min(), (1 + radius) * lengths.max() * np.linalg.norm(mean)
+    for gain in [0.0] if stationary else []:
+        found, high = nearest_of_gain(J, gain), 0.0
+        if found is not None and np.linalg.norm(found - mean) <= most * (1 + 1e-9):
+            return found
+    for _ in range(45):
+        found = nearest_of_gain(J, (low + high) / 2)
+        if found is not None and np.linalg.norm(found - mean) <= most:
+            best, low = found, (low + high) / 2
+        else:
+            high = (low + high) / 2
+    return best
+
+
+def degenerate_matrices(number, tasks, parameters, rng):
+    """Of integers, whose inner products are exact in float32, but for the shorter rows."""
+    shape = (number, tasks, parameters)
+    integers, dependent, short, equal = rng.integers(-3, 4, size=(4, *shape)).astype(float)
+    dependent[:, -1] = -dependent[:, :2].sum(axis=1)
+    left = rng.integers(-2, 3, size=(2, number, tasks, 2))
+    flat = np.stack([left[0], np.abs(left[1])]) @ rng.integers(-2, 3, size=(number, 2, parameters))
+    short[:, 0] /= 1024
+    equal[:, 1] = equal[:, 0]
+    return np.concatenate([integers, dependent, *flat, short, equal])
+
+
+@pytest.mark.parametrize("parameters", [3, 7])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_maximin_in_a_ball_of_any_radius(dtype, parameters, request):
+    """Also one that holds 0, against a slow definition."""
+    if dtype == np.float64:
+        request.getfixturevalue("x64")
+    rng = np.random.default_rng(parameters)
+    degenerate = degenerate_matrices(25, 5, parameters, rng)
+    random = rng.normal(size=(150, 5, parameters)).astype(np.float32)
+    J = np.concatenate([degenerate, random, random[:, :1] + 0.1 * random]).astype(float)
+    exact = (dtype == np.float64) | (np.arange(len(J)) < len(degenerate))
+    kept = np.linalg.norm(J.mean(axis=1), axis=1) > 1e-6
+    J, exact = J[kept], exact[kept]
+    radii = rng.permutation(np.resize([0.5, 1.0, 1.5, 3.0, 10.0], len(J)))
+    gramians = jnp.asarray(J @ J.transpose(0, 2, 1), dtype)
+    found = jax.jit(jax.vmap(solvers.maximin_in_ball))(gramians, jnp.asarray(radii, dtype))
+    assert np.max(found.residual) < 1e-3
+    tolerance = 1e-7 if dtype == np.float64 else 1e-5
+    # A hull that is nearer to 0 than the rounding of float32 entries can tell is taken to hold it:
+    # then its distance, at most the root of that rounding, times the radius may be lost.
+    for rows, radius, x, sure in zip(J, radii, np.asarray(found.x, float), exact, strict=True):
+        unit, mean = np.linalg.norm(rows, axis=1).max(), rows.mean(axis=0)
+        expected, direction = best_in_ball(rows, radius), rows.T @ x
+        error = max(1, radius) * (tolerance if sure else 4e-4)
+        if sure:
+            np.testing.assert_allclose(direction, expected, rtol=0, atol=error * unit)
+        assert np.linalg.norm(direction - mean) < radius * np.linalg.norm(mean) + error * unit
+        gain, most = (rows @ direction).min(), (rows @ expected).min()
+        assert abs(gain - most) < error * unit**2
+        assert radius < 1 or gain > -tolerance * unit**2
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

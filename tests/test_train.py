@@ -571,6 +571,7 @@ OPTIMIZERS = {
     "reduce_on_plateau": optax.chain(ADAM, optax.contrib.reduce_on_plateau()),
     "polyak_sgd": optax.polyak_sgd(),
     "momo": optax.contrib.momo(0.1),
+    "sophia": optax.contrib.sophia(0.1),
     "backtracking": optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5)),
     "zoom": optax.chain(optax.sgd(1.0), optax.scale_by_zoom_linesearch(5)),
     "prodigy": optax.contrib.prodigy(estim_lr0=0.01),
@@ -674,6 +675,18 @@ def test_what_an_optimizer_is_given(weighting):
         close(seen.grads, (here[1], there[1]) * 2)
         assert_trees(seen.updates, seen.grad)
         assert (weights["b"] != 0) == present["b"]
+
+
+@pytest.mark.parametrize("wrap", [lambda one: one, lambda one: optax.chain(one, SGD)])
+def test_an_optimizer_that_needs_what_is_unknown_is_told_what_there_is(wrap):
+    def update(updates, state, params=None, *, hessian, **extra):
+        return updates, state
+
+    needing = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    state, step = setting("adaptive", losses_fn, wrap(needing))
+    says = "needs the argument 'hessian', which is unknown here.*value, grad, value_fn, grad_fn"
+    with pytest.raises(TypeError, match=says):
+        step(state, BATCHES[0])
 
 
 # As a pytree, and under other transformations

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+from typing import Any, NamedTuple
 
 import flax.linen
 import jax
@@ -463,6 +464,37 @@ def test_flax_nnx():
     assert any(jnp.any(leaf != 0) for leaf in jax.tree.leaves(gradient))
 
 
+class Normed(nnx.Module):
+    def __init__(self, rngs):
+        self.encoder = nnx.Linear(4, 3, rngs=rngs)
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+
+
+@pytest.mark.parametrize(
+    ("params_of", "name"),
+    [
+        (lambda model: model, "norm/mean"),
+        (nnx.state, "norm/mean"),
+        (lambda model: {"inside": [nnx.state(model)]}, "inside/0/norm/mean"),
+        (lambda model: {"params": {"w": X}, "batch_stats": {"mean": X}}, "batch_stats"),
+    ],
+    ids=["the module", "all of its state", "inside", "variables of Linen"],
+)
+def test_batch_statistics_do_not_become_parameters(params_of, name):
+    params = params_of(Normed(nnx.Rngs(0)))
+
+    def losses_fn(params):
+        return {"a": sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))}
+
+    gradient = mtl_jax.value_and_grad(losses_fn, WEIGHTINGS["equal"])
+    says = f"'{name}' is none of the parameters, but a state.*nnx.split.*variables"
+    for call in (gradient.init, lambda params: gradient(params, ())):
+        with pytest.raises(TypeError, match=says):
+            call(params)
+    state = gradient.init(nnx.state(Normed(nnx.Rngs(0)), nnx.Param))
+    assert state.tasks.names == ("a",)
+
+
 def test_the_gradient_goes_into_optax():
     optimizer = optax.adam(0.05)
     gradient_fn = mtl_jax.value_and_grad(losses_fn, WEIGHTINGS["adaptive"])
@@ -505,7 +537,7 @@ def test_something_that_is_no_weighting(weighting, says):
 def test_losses_that_are_not_scalars_are_named():
     weighting = WEIGHTINGS["equal"]
     for loss, error, says in (
-        (lambda params: params, ValueError, r"'a' has shape \(3,\)"),
+        (lambda params: params[:, None], ValueError, r"'a' has shape \(3, 1\)"),
         (lambda params: jnp.int32(1), TypeError, "'a' has dtype int32"),
     ):
         gradient_fn = mtl_jax.value_and_grad(
@@ -530,14 +562,45 @@ def test_has_aux_without_a_pair(output):
         gradient_fn(jnp.ones(3), WEIGHTINGS["equal"].init({"a": 1.0}))
 
 
-def test_a_forgotten_has_aux():
-    """The pair is read as losses: an error, which names the place."""
-    weighting = WEIGHTINGS["equal"]
-    gradient_fn = mtl_jax.value_and_grad(
-        lambda params: ({"a": jnp.sum(params)}, {"features": params}), weighting
-    )
-    with pytest.raises(ValueError, match=r"'1/features' has shape \(3,\)"):
-        gradient_fn(jnp.ones(3), weighting.init({"a": 1.0}))
+class Pair(NamedTuple):
+    one: Any
+    two: Any
+
+
+@pytest.mark.parametrize(
+    "aux",
+    [
+        lambda params: jnp.sum(params),
+        lambda params: {"accuracy": jnp.sum(params)},
+        lambda params: {"features": params},
+        lambda params: params,
+        lambda params: None,
+        lambda params: (),
+    ],
+    ids=["scalar", "dict", "dict of arrays", "array", "nothing", "empty"],
+)
+@pytest.mark.parametrize("losses", [dict, list, lambda losses: jnp.stack([losses["a"]])])
+def test_a_forgotten_has_aux(losses, aux):
+    """A scalar in it would become a task: what is no pair of two scalars is refused."""
+
+    def fn(params, x):
+        return losses({"a": jnp.sum(params)}), aux(params)
+
+    for one in (fn, mtl_jax.microbatched(fn, 2)):
+        gradient_fn = mtl_jax.value_and_grad(one, WEIGHTINGS["equal"])
+        with pytest.raises(TypeError, match="Was has_aux=True forgotten, for.*list or a dict"):
+            gradient_fn.init(jnp.ones(3), jnp.ones((2, 3)))
+
+
+def test_losses_that_are_no_forgotten_aux():
+    two = {"a": 1.0}, {"b": 2.0}
+    for losses in ((1.0, 2.0), [*two], (*two, {"c": 3.0}), Pair(*two), {"x": two}, ({"a": 1.0},)):
+        gradient_fn = mtl_jax.value_and_grad(
+            lambda params, losses=losses: jax.tree.map(lambda c: c * jnp.sum(params), losses),
+            WEIGHTINGS["equal"],
+        )
+        state = gradient_fn.init(jnp.ones(3))
+        assert state.tasks.structure == jax.tree.structure(losses)
 
 
 def test_a_state_of_another_number_of_tasks():

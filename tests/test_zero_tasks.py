@@ -246,3 +246,23 @@ def test_what_is_observed_is_about_the_tasks_that_took_part():
     after = gradient.observe(broken, state, mask=value.present)
     moved = np.asarray(after.inner.logits != state.inner.logits)
     np.testing.assert_array_equal(moved, [True, True, False])
+
+
+def test_as_aggregator_leaves_out_a_zero_task():
+    rows = jnp.array([[1.0, 0.5, 0.0], [0.0, 0.0, 0.0], [-0.25, 1.0, 0.5]])
+    for weighting, losses in (
+        (mtl_jax.nash_mtl(), None),
+        (mtl_jax.gradnorm(optax.sgd(0.1)), (jnp.array([1.0, 0.0]), 2.0)),
+    ):
+        found = []
+        for number, given, task_losses in (
+            (3, rows, losses),
+            (2, rows[::2], None if losses is None else (1.0, 2.0)),
+        ):
+            aggregator = mtl_jax.as_aggregator(weighting, number)
+            state = aggregator.init(rows[0])
+            found.append(aggregator.update(given, state, losses=task_losses)[0])
+        np.testing.assert_allclose(found[0], found[1], rtol=1e-6)
+        assert found[0].any()
+    theory = mtl_jax.as_aggregator(mtl_jax.mgda(), 3, leave_out_zero=False)
+    assert not theory.update(rows, theory.init(rows[0]))[0].any()

@@ -113,5 +113,5 @@ def conflict_free_momentum(decay: float = 0.9) -> Aggregator:
 def _direction(rows: PyTree) -> PyTree:
     """The conflict-free direction; a row of 0 has no part in it."""
     gramian = gramian_of(jax.tree.leaves(rows))
-    weights = conflict_free_weights(gramian)
+    weights = conflict_free_weights(gramian, jnp.ones_like(gramian[0]))
     return weighted_sum(jnp.where(jnp.all(jnp.isfinite(gramian)), weights, jnp.nan), rows)

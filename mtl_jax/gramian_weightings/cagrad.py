@@ -14,12 +14,16 @@ def cagrad(c: float = 0.5, rescale: Literal["1+c", "1+c^2"] | None = None) -> We
     .. math:: d = \arg\max_d \min_k \langle g_k, d \rangle \quad \text{subject to} \quad
               \|d - g_0\| \le c \|g_0\|, \qquad g_0 = \frac{1}{K} \sum_k g_k
 
-    The weights are 1/K and what is added, so with c = 0 they are those of the mean. Solved
-    exactly. Where the gradients can be combined to 0 and several directions are equally good, d is
-    the one nearest to :math:`g_0`. The losses are not read: they may be 0 or negative.
+    The weights are 1/K and what is added, so with c = 0 they are those of the mean. For c < 1 the
+    paper proves convergence to where the mean loss is stationary, and a task may be harmed. From
+    c = 1 on 0 is in the ball, so that no task is, and points where the tasks can only be traded
+    against each other are stationary, too; the larger c, the nearer d comes to the direction of
+    :func:`mtl_jax.mgda`. Solved exactly. Where the gradients can be combined to 0 and several
+    directions are equally good, d is the one nearest to :math:`g_0`. The losses are not read: they
+    may be 0 or negative.
 
     Args:
-      c: the radius of the ball relative to the mean gradient's norm, in [0, 1). The paper tunes it
+      c: the radius of the ball relative to the mean gradient's norm, at least 0. The paper tunes it
         for each data set, between 0.2 and 0.5; 0.5 is its default.
       rescale: what the weights are divided by: nothing (the paper's algorithm), ``"1+c^2"`` (the
         default of the authors' code), or ``"1+c"``. (The Nash-MTL and FAMO repositories multiply
@@ -29,7 +33,7 @@ def cagrad(c: float = 0.5, rescale: Literal["1+c", "1+c^2"] | None = None) -> We
       The weighting; its state holds ``state.inner.residual``.
 
     Raises:
-      ValueError: if ``c`` is not in [0, 1) or ``rescale`` is unknown.
+      ValueError: if ``c`` is negative or not finite, or ``rescale`` is unknown.
       TypeError: if ``c`` is not a number.
 
     References:
@@ -46,7 +50,7 @@ def cagrad(c: float = 0.5, rescale: Literal["1+c", "1+c^2"] | None = None) -> We
       >>> [round(float(weight), 3) for weight in weights]
       [1.059, 0.5]
     """
-    c = read_number(c, "cagrad: `c`", "[0, 1)")
+    c = read_number(c, "cagrad: `c`", "[0, inf)")
     factors = {None: 1.0, "1+c": 1 / (1 + c), "1+c^2": 1 / (1 + c**2)}
     check_option(rescale, tuple(factors), "cagrad: `rescale`")
 

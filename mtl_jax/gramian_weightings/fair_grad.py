@@ -1,9 +1,11 @@
 """FairGrad."""
 
+import jax.numpy as jnp
+
 from mtl_jax._base import Weighting
 from mtl_jax._checks import read_number
 from mtl_jax.gramian_weightings._solved import solved
-from mtl_jax.solvers import fair_point
+from mtl_jax.solvers import Solution, fair_point
 
 
 def fair_grad(alpha: float = 1.0) -> Weighting:
@@ -19,19 +21,23 @@ def fair_grad(alpha: float = 1.0) -> Weighting:
     :math:`-2 \alpha / (1 + \alpha)`. Solved exactly, by damped Newton steps. (The authors' code
     multiplies the weights by K besides.)
 
+    With :math:`\alpha = 0` the weights are 1: the plain sum has the greatest total gain, whoever
+    loses by it. It is the limit of small :math:`\alpha` only where no task does, since with these
+    every gain is positive.
+
     At Pareto-stationary parameters there is no solution. The weights are then finite and sum to 1,
     the direction is near 0, and ``state.inner.residual`` is about 1. A task with a zero gradient
     makes them so; :func:`mtl_jax.value_and_grad` leaves it out (``leave_out_zero``). The losses are
     not read: they may be 0 or negative.
 
     Args:
-      alpha: positive. The default is that of the authors' code; the paper tunes it.
+      alpha: at least 0. The default is that of the authors' code; the paper tunes it.
 
     Returns:
       The weighting; its state holds ``state.inner.residual``.
 
     Raises:
-      ValueError: if ``alpha`` is not positive.
+      ValueError: if ``alpha`` is negative or not finite.
       TypeError: if it is not a number.
 
     References:
@@ -48,5 +54,11 @@ def fair_grad(alpha: float = 1.0) -> Weighting:
       >>> [round(float(weight), 3) for weight in weights]
       [1.0, 0.25]
     """
-    alpha = read_number(alpha, "fair_grad: `alpha`", "(0, inf)")
-    return solved(lambda gramian, losses, present: fair_point(gramian, alpha, present))
+    alpha = read_number(alpha, "fair_grad: `alpha`", "[0, inf)")
+
+    def solve(gramian, losses, present):
+        if alpha == 0:
+            return Solution(jnp.ones_like(losses), jnp.zeros((), losses.dtype))
+        return fair_point(gramian, alpha, present)
+
+    return solved(solve)

@@ -8,8 +8,8 @@ import optax
 from jaxtyping import Array, Float
 
 from mtl_jax._base import Signal, Weighting
-from mtl_jax._checks import check_optimizer, read_number
-from mtl_jax._learned import per_task
+from mtl_jax._checks import read_number
+from mtl_jax._learned import check_learner, per_task, step_per_task
 from mtl_jax._lift import vector_weighting
 from mtl_jax._typing import PyTree
 from mtl_jax.gramian_weightings._spectral import gradient_norms
@@ -60,7 +60,9 @@ def gradnorm(optimizer: optax.GradientTransformation, alpha: float = 1.5) -> Wei
 
     Args:
       optimizer: the optax optimizer of the weights; it is applied to each task's weight on its own.
-        The paper uses the network's own optimizer and learning rate.
+        The paper uses the network's own optimizer and learning rate. One that asks for more than
+        the gradient (a line search, ``optax.polyak_sgd``) gets the task's term of this sum, as a
+        value and as a function of the weight.
       alpha: how strongly to pull the tasks to a common rate, at least 0. The default is the paper's
         choice for NYUv2.
 
@@ -69,7 +71,8 @@ def gradnorm(optimizer: optax.GradientTransformation, alpha: float = 1.5) -> Wei
 
     Raises:
       ValueError: if ``alpha`` is negative or not finite.
-      TypeError: if ``optimizer`` is not an optax optimizer, or ``alpha`` not a number.
+      TypeError: if ``optimizer`` is not an optax optimizer, or cannot be applied to one number, or
+        ``alpha`` is not a number.
 
     References:
       Chen et al., `GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep Multitask
@@ -87,12 +90,14 @@ def gradnorm(optimizer: optax.GradientTransformation, alpha: float = 1.5) -> Wei
       >>> [round(float(weight), 1) for weight in weights]
       [1.5, 0.5]
     """
-    check_optimizer(optimizer, "gradnorm")
+    check_learner(optimizer, "gradnorm")
     alpha = read_number(alpha, "gradnorm: `alpha`", "[0, inf)")
-    optimizer = per_task(optimizer)
 
     def init(tasks, key):
-        return GradNormState(tasks.full(1), tasks.full(1), optimizer.init(tasks.full(1)))
+        return GradNormState(tasks.full(1), tasks.full(1), per_task(optimizer).init(tasks.full(1)))
+
+    def objective(weight, norm, target):
+        return jnp.abs(weight * norm - target)
 
     def update(losses, state, present, steps, gramian):
         number = jnp.maximum(jnp.sum(present, dtype=losses.dtype), 1)
@@ -108,12 +113,12 @@ def gradnorm(optimizer: optax.GradientTransformation, alpha: float = 1.5) -> Wei
         logs = jnp.log(losses) - jnp.log(initial)
         logs = jnp.where(jnp.all(losses == 0, where=present), 0 * initial, logs)
         rate = number * jax.nn.softmax(logs, where=present)
-        gradient = jnp.sign(weights * norms - mean * rate**alpha) * norms
 
-        updates, opt_state = optimizer.update(gradient, state.opt_state, weights)
-        learned = jnp.asarray(optax.apply_updates(weights, updates))
+        learned, opt_state = step_per_task(
+            optimizer, objective, weights, state.opt_state, norms, mean * rate**alpha
+        )
         learned = jnp.clip(learned, 1e-3, number)
-        learned = learned * (share * number / jnp.sum(learned, where=present))
+        learned = learned / jnp.sum(learned, where=present) * (share * number)
         return weights, GradNormState(learned, initial, opt_state)
 
     return vector_weighting(update, init, needs=Signal.GRAMIAN, positive_losses=True)

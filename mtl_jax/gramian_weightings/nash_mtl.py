@@ -28,8 +28,11 @@ def nash_mtl(max_norm: float | None = None) -> Weighting:
     not read: they may be 0 or negative.
 
     Args:
-      max_norm: the greatest norm of d. The paper has none; the authors' code scales the weights to
-        norm 1, which is to divide them by :math:`\sqrt K`.
+      max_norm: the greatest norm of d where the weights are decided. The paper has none; the
+        authors' code scales the weights to norm 1, which is to divide them by :math:`\sqrt K`.
+        Under :func:`mtl_jax.every` the norm changes in between: there, for a bound at every step,
+        put ``optax.clip_by_global_norm`` into the optimizer, under ``optax.masked`` if it is to
+        bound the shared parameters alone.
 
     Returns:
       The weighting; its state holds ``state.inner.residual``.

@@ -4,8 +4,7 @@ import jax.numpy as jnp
 import optax
 
 from mtl_jax._base import Weighting
-from mtl_jax._checks import check_optimizer
-from mtl_jax._learned import LearnedState, learned_step
+from mtl_jax._learned import LearnedState, check_learner, learned_step
 from mtl_jax._lift import vector_weighting
 
 
@@ -28,13 +27,15 @@ def imtl_l(optimizer: optax.GradientTransformation) -> Weighting:
 
     Args:
       optimizer: the optax optimizer of s; it is applied to each task's s on its own. The paper
-        optimises s with the network's own optimizer.
+        optimises s with the network's own optimizer. One that asks for more than the gradient (a
+        line search, ``optax.polyak_sgd``) gets the task's term of this total, as a value and as a
+        function of s.
 
     Returns:
       The weighting; its state holds s as ``state.inner.parameter``.
 
     Raises:
-      TypeError: if ``optimizer`` is not an optax optimizer.
+      TypeError: if ``optimizer`` is not an optax optimizer, or cannot be applied to one number.
 
     References:
       Liu et al., `Towards Impartial Multi-Task Learning
@@ -50,13 +51,16 @@ def imtl_l(optimizer: optax.GradientTransformation) -> Weighting:
       >>> [round(float(weight), 3) for weight in weights]
       [2.0, 0.5]
     """
-    check_optimizer(optimizer, "imtl_l")
+    check_learner(optimizer, "imtl_l")
 
     def init(tasks, key):
         return LearnedState.create(tasks.full(0), optimizer)
 
+    def objective(s, loss):
+        return jnp.exp(s) * loss - s
+
     def update(losses, state, present, steps):
         weights = jnp.exp(state.parameter)
-        return weights, learned_step(state, weights * losses - 1, optimizer)
+        return weights, learned_step(state, objective, losses, optimizer=optimizer)
 
     return vector_weighting(update, init, positive_losses=True)

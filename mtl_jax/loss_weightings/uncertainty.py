@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from mtl_jax._base import Weighting
-from mtl_jax._checks import check_optimizer, check_option, read_number
-from mtl_jax._learned import LearnedState, learned_step
+from mtl_jax._checks import check_option, read_number
+from mtl_jax._learned import LearnedState, check_learner, learned_step
 from mtl_jax._lift import vector_weighting
 
 
@@ -43,7 +43,9 @@ def uncertainty(
 
     Args:
       optimizer: the optax optimizer of s; it is applied to each task's s on its own. The paper
-        optimises s with the network's own optimizer.
+        optimises s with the network's own optimizer. One that asks for more than the gradient (a
+        line search, ``optax.polyak_sgd``) gets the task's term of this total, as a value and as a
+        function of s.
       initial_log_variance: s before the first step, in the losses' own unit. The default, 0, is a
         variance of 1.
       form: ``"kendall"``, ``"half"`` or ``"revised"``.
@@ -53,8 +55,8 @@ def uncertainty(
 
     Raises:
       ValueError: if ``form`` is unknown or ``initial_log_variance`` is not within ±79.
-      TypeError: if ``optimizer`` is not an optax optimizer, or ``initial_log_variance`` not a
-        number.
+      TypeError: if ``optimizer`` is not an optax optimizer, or cannot be applied to one number, or
+        ``initial_log_variance`` is not a number.
 
     References:
       Kendall et al., `Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry
@@ -74,7 +76,7 @@ def uncertainty(
       [2.0, 0.5]
     """
     check_option(form, ("kendall", "half", "revised"), "uncertainty: `form`")
-    check_optimizer(optimizer, "uncertainty")
+    check_learner(optimizer, "uncertainty")
     name = "uncertainty: `initial_log_variance`"
     initial_log_variance = read_number(initial_log_variance, name, "[-79, 79]")
     factor = 1.0 if form == "kendall" else 0.5
@@ -82,11 +84,12 @@ def uncertainty(
     def init(tasks, key):
         return LearnedState.create(tasks.full(initial_log_variance), optimizer)
 
+    def objective(s, loss):
+        regulariser = jax.nn.softplus(s) if form == "revised" else factor * s
+        return factor * jnp.exp(-s) * loss + regulariser
+
     def update(losses, state, present, steps):
-        log_variance = state.parameter
-        weights = factor * jnp.exp(-log_variance)
-        by_regulariser = jax.nn.sigmoid(log_variance) if form == "revised" else factor
-        gradient = by_regulariser - weights * losses
-        return weights, learned_step(state, gradient, optimizer)
+        weights = factor * jnp.exp(-state.parameter)
+        return weights, learned_step(state, objective, losses, optimizer=optimizer)
 
     return vector_weighting(update, init, positive_losses=True)

@@ -25,6 +25,7 @@ class Segment(NamedTuple):
     ray: Float[Array, "tasks"]  # dy / dtau
     nu: Float[Array, ""]
     slope: Float[Array, ""]  # dnu / dtau; 0 where nu cannot be increased
+    sure: Bool[Array, ""]  # whether the slope is more than rounding
 
 
 class _Path(NamedTuple):
@@ -95,9 +96,10 @@ def follow(
         scale = jnp.abs(start) + jnp.sum(jnp.abs(t)) + jnp.sum(path.segment.y)
         below = path.segment.nu < -rounding * scale
         growth = jnp.where(curvature > rounding * size**2, curvature, noise)
-        slope = jnp.where(curvature > noise, curvature, jnp.where(below, growth, 0))
+        sure = curvature > noise
+        slope = jnp.where(sure, curvature, jnp.where(below, growth, 0))
         slope = safe_divide(slope, gain)
-        slope = jnp.where(jnp.any(inside), slope, 1)
+        slope, sure = jnp.where(jnp.any(inside), slope, 1), sure | ~jnp.any(inside)
         y = jnp.where(slope > 0, y, path.segment.y)  # else it would pick up noise along the ray
 
         # 3. Find the task that meets zero first: y_k of one inside, z_k of one outside.
@@ -113,12 +115,12 @@ def follow(
         steps = jnp.where(meets, safe_divide(jnp.maximum(value, 0), -rate), jnp.inf)
         k = jnp.argmin(steps)
         # 4. Go to that corner, or to the wanted point if it comes first.
-        end = until(Segment(y, ray, tau - jnp.sum(a * y), slope))
+        end = until(Segment(y, ray, tau - jnp.sum(a * y), slope, sure))
         step = jnp.minimum(steps[k], end)
         done = (end <= steps[k]) | jnp.isinf(step)
         step = jnp.where(jnp.isinf(step), 0, step)
         tau, y = tau + step, jnp.maximum(y + step * ray, 0)
-        segment = Segment(y, jnp.maximum(ray, 0), tau - jnp.sum(a * y), slope)
+        segment = Segment(y, jnp.maximum(ray, 0), tau - jnp.sum(a * y), slope, sure)
 
         # 5. Pivot on the task's diagonal entry: it changes sides, and the tableau with it.
         this = jnp.arange(K) == k
@@ -131,7 +133,7 @@ def follow(
 
     zeros = jnp.zeros_like(q)
     path = _Path(
-        segment=Segment(zeros, zeros, start, jnp.ones_like(start)),
+        segment=Segment(zeros, zeros, start, jnp.ones_like(start), jnp.asarray(True)),
         tau=start,
         tableau=M,
         inside=jnp.zeros(K, bool),

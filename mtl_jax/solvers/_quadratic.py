@@ -280,14 +280,17 @@ def _maximin_in_ball(
         left = distance**2 - jnp.sum(at.y * product(rows.cosines, at.y))
         s = safe_divide(left, linear + root(linear**2 + quadratic * left), jnp.inf)
         s = jnp.where(left > 0, s, 0)
-        # A zero gradient is a task that nothing serves better than 0.
+        # A zero gradient is a task that nothing serves better than 0; and where nu grows by no more
+        # than rounding, 0 is in the hull.
         to_zero = jnp.where(at.nu < 0, safe_divide(-at.nu, at.slope, jnp.inf), 0)
-        return jnp.where(any_zero, jnp.minimum(s, to_zero), s)
+        ends = any_zero | ((at.slope > 0) & ~at.sure)
+        return jnp.where(ends, jnp.minimum(s, to_zero), s)
 
     path = follow(rows, t, a, until)
     Cy = product(rows.cosines, path.y)
     off_sphere = jnp.abs(root(jnp.sum(path.y * Cy)) - distance)
-    off_sphere = jnp.minimum(off_sphere, jnp.where(any_zero, jnp.maximum(-path.nu, 0), jnp.inf))
+    ends = any_zero | ~path.sure
+    off_sphere = jnp.minimum(off_sphere, jnp.where(ends, jnp.maximum(-path.nu, 0), jnp.inf))
     residual = jnp.maximum(
         complementarity(path.y, q + Cy - path.nu * a), jnp.where(path.slope > 0, off_sphere, 0)
     )

@@ -144,10 +144,47 @@ def test_variants_of_scale():
     np.testing.assert_allclose(weights_of(mtl_jax.cagrad(0.0), J)[0], 1 / 3, rtol=1e-12)
 
 
+@pytest.mark.parametrize("c", [1.0, 3.0])
+def test_cagrad_in_a_ball_that_holds_0_harms_no_task(c):
+    weighting = mtl_jax.cagrad(c)
+    for case in CASES:
+        weights, residual = weights_of(weighting, np.array(case["J"], np.float32))
+        assert residual < 1e-3
+        J = np.array(case["J"], np.float32).astype(float)
+        direction, mean, size = weights @ J, J.mean(axis=0), np.linalg.norm(J, axis=1).max()
+        assert (J @ direction).min() > -1e-4 * size**2
+        assert np.linalg.norm(direction - mean) < (c + 1e-4) * np.linalg.norm(mean) + 1e-6 * size
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_wide_ball_of_cagrad_leads_to_mgda():
+    J = np.array(next(case["J"] for case in CASES if case["id"] == "rand_k3_p10_a"))
+    directions = [weights_of(one, J)[0] @ J for one in (mtl_jax.cagrad(1e4), mgda())]
+    cosine = directions[0] @ directions[1] / np.prod(np.linalg.norm(directions, axis=1))
+    np.testing.assert_allclose(cosine, 1, rtol=1e-7)
+
+
+@pytest.mark.usefixtures("x64")
+def test_fair_grad_of_alpha_0_is_the_sum():
+    """And that is where small ones lead to, if no task loses by it."""
+    weighting = mtl_jax.fair_grad(0.0)
+    for case in CASES:
+        weights, residual = weights_of(weighting, np.array(case["J"]))
+        np.testing.assert_array_equal(weights, 1)
+        assert residual == 0
+    J = np.array([[1.0, 2.0, 0.0], [0.5, -0.1, 1.0], [1.0, 0.0, 1.0]])
+    small, residual = weights_of(mtl_jax.fair_grad(0.02), J)
+    np.testing.assert_allclose(small, (J @ J.sum(axis=0)) ** -0.02, rtol=1e-3)
+    assert residual < 1e-10
+    weights, _ = gramian_methods.weights_of(weighting, J, present=[True, False, True])
+    np.testing.assert_array_equal(weights, [1, 0, 1])
+
+
 def test_errors():
     for call, message in (
         (lambda: mtl_jax.mgda("l1"), "mgda: `normalization`"),
-        (lambda: mtl_jax.cagrad(1.0), r"cagrad: `c` must be in \[0, 1\)"),
+        (lambda: mtl_jax.cagrad(-0.1), r"cagrad: `c` must be in \[0, inf\)"),
+        (lambda: mtl_jax.cagrad(float("inf")), r"cagrad: `c` must be in \[0, inf\)"),
         (lambda: mtl_jax.cagrad(rescale="2"), "cagrad: `rescale`"),
         (lambda: mtl_jax.nash_mtl(0.0), "nash_mtl: `max_norm`"),
         (lambda: mtl_jax.fair_grad(-1.0), "fair_grad: `alpha`"),

@@ -629,7 +629,7 @@ METHODS: Mapping[str, Method] = {method.name: method for method in _RECORDS}
 
 Arguments without a default are what a comparison begins with: windows are one epoch; the weightings
 that learn take the network's optimizer; ``stch`` warms up for a fifth of the epochs; ``uw_so`` has
-the temperature 1, ``causal`` the order of the losses, and ``lr_annealing`` the first of them for its
-reference. ``krum`` and ``trimmed_mean`` take the smallest numbers that do something: they need three
-tasks. The ranges of ``search`` hold the published default and the values that publications chose
-from, and reach as far beyond as may make sense."""
+the temperature 1, ``causal`` the order of the losses, and ``lr_annealing`` the first of them as its
+reference. ``krum`` and ``trimmed_mean`` take the smallest numbers that do something: they need
+three tasks. The ranges of ``search`` hold the published default and the values that publications
+chose from, and reach as far beyond as may make sense."""

@@ -93,7 +93,7 @@ def measured(results: Results, speed: FrameworkResult) -> dict[str, Measured]:
         multimnist, utterances = (rows[problem].get(name) for problem in rows)
         found[name] = Measured(
             form,
-            {tasks: time for (of, tasks), time in times.items() if of == form},
+            {tasks: time for (read, tasks), time in times.items() if read == form},
             multimnist and multimnist.against_alone,
             utterances and utterances.against_alone,
             hardest(results, name) if utterances else None,

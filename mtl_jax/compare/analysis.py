@@ -5,6 +5,7 @@ Tables, pictures and sentences are made of these values and compute nothing them
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -198,6 +199,11 @@ class Analysis:
         return self.results.tunings.get(self.problem)
 
     @functools.cached_property
+    def at_best(self) -> "Analysis":
+        """The same at the epochs with the best validation metrics."""
+        return dataclasses.replace(self, best=True)
+
+    @functools.cached_property
     def weightings(self) -> dict[str, list[Run]]:
         """The runs of each weighting."""
         runs = self.results.of(self.problem)
@@ -288,7 +294,7 @@ class Analysis:
             cells = self._cells(name)
             values = self.values.get(name)
             task, worst = self._worst(name)
-            runs = self.weightings.get(name) or [r for of in self.alone.values() for r in of]
+            runs = self.weightings.get(name) or list(itertools.chain(*self.alone.values()))
             step_time = seconds.get(name, math.nan) / seconds.get(BASELINE, math.nan)
             rows.append(
                 Row(
@@ -382,7 +388,7 @@ class Analysis:
     def _worst(self, name: str) -> tuple[str | None, Estimate | None]:
         changes = self.task_changes(name, ALONE if ALONE in self.values else BASELINE)
         found = {task: Estimate.from_values(values) for task, values in changes.items()}
-        known = {task: of for task, of in found.items() if math.isfinite(of.mean)}
+        known = {task: one for task, one in found.items() if math.isfinite(one.mean)}
         if not known:
             return None, None
         return min(known.items(), key=lambda item: item[1].mean)
@@ -454,8 +460,8 @@ class Analysis:
             first = None
             if run.failure is None and self.columns:
                 by_epoch, equal = (
-                    np.array([of.metrics["test"][c.task][c.metric] for c in self.columns])
-                    for of in (run, ends[run.seed])
+                    np.array([one.metrics["test"][c.task][c.metric] for c in self.columns])
+                    for one in (run, ends[run.seed])
                 )
                 changes = _task_changes(self.columns, by_epoch, equal[:, -1:])
                 reached = np.flatnonzero(np.mean(list(changes.values()), axis=0) >= 0)

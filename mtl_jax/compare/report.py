@@ -61,8 +61,7 @@ def write_report(
       folder: the folder; made if it does not exist.
       pictures: the problems whose pictures are drawn; all by default. The page shows those of
         others if they are there, unless that problem is not finished.
-      weighting: a weighting to compare with every other one over all problems, as
-        :func:`mtl_jax.compare.analysis.over_problems` does.
+      weighting: a weighting to compare with every other one over all problems.
 
     Raises:
       ValueError: if that weighting has no runs.
@@ -325,7 +324,7 @@ def report_main(config: Report) -> None:
         results = Results.combine([Results.read(folder) for folder in config.folders])
         folder = config.folders[0] if config.out is None else config.out
         # The results of several folders never replace those that one of them goes on from.
-        if folder.resolve() not in [of.resolve() for of in config.folders]:
+        if folder.resolve() not in [given.resolve() for given in config.folders]:
             results.write(folder)
         draw_report(results, folder, weighting=config.weighting)
     except (OSError, ValueError) as error:

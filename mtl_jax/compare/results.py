@@ -118,7 +118,7 @@ class Run:
       compilations: the number of programs that it compiled.
       steps_per_call: the training steps that one call of the compiled program makes.
       memory_bytes: the memory of the compiled training step; ``None`` if the backend does not say.
-      provenance: versions, device and program that it was made with (:func:`environment`).
+      provenance: versions, device and program that it was made with (``environment()``).
     """
 
     problem: str
@@ -148,7 +148,7 @@ class Run:
         return max((len(values) for values in self.train_losses.values()), default=0)
 
     def thinned(self, points: int = POINTS) -> "Run":
-        """The run with its curves over steps thinned to so many points (see :func:`thin`)."""
+        """The run with its curves over steps thinned to so many points (see ``thin``)."""
         curves = [*self.weights.values(), *self.conflict.values()]
         if not curves:
             return dataclasses.replace(self, steps=None)
@@ -183,7 +183,7 @@ class Trial:
       validation: the metrics on the validation split after every epoch, by task and metric.
       score: what tuning maximises, of the last epoch's validation metrics; ``None`` if the trial
         was not trained to its end.
-      failure: why it was not: :data:`PRUNED`, or what the run failed of.
+      failure: why it was not: ``"pruned"``, or what the run failed of.
       seconds: how long it took, compiling included.
       compile_seconds: the part of it that was compiling.
       compilations: the number of programs that it compiled.
@@ -425,7 +425,7 @@ def write_run(folder: str | os.PathLike[str], run: Run) -> pathlib.Path:
 
 
 def read_run(path: str | os.PathLike[str]) -> Run:
-    """Read the record of a run. Its curves have at most :data:`POINTS` points.
+    """Read the record of a run. Its curves have at most 200 points.
 
     Raises:
       DamagedFileError: a ``ValueError``; if it is not what was written.

@@ -54,7 +54,7 @@ class Table:
     @staticmethod
     def from_columns(columns: Sequence[tuple[str, Sequence[Entry]]]) -> "Table":
         """The table of these columns, without those that are empty."""
-        filled = [of for of in columns if any(entry.text for entry in of[1])]
+        filled = [column for column in columns if any(entry.text for entry in column[1])]
         rows = [list(row) for row in zip(*(entries for _, entries in filled), strict=True)]
         return Table([header for header, _ in filled], rows)
 
@@ -90,7 +90,7 @@ class Section(NamedTuple):
 
 def sections(analysis: Analysis) -> list[Section]:
     """The tables of a problem, the most important first, without those that would be empty."""
-    best = Analysis(analysis.results, analysis.problem, best=True)
+    best = analysis.at_best
     found = [Section("After the last epoch", main_text(analysis), main_table(analysis))]
     if len(analysis.columns) > MOST_COLUMNS:
         text = "After the last epoch."
@@ -220,31 +220,27 @@ def tuning_table(analysis: Analysis) -> Table:
     tuning = analysis.tuning
     if tuning is None:
         return Table([], [])
-    rows = {name: (tuning.chosen(name), trials) for name, trials in tuning.trials.items()}
-
-    def entries(make: Callable[[Trial, Sequence[Trial]], Entry]) -> list[Entry]:
-        return [make(chosen, trials) for chosen, trials in rows.values()]
-
-    def seconds(trials: Sequence[Trial], compiling: bool = False) -> Entry:
-        taken = sum(trial.compile_seconds if compiling else trial.seconds for trial in trials)
-        return Entry(f"{taken:.0f}" if taken else "", value=taken)
-
-    return Table.from_columns(
-        [
-            ("weighting", [Entry(name) for name in rows]),
-            ("learning rate", entries(lambda c, _: Entry(f"{c.learning_rate:.3g}", "", c.score))),
-            ("parameters", entries(lambda c, _: Entry(parameters_text(c.parameters)))),
-            ("validation change, %", entries(lambda c, _: _score(c))),
-            ("at the default, %", entries(lambda _, trials: _score(trials[0]))),
-            ("trials", entries(lambda _, trials: _trials(trials))),
-            (
-                "epochs",
-                entries(lambda _, trials: _number(sum(trial.epochs for trial in trials), 0)),
-            ),
-            ("seconds", entries(lambda _, trials: seconds(trials))),
-            ("compiling, s", entries(lambda _, trials: seconds(trials, compiling=True))),
-        ]
-    )
+    rows = []
+    for name, trials in tuning.trials.items():
+        chosen = tuning.chosen(name)
+        seconds = sum(trial.seconds for trial in trials)
+        compiling = sum(trial.compile_seconds for trial in trials)
+        rows.append(
+            [
+                Entry(name),
+                Entry(f"{chosen.learning_rate:.3g}", value=chosen.learning_rate),
+                Entry(parameters_text(chosen.parameters)),
+                _score(chosen),
+                _score(trials[0]),
+                _trials(trials),
+                _number(sum(trial.epochs for trial in trials), 0),
+                _number(seconds or None, 0),
+                _number(compiling or None, 0),
+            ]
+        )
+    headers = ["weighting", "learning rate", "parameters", "validation change, %"]
+    headers += ["at the default, %", "trials", "epochs", "seconds", "compiling, s"]
+    return Table.from_columns(list(zip(headers, zip(*rows, strict=True), strict=True)))
 
 
 def over_problems_table(results: Results, weighting: str | None = None) -> Table:
@@ -274,11 +270,10 @@ def _sentence(row: Row, columns: Sequence[Column]) -> str:
     found: dict[str, list[str]] = {}
     for column, cell in zip(columns, row.cells, strict=True):
         if cell.against_equal is not None:
-            kind = cell.against_equal.verdict.partition(":")[0]
-            text = column.name
-            if kind != "undecided":
+            kind, text = _verdict(cell.against_equal).verdict, column.name
+            if kind:
                 text += f" by {_size(column, cell.against_equal.difference)}"
-            found.setdefault(kind, []).append(text)
+            found.setdefault(kind or "undecided", []).append(text)
     seeds = max((cell.against_equal.seeds for cell in row.cells if cell.against_equal), default=0)
     if seeds >= FEWEST_SEEDS:
         for kind in ("better", "worse", "undecided"):
@@ -291,7 +286,7 @@ def _sentence(row: Row, columns: Sequence[Column]) -> str:
                 parts.append(f"{kind} in {_joined(names)}")
     elif seeds:
         parts.append(f"undecided, with {seeds} seed{'s' * (seeds != 1)}")
-    sentence = ", ".join(parts)
+    sentence = ", ".join(parts) or "nothing to compare with"
     if row.against_equal is not None and not math.isnan(row.against_equal.mean):
         mean = round(100 * row.against_equal.mean, 1) + 0.0  # never "-0.0"
         sentence += f"; mean {mean:+.1f} %"
@@ -475,7 +470,7 @@ def _if_any(rows: Sequence[Row], count: Callable[[Row], int]) -> list[Entry]:
 
 
 def _until(found: Sequence[tuple[int, float] | None]) -> Entry:
-    reached = [of for of in found if of is not None]
+    reached = [end for end in found if end is not None]
     if not reached:
         return Entry("not reached" if found else "")
     epochs, seconds = np.mean(reached, axis=0)

@@ -247,6 +247,9 @@ def test_a_failed_run_is_never_better_and_last_in_rank():
     assert everything.costs[1].until_equal == (None,) * 4
     assert verdicts(everything)[0] == "gains: 4 of 4 runs failed."
     for run in results.runs:
+        run.failure = "it did" if run.weighting == "equal" else None
+    assert verdicts(Analysis(results, "made"))[0] == "gains: nothing to compare with."
+    for run in results.runs:
         run.failure = "it did"
     assert texts(main_table(Analysis(results, "made")))[0][1] == "failed"
 
@@ -357,6 +360,7 @@ def test_what_tuning_chose():
         *("weighting", "learning rate", "parameters", "validation change, %", "at the default, %"),
         *("trials", "epochs", "seconds"),
     ]
+    assert table.rows[1][1].value == 0.03
     assert texts(table)[1] == [
         *("dwa", "0.03", "beta=0.25, form=half", "+2.15", "+0.00", "3 (1 failed)", "2", "6")
     ]

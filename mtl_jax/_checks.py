@@ -84,6 +84,12 @@ def check_option(value: Any, options: Sequence[str | None], what: str) -> None:
     raise ValueError(f"{what} must be {', '.join(some)} or {last}, got {value!r}.")
 
 
+def check_task_name(name: Any, what: str) -> None:
+    """Raise a ``TypeError`` for what is neither a task's name nor ``None``."""
+    if not (name is None or isinstance(name, str)):
+        raise TypeError(f"{what} must be a task's name, such as 'boundary', got {name!r}.")
+
+
 def check_flags(where: str, **flags: Any) -> None:
     """Raise a ``TypeError`` for what is neither ``True`` nor ``False``."""
     for name, value in flags.items():

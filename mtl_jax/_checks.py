@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array
 
 from mtl_jax._typing import PyTree
@@ -56,7 +57,7 @@ def read_number(value: Any, what: str, interval: str = "(-inf, inf)") -> Any:
 
 def is_traced(value: Any) -> bool:
     """Whether JAX is tracing a value, so that no branch of Python can depend on it."""
-    return isinstance(value, jax.core.Tracer)
+    return isinstance(value, Tracer)
 
 
 def check_numbers(values: PyTree, what: str, interval: str) -> None:

@@ -42,7 +42,7 @@ myst_heading_anchors = 3
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:class", r"(collections|jax|jaxlib|jaxtyping|numpy|optax|os|pandas|rich)\..*"),
-    ("py:class", r"mtl_jax\.(_base\.(\w+Fn|VectorMethod)|compare\.weightings\.T)"),
+    ("py:class", r"mtl_jax\.(_base\.(\w+Fn|VectorMethod)|_metrics\.State|compare\.weightings\.T)"),
     ("py:.*", r"|dict\[str|typing\.Literal\[.*"),
 ]
 

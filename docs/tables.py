@@ -136,7 +136,8 @@ def measured() -> str:
     """The sentence on which methods docs/speed.md has step times of."""
     page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
     found = set(re.findall(r"^\| (\w+) +\|", page, re.MULTILINE)) | {"constant"}
-    missing = [f"`{name}`" for name in METHODS if name not in found]
+    names = (name for method in METHODS.values() for name in (method.name, *method.variants))
+    missing = [f"`{name}`" for name in names if name not in found]
     said = "Measured: [speed.md](speed.md); a step of `constant` is one of `equal`."
     return said + (f" Not measured yet: {', '.join(missing)}.\n" if missing else "\n")
 
@@ -165,13 +166,14 @@ def readme(old: str) -> str:
 def searched() -> str:
     """What tuning searches."""
     lines = []
-    for key, method in METHODS.items():
-        entries = []
-        for parameter, dimension in method.search.items():
-            default = f", {dimension.default:g} by default" if isinstance(dimension, Range) else ""
-            entries.append(f"`{parameter}`: {dimension}{default}")
-        names = (key, *method.variants) if entries else ()
-        lines += [f"| `{name}` | {'; '.join(entries)} |" for name in names]
+    for method in METHODS.values():
+        for name, space in method.spaces.items():
+            entries = []
+            for parameter, dimension in space.items():
+                entries.append(f"`{parameter}`: {dimension}")
+                if isinstance(dimension, Range):
+                    entries[-1] += f", {dimension.default:g} by default"
+            lines += [f"| `{name}` | {'; '.join(entries)} |"] if entries else []
     return "\n".join(lines)
 
 

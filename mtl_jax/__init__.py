@@ -9,12 +9,21 @@ from mtl_jax._diagnostics import Diagnostics, diagnostics
 from mtl_jax._interop import as_aggregator
 from mtl_jax._lift import WeightingState, carry_over, rows_aggregator, vector_weighting
 from mtl_jax._masking import masked_mean
+from mtl_jax._metrics import Metrics, with_metrics
 from mtl_jax._microbatching import microbatched, microbatched_encoder
 from mtl_jax._tasks import Tasks
 from mtl_jax._train import TrainState, TrainStep, make_train_step
 from mtl_jax._transforms import check_heads, representation_value_and_grad, value_and_grad
 from mtl_jax._typing import Losses, Weights
-from mtl_jax._wrappers import after_warmup, clipped, ema, every, normalized, with_preference
+from mtl_jax._wrappers import (
+    after_warmup,
+    clipped,
+    ema,
+    every,
+    log_losses,
+    normalized,
+    with_preference,
+)
 from mtl_jax.methods import *  # noqa: F403  (all factories: its `__all__`)
 
 __version__ = "0.1.0"
@@ -23,6 +32,7 @@ __all__ = [
     "Aggregator",
     "Diagnostics",
     "Losses",
+    "Metrics",
     "MultiTaskGradient",
     "MultiTaskValue",
     "Signal",
@@ -40,6 +50,7 @@ __all__ = [
     "diagnostics",
     "ema",
     "every",
+    "log_losses",
     "make_train_step",
     "masked_mean",
     "microbatched",
@@ -49,6 +60,7 @@ __all__ = [
     "rows_aggregator",
     "value_and_grad",
     "vector_weighting",
+    "with_metrics",
     "with_preference",
 ]
 __all__ += methods.__all__

@@ -190,6 +190,8 @@ class Aggregator(NamedTuple):
         method reads them. ``mask`` is a pytree of booleans with the structure of the losses: an
         absent task's gradient is not looked at. If something is not finite, the state is returned
         as it was and the gradient is NaN.
+      one_at_a_time: whether a step is for one task alone: the present one that has had the fewest
+        steps. :func:`mtl_jax.value_and_grad` then takes its gradient only, in one backward pass.
 
     Raises:
       ValueError: by its functions, when they are traced: as by those of a :class:`Weighting`, and
@@ -211,6 +213,7 @@ class Aggregator(NamedTuple):
 
     init: AggregatorInitFn
     update: AggregatorUpdateFn
+    one_at_a_time: bool = False
 
 
 class MultiTaskValue(NamedTuple):
@@ -289,8 +292,8 @@ def check_weighting(weighting: Any) -> None:
     """Raise a ``TypeError`` for what is not a weighting."""
     if isinstance(weighting, Weighting):
         check_functions("The weighting", init=weighting.init, update=weighting.update)
-        if isinstance(weighting.method, VectorMethod):
-            method = weighting.method
+        method = weighting.method
+        if isinstance(method, VectorMethod) and isinstance(method.needs, Signal):
             optional = {"observe": method.observe, "due": method.due}
             given = {name: function for name, function in optional.items() if function is not None}
             check_functions("The weighting", init=method.init, update=method.update, **given)

@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array
 
 from mtl_jax._typing import PyTree
@@ -56,7 +57,7 @@ def read_number(value: Any, what: str, interval: str = "(-inf, inf)") -> Any:
 
 def is_traced(value: Any) -> bool:
     """Whether JAX is tracing a value, so that no branch of Python can depend on it."""
-    return isinstance(value, jax.core.Tracer)
+    return isinstance(value, Tracer)
 
 
 def check_numbers(values: PyTree, what: str, interval: str) -> None:
@@ -82,6 +83,12 @@ def check_option(value: Any, options: Sequence[str | None], what: str) -> None:
         return
     *some, last = map(repr, options)
     raise ValueError(f"{what} must be {', '.join(some)} or {last}, got {value!r}.")
+
+
+def check_task_name(name: Any, what: str) -> None:
+    """Raise a ``TypeError`` for what is neither a task's name nor ``None``."""
+    if not (name is None or isinstance(name, str)):
+        raise TypeError(f"{what} must be a task's name, such as 'boundary', got {name!r}.")
 
 
 def check_flags(where: str, **flags: Any) -> None:

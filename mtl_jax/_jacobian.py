@@ -469,6 +469,14 @@ class ParameterJacobian:
         units = unit_cotangents(self.losses)
         return each_row(lambda unit: self._parts.shared(self._gradient_of(unit)), units, self._way)
 
+    def one_task_gradient(self, chosen: Mask) -> list[Array]:
+        """The rows, zero but for that of the one task that is chosen: one backward pass."""
+        gradient = self._parts.shared(self.pull_back(chosen.astype(self.tasks.dtype)))
+        return [
+            jnp.where(chosen.reshape(-1, *[1] * leaf.ndim), leaf[None], jnp.zeros_like(leaf)[None])
+            for leaf in gradient
+        ]
+
     def measure(self) -> tuple[Gramian, Rows | None]:
         """The Gramian, and the rows where they were held for it."""
         if self._linear is not None:

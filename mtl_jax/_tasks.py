@@ -61,6 +61,16 @@ class Tasks:
         """The vector whose every entry is ``value``."""
         return jnp.full((self.number,), value, self.dtype)
 
+    def position(self, name: str, what: str) -> int:
+        """The position of the task of a name in the order of the leaves.
+
+        Raises:
+          ValueError: if there is none.
+        """
+        if name not in self.names:
+            raise ValueError(f"{what} must be one of {', '.join(self.names)}; got {name!r}.")
+        return self.names.index(name)
+
     def vector(self, values: PyTree, what: str) -> Vector:
         """The vector of a parameter given for every task: one number, or a pytree like the losses.
 
@@ -84,6 +94,26 @@ class Tasks:
                 )
             parts.append(jnp.broadcast_to(jnp.asarray(leaf, self.dtype), shape))
         return _join(parts)
+
+    def numbers(self, values: PyTree, what: str) -> Vector:
+        """The vector of a pytree like the losses, of real numbers that may be traced.
+
+        Raises:
+          ValueError: if it has another structure than the losses.
+          TypeError: if a leaf is not of real numbers, or of another shape than that of the losses.
+        """
+        self.check_structure(jax.tree.structure(values), what)
+        leaves = jax.tree_util.tree_leaves_with_path(values)
+        types = leaf_types(values, what)
+        for (path, _), (shape, dtype), wanted in zip(leaves, types, self.shapes, strict=True):
+            real = any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer))
+            if shape != wanted or not real:
+                must = f"numbers of shape {wanted}" if wanted else "one number"
+                raise TypeError(
+                    f"{what}: {leaf_name(path)!r} has shape {shape} and dtype {dtype}; it must be "
+                    f"{must}."
+                )
+        return _join([jnp.asarray(leaf).astype(self.dtype) for _, leaf in leaves])
 
     def check_structure(self, structure: Any, what: str) -> None:
         """Raise a ``ValueError`` for another structure than that of the losses."""

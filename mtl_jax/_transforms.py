@@ -44,7 +44,14 @@ from mtl_jax._jacobian import (
     shared_parameters,
     stacked,
 )
-from mtl_jax._lift import all_finite, read_losses, read_signal, read_state, tree_where
+from mtl_jax._lift import (
+    all_finite,
+    next_in_turn,
+    read_losses,
+    read_signal,
+    read_state,
+    tree_where,
+)
 from mtl_jax._tasks import read_tasks
 from mtl_jax._typing import Gramian, Losses, Mask, PyTree, Vector
 
@@ -477,13 +484,18 @@ def _aggregate(
     diagnose: bool,
 ) -> _Found:
     """Combine the task gradients; what is not shared gets the gradient of the plain sum."""
-    rows = stacked(at.task_gradients())
+    if aggregator.one_at_a_time:
+        # A task whose gradient is zero has its turn like any other.
+        present = moving = next_in_turn(state, at.tasks, at.present)
+        rows = stacked(at.task_gradients()) if diagnose else at.one_task_gradient(present)
+    else:
+        present, rows = at.present, stacked(at.task_gradients())
+        moving = present & nonzero_rows(rows) if leave_out_zero else present
     check_whole(rows, at.losses, "A parameter", _WHOLE_GRADIENTS)
-    moving = at.present & nonzero_rows(rows) if leave_out_zero else at.present
     combined, new_state = aggregator.update(
         at.as_tree(rows), state, losses=at.losses, mask=at.tasks.unstack(moving)
     )
-    gradient = at.with_rest(jax.tree.leaves(combined), at.present.astype(at.tasks.dtype))
+    gradient = at.with_rest(jax.tree.leaves(combined), present.astype(at.tasks.dtype))
     gramian = gramian_of(rows) if diagnose else None
     return _Found(None, moving, gradient, new_state, gramian, jnp.asarray(True))
 

@@ -1,15 +1,23 @@
 """Wrappers: weightings that decide on a schedule, or whose weights are averaged or changed."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int32
 
 from mtl_jax._base import Signal, VectorMethod, Weighting, check_weighting
-from mtl_jax._checks import check_numbers, read_integer, read_number
-from mtl_jax._lift import WeightingState, accept, lift, tree_where, vector_weighting
+from mtl_jax._checks import check_numbers, check_option, read_integer, read_number
+from mtl_jax._lift import (
+    WeightingState,
+    accept,
+    for_each_task,
+    lift,
+    tree_where,
+    vector_weighting,
+)
 from mtl_jax._typing import Mask, PyTree, Vector
 from mtl_jax.loss_weightings._statistics import ema_rate
 
@@ -114,28 +122,38 @@ def after_warmup(weighting: Weighting, steps: int) -> Weighting:
     return _scheduled(weighting.method, lambda total: total >= steps, before=1, hold=False)
 
 
-def ema(weighting: Weighting, decay: float) -> Weighting:
+def ema(
+    weighting: Weighting, decay: float, initial: Literal["first"] | PyTree | None = None
+) -> Weighting:
     r"""Average the weights over time.
 
     .. math:: \bar w_k(t) = \frac{1 - d}{1 - d^t} \sum_{s \le t} d^{t - s} w_k(s)
 
-    Each task's steps count where it is present.
+    Each task's steps count where it is present. So all of its weights count alike but for their
+    age. With ``initial`` the average has a beginning instead, which is forgotten at the same rate:
+
+    .. math:: \bar w_k(t) = d\, \bar w_k(t - 1) + (1 - d)\, w_k(t)
 
     Args:
       weighting: the weighting.
       decay: d, in [0, 1); 0 is no averaging.
+      initial: :math:`\bar w(0)`: ``"first"`` for the first weights, as in published code of CR-MOGM
+        (with d = 0.9), a pytree like the losses, or one number for all; ``None`` for the average
+        that needs none.
 
     Returns:
       The weighting.
 
     Raises:
-      ValueError: if ``decay`` is not in [0, 1).
-      TypeError: if ``weighting`` is not a :class:`mtl_jax.Weighting`, or ``decay`` not a number.
+      ValueError: if ``decay`` is not in [0, 1), ``initial`` another text or a weight not finite;
+        in ``init``, if ``initial`` has another structure than the losses.
+      TypeError: if ``weighting`` is not a :class:`mtl_jax.Weighting`, or ``decay`` or a weight not
+        a number.
 
     References:
       Zhou et al., `On the Convergence of Stochastic Multi-Objective Gradient Manipulation and
-      Beyond <https://openreview.net/forum?id=ScwfQ7hdwyP>`_ (CR-MOGM), NeurIPS 2022; there without
-      the correction for the start
+      Beyond <https://openreview.net/forum?id=ScwfQ7hdwyP>`_ (CR-MOGM), NeurIPS 2022; there with
+      initial weights
 
     Example:
       >>> import mtl_jax
@@ -148,15 +166,24 @@ def ema(weighting: Weighting, decay: float) -> Weighting:
     """
     check_weighting(weighting)
     decay = read_number(decay, "ema: `decay`", "[0, 1)")
+    if isinstance(initial, str):
+        check_option(initial, ("first", None), "ema: `initial`")
+    else:
+        check_numbers(initial, "ema: an initial weight", "(-inf, inf)")
     inner = weighting.method
 
     def init(tasks, key, params=None):
-        return AverageState(inner.init(tasks, key, params), tasks.full(0))
+        values = 0.0 if initial is None or isinstance(initial, str) else initial
+        weights = tasks.vector(values, "ema: `initial`")
+        return AverageState(inner.init(tasks, key, params), weights)
 
     def update(losses, state, present, steps, signal=None):
         weights, inner_state = inner.update(losses, state.inner, present, signal)
-        rate = ema_rate(decay, steps, losses.dtype)
-        average = state.weights + rate * (weights - state.weights)
+        rate = ema_rate(decay, steps, losses.dtype) if initial is None else 1 - decay
+        before = state.weights
+        if isinstance(initial, str):
+            before = jnp.where(steps == 0, weights, before)
+        average = before + rate * (weights - before)
         return average, AverageState(inner_state, average)
 
     return vector_weighting(update, init, **_passed_on(inner))
@@ -262,6 +289,88 @@ def with_preference(weighting: Weighting, prior: PyTree) -> Weighting:
         return state.tasks.vector(prior, "with_preference: `prior`") * weights
 
     return _changed(weighting.method, multiply)
+
+
+def log_losses(
+    weighting: Weighting, decide_on: Literal["logarithms", "losses"] = "logarithms"
+) -> Weighting:
+    r"""Train the logarithms of the losses.
+
+    .. math:: \sum_k w_k \nabla \log L_k = \sum_k \frac{w_k}{L_k} \nabla L_k
+
+    The weights that are returned, :math:`w_k / L_k`, are those of the losses themselves, so that
+    nothing else changes: ``losses_fn`` returns the losses. A loss's scale then counts no more, as
+    with :func:`mtl_jax.geometric`, whose direction is that of ``log_losses(equal())``.
+
+    The weighting inside reads what it would read if ``losses_fn`` returned the logarithms: also
+    the inner products :math:`G_{ij} / (L_i L_j)`, the task gradients divided by their losses, and
+    the logarithms of the losses after the step. Logarithms can be negative, which is outside the
+    domain of many weightings of the losses; ``decide_on="losses"`` gives them the losses.
+
+    A loss that is not positive is outside the domain: the weights are then NaN and the state stays
+    as it was. So it is where :math:`w_k / L_k` overflows. :func:`mtl_jax.value_and_grad` leaves a
+    task out of a step in which its loss is exactly 0 (``leave_out_zero``).
+
+    IGBv1, K softmax(L / B) on the logarithms with the mean losses B of an early epoch, is
+    ``log_losses(adaptive(rule="softmax", relative_to="initial", window=n), "losses")``, n being the
+    steps of an epoch. Published code takes the second epoch, and weights of 1 until it is over:
+    :func:`mtl_jax.after_warmup`, around ``adaptive``, leaves out the first.
+
+    Args:
+      weighting: the weighting.
+      decide_on: whether it reads the ``"logarithms"`` of the losses, or the ``"losses"``.
+
+    Returns:
+      The weighting, with the state of the one inside.
+
+    Raises:
+      ValueError: if ``decide_on`` is unknown.
+      TypeError: if ``weighting`` is not a :class:`mtl_jax.Weighting`.
+
+    References:
+      Dai et al., `Improvable Gap Balancing for Multi-Task Learning
+      <https://arxiv.org/abs/2307.15429>`_ (IGBv1), UAI 2023
+
+    Example:
+      >>> import mtl_jax
+      >>> weighting = mtl_jax.log_losses(mtl_jax.equal())
+      >>> weights, _ = weighting.update((0.5, 4.0), weighting.init((0.5, 4.0)))
+      >>> [float(weight) for weight in weights]
+      [2.0, 0.25]
+    """
+    check_weighting(weighting)
+    check_option(decide_on, ("logarithms", "losses"), "log_losses: `decide_on`")
+    inner = weighting.method
+
+    def read(losses: Vector, present: Mask) -> Vector:
+        losses = jnp.where(losses > 0, losses, jnp.nan)
+        if decide_on == "losses":
+            return losses
+        return jnp.where(present, jnp.log(losses), 1)  # as the loss of an absent task is
+
+    def scaled(signal: PyTree, losses: Vector) -> PyTree:
+        if signal is not None and inner.needs is Signal.GRAMIAN:
+            signal = signal / losses[:, None]
+            return signal / losses[None, :]  # the product of two losses may overflow
+        return jax.tree.map(lambda rows: rows / for_each_task(losses, rows), signal)
+
+    def update(losses, state, present, signal):
+        weights, new_state = inner.update(
+            read(losses, present), state, present, scaled(signal, losses)
+        )
+        return accept(weights / losses, new_state, state, present)
+
+    def observe(losses, state, present):
+        assert inner.observe is not None
+        return inner.observe(read(losses, present), state, present)
+
+    return lift(
+        inner._replace(
+            update=update,
+            observe=observe if inner.observe else None,
+            positive_losses=True,
+        )
+    )
 
 
 def _scheduled(

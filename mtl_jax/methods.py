@@ -13,11 +13,13 @@ import optax
 
 from mtl_jax._base import Aggregator, Weighting
 from mtl_jax._search_space import Choice, Range, Space, TaskWeights
+from mtl_jax.gradient_aggregators.conflict_free_momentum import conflict_free_momentum
 from mtl_jax.gradient_aggregators.db_mtl import db_mtl
 from mtl_jax.gradient_aggregators.graddrop import graddrop
 from mtl_jax.gradient_aggregators.moco import moco
 from mtl_jax.gradient_aggregators.trimmed_mean import trimmed_mean
 from mtl_jax.gradient_weightings.excess_mtl import excess_mtl
+from mtl_jax.gradient_weightings.lr_annealing import lr_annealing
 from mtl_jax.gramian_weightings.aligned_mtl import aligned_mtl
 from mtl_jax.gramian_weightings.cagrad import cagrad
 from mtl_jax.gramian_weightings.conflict_free import conflict_free
@@ -29,9 +31,12 @@ from mtl_jax.gramian_weightings.imtl_g import imtl_g
 from mtl_jax.gramian_weightings.krum import krum
 from mtl_jax.gramian_weightings.mgda import mgda
 from mtl_jax.gramian_weightings.nash_mtl import nash_mtl
+from mtl_jax.gramian_weightings.norm_balance import norm_balance
 from mtl_jax.gramian_weightings.pcgrad import pcgrad
 from mtl_jax.gramian_weightings.upgrad import upgrad
+from mtl_jax.loss_weightings.achievement import achievement
 from mtl_jax.loss_weightings.adaptive import adaptive
+from mtl_jax.loss_weightings.causal import causal
 from mtl_jax.loss_weightings.constant import constant
 from mtl_jax.loss_weightings.cov_weighting import cov_weighting
 from mtl_jax.loss_weightings.dwa import dwa
@@ -39,21 +44,26 @@ from mtl_jax.loss_weightings.dynamic_task_priority import dynamic_task_priority
 from mtl_jax.loss_weightings.equal import equal
 from mtl_jax.loss_weightings.famo import famo
 from mtl_jax.loss_weightings.geometric import geometric
+from mtl_jax.loss_weightings.group_dro import group_dro
 from mtl_jax.loss_weightings.imtl_l import imtl_l
 from mtl_jax.loss_weightings.random_weighting import random_weighting
 from mtl_jax.loss_weightings.relobralo import relobralo
 from mtl_jax.loss_weightings.softadapt import softadapt
 from mtl_jax.loss_weightings.stch import stch
 from mtl_jax.loss_weightings.uncertainty import uncertainty
+from mtl_jax.loss_weightings.uw_so import uw_so
 
 __all__ = [
     "METHODS",
     "Method",
     "RunSettings",
+    "achievement",
     "adaptive",
     "aligned_mtl",
     "cagrad",
+    "causal",
     "conflict_free",
+    "conflict_free_momentum",
     "constant",
     "cov_weighting",
     "db_mtl",
@@ -68,12 +78,15 @@ __all__ = [
     "graddrop",
     "gradnorm",
     "gradvac",
+    "group_dro",
     "imtl_g",
     "imtl_l",
     "krum",
+    "lr_annealing",
     "mgda",
     "moco",
     "nash_mtl",
+    "norm_balance",
     "pcgrad",
     "random_weighting",
     "relobralo",
@@ -82,6 +95,7 @@ __all__ = [
     "trimmed_mean",
     "uncertainty",
     "upgrad",
+    "uw_so",
 ]
 
 
@@ -160,6 +174,15 @@ class Method:
         without = (one.name for one in parameters if one.default is inspect.Parameter.empty)
         return f"{self.name}({', '.join(without)})"
 
+    @property
+    def spaces(self) -> Mapping[str, Space]:
+        """What tuning searches for it and for its variants, by name, less what a variant sets."""
+        others = {
+            variant: {key: one for key, one in self.search.items() if key not in own}
+            for variant, own in self.variants.items()
+        }
+        return {self.name: self.search, **others}
+
     def make(self, settings: RunSettings, **own: Any) -> Weighting | Aggregator:
         """Make the weighting or aggregator for a run.
 
@@ -220,8 +243,26 @@ _RECORDS = (
         effect="the task with the higher loss",
         domain="not negative",
         total="K",
-        search={"emphasis": Range(1.0, 0.1, 4.0, log=True), "decay": Choice(0.0, 0.9, 0.99)},
-        variants={"adaptive_initial": {"relative_to": "initial"}},
+        search={
+            "emphasis": Range(1.0, 0.1, 4.0, log=True),
+            "rule": Choice("proportional", "softmax"),
+            "decay": Choice(0.0, 0.9, 0.99),
+        },
+        variants={
+            "adaptive_softmax": {"rule": "softmax"},
+            "adaptive_initial": {"relative_to": "initial"},
+        },
+    ),
+    Method(
+        factory=group_dro,
+        reads="the losses",
+        effect="the task whose losses add up to most",
+        total="K",
+        sources=(
+            ("Sagawa 2020", "https://arxiv.org/abs/1911.08731"),
+            ("Xie 2023", "https://arxiv.org/abs/2305.10429"),
+        ),
+        search={"step_size": Range(0.01, 0.001, 1.0, log=True), "normalize": Choice(False, True)},
     ),
     Method(
         factory=dwa,
@@ -243,6 +284,16 @@ _RECORDS = (
             "initial_log_variance": Range(0.0, -3.0, 3.0),
             "form": Choice("kendall", "half", "revised"),
         },
+    ),
+    Method(
+        factory=uw_so,
+        reads="the losses",
+        effect="the lower loss",
+        required={"temperature": lambda settings: 1.0},
+        domain="positive",
+        total="1",
+        sources=(("Kirchdorfer 2024", "https://arxiv.org/abs/2408.07985"),),
+        search={"temperature": Range(1.0, 0.1, 100.0, log=True)},
     ),
     Method(
         factory=random_weighting,
@@ -276,6 +327,22 @@ _RECORDS = (
             ),
         ),
         search={"gamma": Range(1.0, 0.0, 5.0), "decay": Choice(0.0, 0.9, 0.99)},
+    ),
+    Method(
+        factory=achievement,
+        reads="the losses",
+        effect="the task whose validation metric is furthest behind that alone",
+        domain="positive",
+        total="free",
+        sources=(
+            (
+                "Yun 2023",
+                "https://openaccess.thecvf.com/content/ICCV2023/html/"
+                "Yun_Achievement-Based_Training_Progress_Balancing_for_Multi-Task_Learning_"
+                "ICCV_2023_paper.html",
+            ),
+        ),
+        search={"gamma": Range(0.5, 0.1, 4.0, log=True), "margin": Choice(0.15, 0.05)},
     ),
     Method(
         factory=cov_weighting,
@@ -329,6 +396,16 @@ _RECORDS = (
         search={"mu": Range(1.0, 0.1, 10.0, log=True)},
     ),
     Method(
+        factory=causal,
+        reads="the losses",
+        effect="the first, until its loss is small; then the next",
+        required={"order": lambda settings: None},
+        domain="not negative",
+        total="1 for the first, less for others",
+        sources=(("Wang 2022", "https://arxiv.org/abs/2203.07404"),),
+        search={"tolerance": Range(1.0, 0.01, 100.0, log=True)},
+    ),
+    Method(
         factory=famo,
         reads="the losses after the step, too",
         effect="the loss that fell less in the step",
@@ -349,6 +426,19 @@ _RECORDS = (
         total="K",
         sources=(("Chen 2018", "https://arxiv.org/abs/1711.02257"),),
         search={"alpha": Range(1.5, 0.1, 3.0)},
+    ),
+    Method(
+        factory=norm_balance,
+        reads="the Gramian",
+        effect="weighted gradients of equal norm, averaged over time",
+        total="inverse to the gradients' norms",
+        degree=0,
+        sources=(
+            ("Wang 2020", "https://arxiv.org/abs/2007.14527"),
+            ("Wang 2023", "https://arxiv.org/abs/2308.08468"),
+            ("Esser 2021", "https://arxiv.org/abs/2012.09841"),
+        ),
+        search={"momentum": Choice(0.9, 0.0, 0.99)},
     ),
     Method(
         factory=mgda,
@@ -497,12 +587,32 @@ _RECORDS = (
         },
     ),
     Method(
+        factory=conflict_free_momentum,
+        reads="the task gradients",
+        effect="M-ConFIG: the same acute angle to averaged gradients, one new each step",
+        total=None,
+        sources=(("Liu 2024", "https://arxiv.org/abs/2408.11104"),),
+        search={"decay": Choice(0.9, 0.0, 0.99)},
+    ),
+    Method(
         factory=excess_mtl,
         reads="the task gradients",
         effect="the task estimated to be furthest from its optimum",
         total="K",
         sources=(("He 2024", "https://arxiv.org/abs/2402.02009"),),
         search={"step_size": Range(0.01, 0.001, 1.0, log=True)},
+    ),
+    Method(
+        factory=lr_annealing,
+        reads="the task gradients",
+        effect="the small mean entry, against the largest of a reference task",
+        required={"reference": lambda settings: None},
+        total="1 for the reference",
+        sources=(("Wang 2020", "https://arxiv.org/abs/2001.04536"),),
+        search={
+            "alpha": Range(0.1, 0.01, 1.0, log=True),
+            "statistic": Choice("max", "mean"),
+        },
     ),
     Method(
         factory=db_mtl,
@@ -519,7 +629,8 @@ METHODS: Mapping[str, Method] = {method.name: method for method in _RECORDS}
 """All methods by name, those that read the same side by side, the cheapest first.
 
 Arguments without a default are what a comparison begins with: windows are one epoch; the weightings
-that learn take the network's optimizer; ``stch`` warms up for a fifth of the epochs. ``krum`` and
-``trimmed_mean`` take the smallest numbers that do something: they need three tasks. The ranges of
-``search`` hold the published default and the values that publications chose from, and reach as far
-beyond as may make sense."""
+that learn take the network's optimizer; ``stch`` warms up for a fifth of the epochs; ``uw_so`` has
+the temperature 1, ``causal`` the order of the losses, and ``lr_annealing`` the first of them as its
+reference. ``krum`` and ``trimmed_mean`` take the smallest numbers that do something: they need
+three tasks. The ranges of ``search`` hold the published default and the values that publications
+chose from, and reach as far beyond as may make sense."""

@@ -19,6 +19,7 @@ EVERYBODY = dict.fromkeys(TASKS, np.True_)
 OWN = {
     "constant": {"weights": {"a": 0.5, "b": 1.0, "c": 1.5}},
     "dynamic_task_priority": {"decay": 0.5},
+    "causal": {"order": ("c", "a", "b")},
     "softadapt": {"beta": 1.0},
     "relobralo": {"alpha": 0.9},
     "stch": {"warmup": 3, "window": 1},
@@ -27,11 +28,19 @@ OWN = {
     "graddrop": {"leak": 0.3},
     "moco": {"rho": 0.1},
     "excess_mtl": {"step_size": 0.5},
+    "lr_annealing": {"alpha": 0.5},
 }
 VARIANTS = {
     "adaptive[emphasis=2,decay=0.9]": {"emphasis": 2.0, "decay": 0.9},
     "adaptive[softmax]": {"rule": "softmax"},
     "adaptive[initial]": {"relative_to": "initial"},
+    "adaptive[window=2]": {"relative_to": "initial", "window": 2},
+    "group_dro[reference]": {
+        "step_size": 1.0,
+        "reference": 1.0,
+        "normalize": True,
+        "smoothing": 0.1,
+    },
     "uncertainty[half]": {"optimizer": optax.sgd(0.05), "form": "half"},
     "uncertainty[revised]": {
         "optimizer": optax.sgd(0.05),
@@ -39,6 +48,8 @@ VARIANTS = {
         "form": "revised",
     },
     "random_weighting[dirichlet]": {"distribution": "dirichlet"},
+    "dynamic_task_priority[metrics]": {"performance": "metrics"},
+    "achievement[arithmetic]": {"form": "arithmetic"},
     "cov_weighting[decay=0.9]": {"decay": 0.9},
     "softadapt[normalized]": {"beta": 0.1, "variant": "normalized"},
     "softadapt[loss_weighted]": {
@@ -49,6 +60,8 @@ VARIANTS = {
     },
     "relobralo[rho=0.5]": {"rho": 0.5},
     "stch[mu=0.1,window=2]": {"mu": 0.1, "window": 2},
+    "norm_balance[momentum=0]": {"momentum": 0.0},
+    "norm_balance[root_loss]": {"norm_of": "root_loss"},
     "mgda[l2]": {"normalization": "l2"},
     "mgda[loss]": {"normalization": "loss"},
     "mgda[loss+]": {"normalization": "loss+"},

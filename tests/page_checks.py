@@ -82,7 +82,9 @@ def own_weighting(after, tmp_path):
     rows = jax.jacobian(after[3]["losses_fn"])(params, x)
     assert_trees_close(after[3]["value"].weights, value.weights, rtol=1e-5, atol=0)  # one number
     assert float(after[4]["grads"]) == pytest.approx(float(max(rows.values(), key=abs)))
-    assert isinstance(after[5]["weightings"]["rising"](None), mtl_jax.Weighting)
+    weights = after[5]["value"].weights
+    assert (weights["a"], weights["b"]) == pytest.approx((0.5, 1.5), rel=1e-5)
+    assert isinstance(after[6]["weightings"]["rising"](None), mtl_jax.Weighting)
 
 
 def moving(after, tmp_path):

@@ -1,5 +1,6 @@
 import dataclasses
 import inspect
+import itertools
 import os
 import pathlib
 import re
@@ -120,19 +121,14 @@ def test_no_line_of_the_help_ends_in_the_middle(subcommand, capsys, monkeypatch)
     monkeypatch.setenv("NO_COLOR", "1")
     with pytest.raises(SystemExit):
         main([subcommand, "--help"])
-    before, number = None, 0
-    for line in capsys.readouterr().out.splitlines():
-        found = re.fullmatch(r"│ (.{22})(.*) │", line)
-        if not found or (found[1].strip() and not found[2].strip()):
-            before = None
-        elif found[1].strip():
-            before = found[2].rstrip() if found[1].endswith(" ") else None
-        else:
-            if before is not None:
-                word = found[2].split()[0]
-                assert len(before) + 1 + len(word) > len(found[2]), f"{before!r}, then {word!r}"
-                number += 1
-            before = found[2].rstrip()
+    lines = [line.replace("│", " ") for line in capsys.readouterr().out.splitlines()]
+    number = 0
+    for before, line in itertools.pairwise(lines):
+        column = len(line) - len(line.lstrip())
+        if line.strip() and column >= 20 and before[column:].strip() and before[column - 1] == " ":
+            word, start = line.split()[0], before[column:].rstrip()
+            assert column + len(start) + 1 + len(word) > len(line.rstrip("\n")) - 2, (start, word)
+            number += 1
     assert number > (20 if subcommand == "compare" else 0)
 
 

@@ -139,9 +139,11 @@ def examples(number):
 
 WEIGHTINGS = methods.METHODS | methods.GRAMIAN_METHODS | {
     "excess_mtl": mtl_jax.excess_mtl,
+    "lr_annealing": lambda: mtl_jax.lr_annealing(None),
     "ema of rows": lambda: mtl_jax.ema(mtl_jax.excess_mtl(), 0.5),
     "ema": lambda: mtl_jax.ema(mtl_jax.adaptive(), 0.5),
     "every": lambda: mtl_jax.every(mtl_jax.mgda(), 2),
+    "logarithms": lambda: mtl_jax.log_losses(mtl_jax.famo()),
     "all": lambda: mtl_jax.clipped(mtl_jax.after_warmup(mtl_jax.famo(), 2), 0.1, 2.0),
     "preferred": lambda: mtl_jax.with_preference(mtl_jax.normalized(mtl_jax.equal()), LOSSES),
 }  # fmt: skip
@@ -217,10 +219,23 @@ ADAM = optax.adam(0.1)
 CONSTRUCTORS = [
     (mtl_jax.constant, {"weights": LOSSES}),
     (mtl_jax.adaptive, {"emphasis": 1.0, "rule": "softmax", "relative_to": None, "decay": 0.5}),
+    (mtl_jax.adaptive, {"relative_to": "initial", "window": 2}),
+    (mtl_jax.adaptive, {"relative_to": LOSSES}),
+    (mtl_jax.adaptive, {"relative_to": lambda step: dict.fromkeys(TASKS, 1 / (1 + step))}),
+    (mtl_jax.group_dro, {
+        "step_size": 1.0, "reference": LOSSES, "normalize": True, "smoothing": 0.1,
+    }),
+    (mtl_jax.uw_so, {"temperature": 1.0}),
     (mtl_jax.dwa, {"window": 2, "temperature": 1.0}),
     (mtl_jax.uncertainty, {"optimizer": ADAM, "initial_log_variance": 0.0, "form": "half"}),
     (mtl_jax.random_weighting, {"distribution": "normal"}),
     (mtl_jax.dynamic_task_priority, {"gamma": LOSSES, "performance": jnp.exp, "decay": 0.5}),
+    (mtl_jax.dynamic_task_priority, {"gamma": 1.0, "performance": "metrics"}),
+    (mtl_jax.achievement, {
+        "single_task": LOSSES, "gamma": 1.0, "margin": 0.1, "decay": 0.5,
+        "higher_is_better": dict.fromkeys(TASKS, False), "form": "arithmetic",
+    }),
+    (mtl_jax.causal, {"order": TASKS, "tolerance": 1.0}),
     (mtl_jax.cov_weighting, {"decay": 0.5}),
     (mtl_jax.softadapt, {"window": 1, "beta": 0.1, "order": 1, "variant": "normalized"}),
     (mtl_jax.relobralo, {"alpha": 0.9, "temperature": 1.0, "rho": 0.5}),
@@ -228,13 +243,15 @@ CONSTRUCTORS = [
     (mtl_jax.stch, {"warmup": 2, "mu": 1.0, "window": 1}),
     (mtl_jax.famo, {"learning_rate": 0.1, "weight_decay": 0.1, "min_losses": LOSSES}),
     (mtl_jax.gradnorm, {"optimizer": ADAM, "alpha": 1.0}),
+    (mtl_jax.norm_balance, {"momentum": 0.5, "norm_of": "loss", "reference": None}),
     (mtl_jax.mgda, {"normalization": "l2"}),
     (mtl_jax.cagrad, {"c": 0.5, "rescale": None}),
     (mtl_jax.pcgrad, {"order": lambda key, number: np.tile(np.arange(number), (number, 1))}),
     (mtl_jax.gradvac, {"beta": 0.5, "order": lambda key, k: np.tile(np.arange(k), (k, 1))}),
     (mtl_jax.nash_mtl, {"max_norm": 1.0}),
     (mtl_jax.fair_grad, {"alpha": 1.0}),
-    (mtl_jax.aligned_mtl, {"scale": "min"}),
+    (mtl_jax.aligned_mtl, {"scale": "min", "preference": LOSSES}),
+    (mtl_jax.conflict_free, {"preference": LOSSES}),
     (mtl_jax.upgrad, {"preference": LOSSES}),
     (mtl_jax.dual_proj, {"preference": LOSSES}),
     (mtl_jax.krum, {"byzantine": 0, "selected": 1, "distance": "plain"}),
@@ -242,13 +259,16 @@ CONSTRUCTORS = [
     (mtl_jax.trimmed_mean, {"trim": 1}),
     (mtl_jax.moco, {"beta": 0.5, "gamma": 0.1, "gamma_sigma": 0.5, "rho": 0.1, "eps": 0.0}),
     (mtl_jax.excess_mtl, {"step_size": 0.1, "eps": 0.0}),
+    (mtl_jax.lr_annealing, {"reference": None, "alpha": 0.1, "statistic": "max"}),
     (mtl_jax.db_mtl, {"beta": 0.5, "beta_sigma": 0.1, "eps": 0.0}),
     (mtl_jax.every, {"weighting": mtl_jax.equal(), "steps": 2}),
     (mtl_jax.after_warmup, {"weighting": mtl_jax.equal(), "steps": 2}),
-    (mtl_jax.ema, {"weighting": mtl_jax.equal(), "decay": 0.5}),
+    (mtl_jax.ema, {"weighting": mtl_jax.equal(), "decay": 0.5, "initial": "first"}),
+    (mtl_jax.ema, {"weighting": mtl_jax.equal(), "decay": 0.5, "initial": LOSSES}),
     (mtl_jax.clipped, {"weighting": mtl_jax.equal(), "low": 0.0, "high": 1.0}),
     (mtl_jax.normalized, {"weighting": mtl_jax.equal(), "total": 1.0}),
     (mtl_jax.with_preference, {"weighting": mtl_jax.equal(), "prior": LOSSES}),
+    (mtl_jax.log_losses, {"weighting": mtl_jax.imtl_g(), "decide_on": "losses"}),
     (mtl_jax.vector_weighting, {
         "update": lambda losses, state, *_: (losses, state),
         "init": lambda tasks, key, params: (),
@@ -434,6 +454,14 @@ def test_masked_mean(data):
     if found is not None:
         assert found.shape == ()
         assert found.dtype == jnp.float32
+
+
+@given(data=st.data())
+@examples(150)
+def test_with_metrics(data):
+    _, state = weighting("achievement")
+    arguments = {"state": state, "metrics": LOSSES}
+    check(data, mtl_jax.with_metrics, arguments)
 
 
 @given(data=st.data())

@@ -215,6 +215,16 @@ def test_what_tuning_searches_begins_at_what_the_method_is_without_it(name):
             make(name, **{key: value})
 
 
+@each_method
+def test_what_a_variant_sets_is_not_searched(name):
+    method = METHODS[name]
+    assert list(method.spaces) == [name, *method.variants]
+    assert method.spaces[name] == method.search
+    for variant, own in method.variants.items():
+        kept = {key: one for key, one in method.search.items() if key not in own}
+        assert method.spaces[variant] == kept
+
+
 def test_own_arguments_go_before_those_of_the_run():
     seen = {}
 

@@ -1,10 +1,13 @@
 """Weightings made of weightings."""
 
 import functools
+import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import trees
 from methods import EVERYBODY, TASKS, loss_sequence
@@ -20,6 +23,7 @@ WRAPPERS = {
     "clipped": lambda w: mtl_jax.clipped(w, 0.2, 1.1),
     "normalized": lambda w: mtl_jax.normalized(w),
     "with_preference": lambda w: mtl_jax.with_preference(w, {"a": 1.0, "b": 2.0, "c": 0.5}),
+    "log_losses": lambda w: mtl_jax.log_losses(w, "losses"),
     "all of them": lambda w: mtl_jax.clipped(
         mtl_jax.with_preference(
             mtl_jax.normalized(mtl_jax.ema(mtl_jax.after_warmup(mtl_jax.every(w, 2), 3), 0.5), 2.0),
@@ -269,6 +273,48 @@ def test_ema_is_the_weighted_mean_of_the_weights(decay):
         np.testing.assert_allclose(history[step, k], factors @ values / factors.sum(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("initial", ["first", {"a": 0.0, "b": 1.0, "c": 2.0}, 0.5])
+def test_ema_with_initial_weights(initial):
+    """Each task begins with its own first step, and is kept while it is absent."""
+    masks = [B_ABSENT, None, B_ABSENT, None, None]
+    history, _ = run(mtl_jax.ema(inverse_norms(), 0.9, initial), 5, masks=masks)
+    each, _ = run(inner_of("inverse_norms"), 5, masks=masks)
+    for k, present in enumerate([range(5), (1, 3, 4), range(5)]):
+        average = {"a": 0.5} if initial == 0.5 else initial
+        average = each[present[0], k] if initial == "first" else average.get(TASKS[k], 0.5)
+        for step in present:
+            average = 0.9 * average + 0.1 * each[step, k]
+            np.testing.assert_allclose(history[step, k], average, rtol=1e-5)
+
+
+DATA = pathlib.Path(__file__).parent / "data"
+CR_MOGM = json.loads((DATA / "torchjd_averages_and_preferences.json").read_text())["cr_mogm"]
+SEQUENCES = json.loads((DATA / "gradient_sequences.json").read_text())["sequences"]
+
+
+@functools.cache
+def cr_mogm(weighting, alpha, initial):
+    return mtl_jax.ema(getattr(mtl_jax, weighting)(), alpha, initial)
+
+
+@pytest.mark.parametrize("record", CR_MOGM, ids=lambda r: f"{r['weighting']}-{r['sequence']}")
+def test_cr_mogm_of_torchjd(record, x64):
+    (J,) = (np.array(one["J1"]) for one in SEQUENCES if one["id"] == record["sequence"])
+    number, most = J.shape[1], 4  # tasks of every program: the others are absent
+    given = record["initial_weights"]
+    weighting = cr_mogm(record["weighting"], record["alpha"], 0.0 if given else "first")
+    state = weighting.init((1.0,) * most)
+    if given:
+        weights = np.pad(given, (0, most - number))
+        state = state._replace(inner=state.inner._replace(weights=weights))
+    mask = tuple(np.arange(most) < number)
+    for rows, expected in zip(J, record["weights"], strict=True):
+        gramian = np.zeros((most, most))
+        gramian[:number, :number] = rows @ rows.T
+        weights, state = weighting.update((1.0,) * most, state, mask=mask, gramian=gramian)
+        np.testing.assert_allclose(weights[:number], expected, rtol=1e-8, atol=1e-9)
+
+
 def test_the_stateless_ones():
     each, _ = run(inner_of("inverse_norms"))
     np.testing.assert_allclose(run(composed("clipped", "inverse_norms"))[0], each.clip(0.2, 1.1))
@@ -282,6 +328,76 @@ def test_the_stateless_ones():
 
 WEIGHTS_AS_LOSSES = mtl_jax.vector_weighting(lambda losses, state, *_: (losses, state))
 NORMALIZED = mtl_jax.normalized(WEIGHTS_AS_LOSSES)
+
+
+def positive_losses(params, x):
+    """Losses above e, whose logarithms are positive, too."""
+    z = jnp.tanh(x @ params["encoder"])
+    return {task: 3 + (k + 1) * jnp.mean((z @ params[task] - k) ** 2) for k, task in
+            enumerate(TASKS)}  # fmt: skip
+
+
+LOGARITHMS = {
+    "losses": lambda: mtl_jax.adaptive(2.0, decay=0.5),
+    "after the step": mtl_jax.famo,
+    "gramian": mtl_jax.imtl_g,
+    "now and then": lambda: mtl_jax.every(mtl_jax.imtl_g(), 2),
+    "losses and gramian": lambda: mtl_jax.gradnorm(optax.adam(0.1)),
+    "task gradients": mtl_jax.excess_mtl,
+}
+
+
+@pytest.mark.parametrize("name", LOGARITHMS)
+def test_log_losses_is_the_weighting_on_the_logarithms(name, x64):
+    """The gradient, and all states, are those of a function that returns the logarithms."""
+    weighting, rng = LOGARITHMS[name](), np.random.default_rng(0)
+    params = {"encoder": rng.normal(size=(4, 3))} | {t: rng.normal(size=3) for t in TASKS}
+    x, mask = rng.normal(size=(5, 4)), EVERYBODY
+
+    def logarithms(params, x):
+        return jax.tree.map(jnp.log, positive_losses(params, x))
+
+    found = []
+    for losses_fn, used in (
+        (positive_losses, mtl_jax.log_losses(weighting)),
+        (logarithms, weighting),
+    ):
+        step = mtl_jax.make_train_step(mtl_jax.value_and_grad(losses_fn, used), optax.sgd(0.1))
+        state, weights = step.init(params, x), []
+        for mask in (EVERYBODY, B_ABSENT, EVERYBODY, EVERYBODY):
+            state, value = step(state, x, mask=mask)
+            factor = value.losses if losses_fn is positive_losses else dict.fromkeys(TASKS, 1.0)
+            weights.append(jax.tree.map(jnp.multiply, value.weights, factor))
+        assert state.skipped == 0
+        found.append((weights, state))
+    trees.assert_trees_close(*found, rtol=1e-10, atol=1e-13)
+    assert not np.allclose(found[0][1].params["encoder"], params["encoder"], rtol=1e-2)
+
+
+def test_igbv1():
+    """K softmax(L / B), trained on the logarithms; B is the mean of the second epoch."""
+    losses = np.random.default_rng(1).uniform(0.2, 3, (3, 4, 3))  # epochs, batches, tasks
+    adaptive = mtl_jax.adaptive(rule="softmax", relative_to="initial", window=4)
+    weighting = mtl_jax.log_losses(mtl_jax.after_warmup(adaptive, 4), "losses")
+    state, weights = weighting.init((1.0,) * 3), []
+    for row in losses.reshape(12, 3):
+        found, state = weighting.update(tuple(np.float32(row)), state)
+        weights.append(found)
+    of_logarithms = np.array(weights).reshape(3, 4, 3) * losses
+    np.testing.assert_allclose(of_logarithms[0], 1, rtol=1e-5)
+    scores = np.exp(losses[2] / losses[1].mean(axis=0))
+    expected = 3 * scores / scores.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(of_logarithms[2], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("decide_on", ["logarithms", "losses"])
+@pytest.mark.parametrize("loss", [0.0, -1.0])
+def test_log_losses_of_a_loss_that_is_not_positive(loss, decide_on):
+    weighting = mtl_jax.log_losses(mtl_jax.equal(), decide_on)
+    state = weighting.init((1.0, 1.0))
+    weights, after = weighting.update((loss, 1.0), state)
+    assert np.all(np.isnan(weights))
+    trees.assert_trees_equal(after, state)
 
 
 @pytest.mark.parametrize("weights", [(1e-37, 3e-37), (1e37, 3e37), (0.0, 0.0), (-1.0, 3.0)])
@@ -307,6 +423,12 @@ def test_errors():
             mtl_jax.after_warmup(weighting, steps)
     with pytest.raises(ValueError, match="ema: `decay`"):
         mtl_jax.ema(weighting, 1.0)
+    with pytest.raises(ValueError, match="ema: `initial` must be 'first' or None, got 'last'"):
+        mtl_jax.ema(weighting, 0.9, "last")
+    with pytest.raises(ValueError, match="ema: an initial weight must be in .*nan"):
+        mtl_jax.ema(weighting, 0.9, {"a": jnp.nan})
+    with pytest.raises(ValueError, match="ema: `initial` must have the structure of the losses"):
+        mtl_jax.ema(weighting, 0.9, (1.0,)).init({"a": 1.0})
     for low, says in [(1.5, "the bounds"), (jnp.nan, "`low`.*nan"), (-jnp.inf, "`low`.*inf")]:
         with pytest.raises(ValueError, match=f"clipped: {says}"):
             mtl_jax.clipped(weighting, low, 1.0)
@@ -314,6 +436,8 @@ def test_errors():
         mtl_jax.normalized(weighting, 0.0)
     with pytest.raises(ValueError, match="with_preference: a factor"):
         mtl_jax.with_preference(weighting, {"a": -1.0})
+    with pytest.raises(ValueError, match="log_losses: `decide_on` must be 'logarithms' or"):
+        mtl_jax.log_losses(weighting, "logs")
     wrapped = mtl_jax.with_preference(mtl_jax.equal(), {"a": 1.0})
     with pytest.raises(ValueError, match="with_preference: `prior` must have the structure"):
         wrapped.update({"b": 1.0}, wrapped.init({"b": 1.0}))
@@ -324,9 +448,10 @@ def test_extremes(wrapper, inner):
     """Losses of 1e-30 to 1e30, gradients of norm 1e-18 to 1e18, tasks that come and go."""
     weighting, rng = composed(wrapper, inner), np.random.default_rng(0)
     state, names = weighting.init(loss_sequence(1)[0], key=KEY), dict.fromkeys(TASKS)
+    reach = 1 / 4 if wrapper == "log_losses" else 1  # it divides by the losses, twice
     for step in range(24):
-        losses = {task: np.float32(10.0 ** rng.uniform(-30, 30)) for task in names}
-        norms = (10.0 ** rng.uniform(-18, 18, size=3)).astype(np.float32)
+        losses = {task: np.float32(10.0 ** (reach * rng.uniform(-30, 30))) for task in names}
+        norms = (10.0 ** (reach * rng.uniform(-18, 18, size=3))).astype(np.float32)
         mask = {task: np.bool_(rng.random() < 0.8 and step != 7) for task in names}
         broken = step == 13
         if broken:

@@ -176,7 +176,7 @@ class RunCheckpoints:
         arrays = trees.get("arrays", {})
         in_order = iter([np.asarray(arrays[str(i)]) for i in range(len(arrays))])
         epoch = Epoch([next(in_order) for _ in range(content["rows"])], content["seconds"])
-        curves = {
+        curves: dict[str, Any] = {
             name: {key: next(in_order) for key in keys} for name, keys in content["curves"].items()
         }
         return Run(**content["run"], **curves), epoch, trees["state"]

@@ -84,6 +84,7 @@ class Options:
     weightings: Annotated[tuple[str, ...], tyro.conf.arg(help=_WEIGHTINGS_HELP)] = (
         "equal",
         "adaptive",
+        "adaptive_softmax",
         "dwa",
         "uncertainty",
     )

@@ -391,7 +391,8 @@ class _Progress:
     ) -> None:
         self._console, self._plans = console, {plan.name: plan for plan in plans}
         keys = [(plan.name, setting.name) for plan in plans for setting in plan.settings]
-        self._left = {key: (trials + len(plans[0].seeds)) * self._epochs(key[0]) for key in keys}
+        runs = trials + len(plans[0].seeds)
+        self._left = {key: float(runs * self._epochs(key[0])) for key in keys}
         self._spent = dict.fromkeys(keys, 0.0)
         self._done = dict.fromkeys(keys, 0.0)
         self._total = sum(self._left.values())

@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -304,7 +304,7 @@ class TrainBatches:
             for number, (name, dataset) in enumerate(datasets.items())
         }
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Generator[Any, None, None]:
         if self.device_data is not None:
             return self._indices()
         batches = self._batches()
@@ -317,14 +317,14 @@ class TrainBatches:
             return self._pipeline()[0]
         return take(self.device_data, next(self._indices()))
 
-    def _indices(self) -> Iterator[dict[str, np.ndarray]]:
+    def _indices(self) -> Generator[dict[str, np.ndarray], None, None]:
         for step in itertools.count(self._start):
             yield {
                 name: order.rows(step * self._batch_sizes[name], self._batch_sizes[name])
                 for name, order in self._orders.items()
             }
 
-    def _batches(self) -> Iterator[Any]:
+    def _batches(self) -> Generator[Any, None, None]:
         """First nothing, when the reading has begun; then batch after batch."""
         import grain
         from absl import flags

@@ -651,7 +651,7 @@ class _Programs:
 
     number = 0
 
-    def __call__(self, event: str, duration: float, **_: Any) -> None:
+    def __call__(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         self.number += event == "/jax/core/compile/backend_compile_duration"
 
 

@@ -32,10 +32,8 @@ def _all_weightings() -> dict[str, MakeWeighting]:
 
 
 def _all_spaces() -> dict[str, Space]:
-    named = (
-        (name, method.search) for key, method in METHODS.items() for name in (key, *method.variants)
-    )
-    return {name: space for name, space in named if space}
+    found = (item for method in METHODS.values() for item in method.spaces.items())
+    return {name: space for name, space in found if space}
 
 
 WEIGHTINGS: Mapping[str, MakeWeighting] = _all_weightings()
@@ -43,7 +41,7 @@ WEIGHTINGS: Mapping[str, MakeWeighting] = _all_weightings()
 name. ``constant`` is equal weights until it is tuned."""
 
 SPACES: Mapping[str, Space] = _all_spaces()
-"""What tuning searches besides the learning rate, the ``search`` of each record, for the weightings
+"""What tuning searches besides the learning rate, the ``spaces`` of each record, for the weightings
 that have something to choose."""
 
 

@@ -1,23 +1,37 @@
 """Aligned-MTL."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from mtl_jax._base import Signal, Weighting
-from mtl_jax._checks import check_option
+from mtl_jax._checks import check_numbers, check_option
 from mtl_jax._lift import vector_weighting
+from mtl_jax._typing import PyTree
 from mtl_jax.gramian_weightings._spectral import spectrum
 from mtl_jax.solvers._precision import in_float64
 
 
-def aligned_mtl(scale: Literal["min", "median", "rmse"] = "min") -> Weighting:
+class AlignedMTLState(NamedTuple):
+    """State of the method.
+
+    Attributes:
+      preference: how much each task counts.
+    """
+
+    preference: Float[Array, "tasks"]
+
+
+def aligned_mtl(
+    scale: Literal["min", "median", "rmse"] = "min", preference: PyTree | None = None
+) -> Weighting:
     r"""Aligned-MTL: the mean of the task gradients after they are made orthogonal, equally long.
 
     With the eigenvalues :math:`\lambda` and eigenvectors V of the Gramian,
 
-    .. math:: w = \sqrt{\sigma}\; V \operatorname{diag}(\lambda^{-1/2})\, V^\top \tfrac{1}{K}
-                  \mathbf 1, \qquad \sigma = \min_k \lambda_k,
+    .. math:: w = \sqrt{\sigma}\; V \operatorname{diag}(\lambda^{-1/2})\, V^\top p,
+              \qquad \sigma = \min_k \lambda_k, \qquad p_k = \tfrac1K,
 
     over the eigenvalues that are not zero. The rows of :math:`\sqrt\sigma\, G^{-1/2} J` are the
     orthogonal system nearest to the task gradients, the rows of J, up to its length. The weights
@@ -32,12 +46,16 @@ def aligned_mtl(scale: Literal["min", "median", "rmse"] = "min") -> Weighting:
       scale: the length of the aligned gradients is the square root of: ``"min"``, the paper's
         choice, the smallest eigenvalue; ``"median"`` the median one, of an even number the lower of
         the middle two; ``"rmse"`` the mean of the eigenvalues.
+      preference: p, a pytree like the losses of numbers that are not negative; by default 1/K for
+        K present tasks, the paper's.
 
     Returns:
       The weighting.
 
     Raises:
-      ValueError: if ``scale`` is unknown.
+      ValueError: if ``scale`` is unknown, or a preference negative or not finite; in ``init``, if
+        ``preference`` has another structure than the losses.
+      TypeError: if a preference is not a number.
 
     References:
       Senushkin et al., `Independent Component Alignment for Multi-Task Learning
@@ -54,8 +72,13 @@ def aligned_mtl(scale: Literal["min", "median", "rmse"] = "min") -> Weighting:
       [0.5, 0.167]
     """
     check_option(scale, ("min", "median", "rmse"), "aligned_mtl: `scale`")
+    check_numbers(preference, "aligned_mtl: a preference", "[0, inf)")
 
-    def weights(gramian, present, *, eps):
+    def init(tasks, key):
+        values = 1.0 if preference is None else preference
+        return AlignedMTLState(tasks.vector(values, "aligned_mtl: `preference`"))
+
+    def weights(gramian, chosen, *, eps):
         eigen = spectrum(gramian, eps)
         rank = jnp.sum(eigen.kept)
         if scale == "rmse":
@@ -63,10 +86,12 @@ def aligned_mtl(scale: Literal["min", "median", "rmse"] = "min") -> Weighting:
         else:
             middle = 0 if scale == "min" else (jnp.maximum(rank, 1) - 1) // 2
             level = jnp.sort(jnp.where(eigen.kept | (rank == 0), eigen.values, jnp.inf))[middle]
-        mean = present.astype(gramian.dtype) / jnp.maximum(jnp.sum(present, dtype=gramian.dtype), 1)
-        return jnp.sqrt(level) * eigen.apply(1 / jnp.sqrt(eigen.values), mean)
+        return jnp.sqrt(level) * eigen.apply(1 / jnp.sqrt(eigen.values), chosen)
 
     def update(losses, state, present, steps, gramian):
-        return in_float64(weights, gramian, present), state
+        number = jnp.maximum(jnp.sum(present, dtype=losses.dtype), 1)
+        share = 1 / number if preference is None else 1
+        chosen = jnp.where(present, share * state.preference, 0)
+        return in_float64(weights, gramian, chosen), state
 
-    return vector_weighting(update, needs=Signal.GRAMIAN)
+    return vector_weighting(update, init, needs=Signal.GRAMIAN)

@@ -1,33 +1,59 @@
 """Conflict-free gradients (ConFIG)."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from mtl_jax._base import Signal, Weighting
+from mtl_jax._checks import check_numbers
 from mtl_jax._lift import vector_weighting
+from mtl_jax._typing import Gramian, PyTree, Vector
 from mtl_jax.gramian_weightings._spectral import cosines, gradient_norms, rounding, spectrum
 from mtl_jax.solvers._precision import in_float64
 
 
-def conflict_free() -> Weighting:
+class ConflictFreeState(NamedTuple):
+    """State of the method.
+
+    Attributes:
+      preference: the cosine of each task's angle to the direction, up to a common factor.
+    """
+
+    preference: Float[Array, "tasks"]
+
+
+def conflict_free(preference: PyTree | None = None) -> Weighting:
     r"""ConFIG: the direction at one and the same acute angle to every task gradient.
 
     With the unit task gradients as the rows of U, and the task gradients :math:`g_k`,
 
     .. math:: g = \Big(\sum_k \langle g_k, u \rangle\Big)\, u, \qquad
-              u = \frac{U^+ \mathbf 1}{\lVert U^+ \mathbf 1 \rVert}.
+              u = \frac{U^+ p}{\lVert U^+ p \rVert}, \qquad p = \mathbf 1.
 
-    The weights are those that give this direction; they keep the paper's scale, which grows with
-    the number of tasks as a sum does, and may be negative. A task's loss on another scale changes
-    the length alone. For linearly independent gradients every loss falls; for dependent ones the
-    angles are equal in the sense of least squares, and a loss may rise. A task with a zero
-    gradient has weight 0.
+    With other preferences p the cosines of the angles are in proportion to them. The weights are
+    those that give this direction; they keep the paper's scale, which grows with the number of
+    tasks as a sum does, and may be negative. A task's loss on another scale changes the length
+    alone. For linearly independent gradients every loss falls; for dependent ones the cosines are
+    as wanted in the sense of least squares, and a loss may rise. A task with a zero gradient has
+    weight 0.
 
-    Where :math:`U^+ \mathbf 1` is zero up to rounding, as for two opposite gradients or if all are
+    Where :math:`U^+ p` is zero up to rounding, as for two opposite gradients or if all are
     zero, no such direction exists, and all weights are 0: a step that stands still. The losses are
-    not read: they may be 0 or negative.
+    not read: they may be 0 or negative. For one task gradient a step, averaged over time:
+    :func:`mtl_jax.conflict_free_momentum`.
+
+    Args:
+      preference: p, a pytree like the losses of numbers that are not negative; by default 1 for
+        each task, the paper's.
 
     Returns:
       The weighting.
+
+    Raises:
+      ValueError: if a preference is negative or not finite; in ``init``, if ``preference`` has
+        another structure than the losses.
+      TypeError: if a preference is not a number.
 
     References:
       Liu et al., `ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks
@@ -43,21 +69,33 @@ def conflict_free() -> Weighting:
       >>> [round(float(weight), 3) for weight in weights]
       [2.0, 0.667]
     """
+    check_numbers(preference, "conflict_free: a preference", "[0, inf)")
 
-    def weights(gramian, *, eps):
-        norms, eigen = gradient_norms(gramian), spectrum(cosines(gramian), eps)
-        ones = (norms > 0).astype(gramian.dtype)
-        v = eigen.apply(1 / eigen.values, ones)
-        size = jnp.sum(v)  # = |U^+ 1|^2
-        unit_products = eigen.apply(jnp.ones_like(eigen.values), ones)  # = U U^+ 1
-        length = jnp.sum(norms * unit_products)
-        # The same sum without cancellation; a square, so its rounding is one too.
-        sizes = eigen._replace(vectors=jnp.abs(eigen.vectors)).apply(1 / eigen.values, ones)
-        exists = size > rounding(gramian, eps) ** 2 * jnp.sum(sizes)
-        scale = jnp.where(exists, size, 1) * jnp.where(norms > 0, norms, 1)
-        return jnp.where(exists, v * (length / scale), 0)
+    def init(tasks, key):
+        values = 1.0 if preference is None else preference
+        return ConflictFreeState(tasks.vector(values, "conflict_free: `preference`"))
 
     def update(losses, state, present, steps, gramian):
-        return in_float64(weights, gramian), state
+        chosen = jnp.where(present, state.preference, 0)
+        return conflict_free_weights(gramian, chosen), state
 
-    return vector_weighting(update, needs=Signal.GRAMIAN)
+    return vector_weighting(update, init, needs=Signal.GRAMIAN)
+
+
+def conflict_free_weights(gramian: Gramian, preference: Vector) -> Vector:
+    """The weights of a Gramian and preferences; 0 for a task gradient of 0."""
+    return in_float64(_weights, gramian, preference)
+
+
+def _weights(gramian: Gramian, preference: Vector, *, eps: float) -> Vector:
+    norms, eigen = gradient_norms(gramian), spectrum(cosines(gramian), eps)
+    p = jnp.where(norms > 0, preference, 0)
+    v = eigen.apply(1 / eigen.values, p)
+    size = jnp.sum(p * v)  # = |U^+ p|^2
+    unit_products = eigen.apply(jnp.ones_like(eigen.values), p)  # = U U^+ p
+    length = jnp.sum(norms * unit_products)
+    # The same sum without cancellation; a square, so its rounding is one too.
+    sizes = eigen._replace(vectors=jnp.abs(eigen.vectors)).apply(1 / eigen.values, p)
+    exists = size > rounding(gramian, eps) ** 2 * jnp.sum(p * sizes)
+    scale = jnp.where(exists, size, 1) * jnp.where(norms > 0, norms, 1)
+    return jnp.where(exists, v * (length / scale), 0)

@@ -1,7 +1,7 @@
 """Dynamic task prioritization."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from mtl_jax._base import Weighting
 from mtl_jax._checks import check_functions, check_numbers, read_array, read_number
 from mtl_jax._lift import vector_weighting
+from mtl_jax._metrics import Metrics
 from mtl_jax._typing import PyTree
 
 
@@ -18,17 +19,18 @@ class DynamicTaskPriorityState(NamedTuple):
     Attributes:
       performance: the moving average of each task's performance indicator.
       gamma: the focusing parameter of each task.
+      metrics: the indicators that are set between steps; ``None`` where they are not.
     """
 
     performance: Float[Array, "tasks"]
     gamma: Float[Array, "tasks"]
+    metrics: Metrics | None
 
 
 def dynamic_task_priority(
     gamma: PyTree,
-    performance: Callable[[Float[Array, "tasks"]], Float[Array, "tasks"]] = lambda losses: jnp.exp(
-        -losses
-    ),
+    performance: Callable[[Float[Array, "tasks"]], Float[Array, "tasks"]]
+    | Literal["metrics"] = lambda losses: jnp.exp(-losses),
     decay: float = 0.0,
 ) -> Weighting:
     r"""Dynamic task prioritization (DTP): a focal weight on tasks that perform badly.
@@ -40,17 +42,23 @@ def dynamic_task_priority(
     and :math:`\bar\kappa_k` its moving average, which starts at the first value. The weights keep
     this scale and do not sum to K.
 
-    A weighting sees losses, so the indicator is a function of the loss. The default,
-    :math:`e^{-L}`, is the geometric mean of the probability given to the right class where the
-    loss is a mean cross-entropy. It is bounded below by the smallest positive number, where the
-    weight is about 87 in float32. An indicator above 1 (a negative loss) is outside the domain:
-    the weights are then NaN and the state stays as it was. The paper's focal loss on the single
-    examples is part of the losses, not of the weighting.
+    With ``performance="metrics"`` the indicator is what :func:`mtl_jax.with_metrics` sets between
+    steps, such as the accuracy on validation data after every epoch, and the average moves only
+    then. Until its first one a task has the weight 1.
+
+    Else the indicator is a function of the loss. The default, :math:`e^{-L}`, is the geometric mean
+    of the probability given to the right class where the loss is a mean cross-entropy.
+
+    The indicator is bounded below by the smallest positive number, where the weight is about 87 in
+    float32. One above 1 (a negative loss) is outside the domain: the weights are then NaN and the
+    state stays as it was. The paper's focal loss on the single examples is part of the losses, not
+    of the weighting.
 
     Args:
       gamma: the focusing parameter, at least 0: one number, or a pytree like the losses. At 0 the
         weight is :math:`-\log\bar\kappa`.
-      performance: the indicator, from the vector of losses to one of the same shape.
+      performance: the indicator, from the vector of losses to one of the same shape; or
+        ``"metrics"``.
       decay: the decay d in [0, 1) of the moving average, 1 - alpha of the paper. No default was
         published; 0 does not smooth.
 
@@ -61,7 +69,8 @@ def dynamic_task_priority(
       ValueError: if ``gamma`` is negative or not finite, or ``decay`` outside [0, 1); in
         ``init``, if ``gamma`` has another structure than the losses; in ``update``, if
         ``performance`` returns an array of another shape.
-      TypeError: if ``gamma`` or ``decay`` is not a number, or ``performance`` not a function.
+      TypeError: if ``gamma`` or ``decay`` is not a number, or ``performance`` neither a function
+        nor ``"metrics"``.
 
     References:
       Guo et al., `Dynamic Task Prioritization for Multitask Learning
@@ -77,27 +86,39 @@ def dynamic_task_priority(
     """
     name = "dynamic_task_priority: `gamma`"
     check_numbers(gamma, name, "[0, inf)")
-    check_functions("dynamic_task_priority", performance=performance)
+    if not (isinstance(performance, str) and performance == "metrics"):
+        check_functions("dynamic_task_priority", performance=performance)
     decay = read_number(decay, "dynamic_task_priority: `decay`", "[0, 1)")
 
     def init(tasks, key):
         return DynamicTaskPriorityState(
             performance=tasks.full(1),
             gamma=tasks.vector(gamma, name),
+            metrics=None if callable(performance) else Metrics.create(tasks),
         )
 
     def update(losses, state, present, steps):
-        current = read_array(performance(losses), "What `performance` returned")
-        if current.shape != losses.shape:
-            raise ValueError(
-                "dynamic_task_priority: `performance` must return one indicator for each task, of "
-                f"shape {losses.shape}; got {current.shape}."
-            )
-        current = jnp.where(current <= 1, current, jnp.nan)  # outside the domain
-        current = jnp.maximum(current, jnp.finfo(losses.dtype).tiny)
-        smoothed = decay * state.performance + (1 - decay) * current
-        average = jnp.where(steps == 0, current, jnp.minimum(smoothed, 1))
-        weights = -((1 - average) ** state.gamma) * jnp.log(average)
-        return weights, DynamicTaskPriorityState(average, state.gamma)
+        def in_domain(indicator):
+            indicator = jnp.where(indicator <= 1, indicator, jnp.nan)
+            return jnp.maximum(indicator, jnp.finfo(losses.dtype).tiny)
+
+        metrics, known = state.metrics, jnp.asarray(True)
+        if callable(performance):
+            current = read_array(performance(losses), "What `performance` returned")
+            if current.shape != losses.shape:
+                raise ValueError(
+                    "dynamic_task_priority: `performance` must return one indicator for each task, "
+                    f"of shape {losses.shape}; got {current.shape}."
+                )
+            current = in_domain(current)
+            smoothed = decay * state.performance + (1 - decay) * current
+            average = jnp.where(steps == 0, current, jnp.minimum(smoothed, 1))
+        else:
+            metrics = metrics.taken_in(decay)
+            known = metrics.updates > 0
+            # Behind an average of 1 and less, too, an indicator above 1 is outside the domain.
+            average = in_domain(jnp.where(metrics.latest <= 1, metrics.average, jnp.nan))
+        weights = jnp.where(known, -((1 - average) ** state.gamma) * jnp.log(average), 1)
+        return weights, DynamicTaskPriorityState(average, state.gamma, metrics)
 
     return vector_weighting(update, init)

@@ -19,7 +19,9 @@ from experiments import choosing
 from mtl_jax.compare import WEIGHTINGS
 
 VARIANTS = {name for method in mtl_jax.METHODS.values() for name in method.variants}
-WRAPPERS = {"every", "after_warmup", "ema", "clipped", "normalized", "with_preference"}
+WRAPPERS = {
+    *("every", "after_warmup", "ema", "clipped", "normalized", "with_preference", "log_losses")
+}
 METHODS = set(mtl_jax.METHODS)
 
 
@@ -42,10 +44,10 @@ def test_methods():
 
 # The methods that LibMTL or TorchJD has, too.
 ELSEWHERE = {
-    *("equal", "constant", "dwa", "uncertainty", "random_weighting", "geometric", "imtl_l"),
-    *("stch", "famo", "gradnorm", "mgda", "cagrad", "pcgrad", "gradvac", "nash_mtl", "fair_grad"),
-    *("imtl_g", "aligned_mtl", "upgrad", "dual_proj", "conflict_free", "krum", "graddrop"),
-    *("trimmed_mean", "moco", "excess_mtl", "db_mtl"),
+    *("equal", "constant", "adaptive", "dwa", "uncertainty", "random_weighting", "geometric"),
+    *("imtl_l", "stch", "famo", "gradnorm", "mgda", "cagrad", "pcgrad", "gradvac", "nash_mtl"),
+    *("fair_grad", "imtl_g", "aligned_mtl", "upgrad", "dual_proj", "conflict_free", "krum"),
+    *("graddrop", "trimmed_mean", "moco", "excess_mtl", "db_mtl"),
 }
 
 
@@ -176,7 +178,7 @@ def test_moving():
     """What stands beside the names of other libraries are calls that can be made here."""
     rows = re.findall(r"^\|[^|]*\| ([^|]*) \|[^|]*\|$", PAGES["docs/moving.md"], re.MULTILINE)
     calls = [call for row in rows for call in re.findall(r"`(\w+\([^`]*\))`", row)]
-    known = {"optimizer": optax.adam(1e-3), "steps_per_epoch": 10, "k": 10}
+    known = {"optimizer": optax.adam(1e-3), "steps_per_epoch": 10, "k": 10, "K": 3, "mu": 0.5}
     made = [eval(call, vars(mtl_jax) | known) for call in calls]
     assert all(isinstance(one, mtl_jax.Weighting | mtl_jax.Aggregator) for one in made)
     assert set(re.findall(r"\w+(?=\()", " ".join(calls))) & METHODS == ELSEWHERE

@@ -19,9 +19,8 @@ from mtl_jax.gramian_weightings.conflict_free import conflict_free
 from mtl_jax.gramian_weightings.imtl_g import imtl_g
 from mtl_jax.gramian_weightings.krum import krum
 
-CASES = json.loads(
-    (pathlib.Path(__file__).parents[1] / "data" / "gradient_matrices.json").read_text()
-)["cases"]
+DATA = pathlib.Path(__file__).parents[1] / "data"
+CASES = json.loads((DATA / "gradient_matrices.json").read_text())["cases"]
 # The names of the exact values.
 METHODS = {
     "aligned_min": aligned_mtl(),
@@ -32,6 +31,12 @@ METHODS = {
 }
 # A Gramian holds the squares of the angles between these rows.
 ILL_CONDITIONED = [("near_parallel_k3_p10", name) for name in METHODS if name != "config"]
+
+
+PREFERRED = {
+    "aligned_mtl": aligned_mtl(preference=(1.0,) * gramian_methods.SIZE),
+    "conflict_free": conflict_free((1.0,) * gramian_methods.SIZE),
+}
 
 
 def weights_of(weighting, J, **arguments):
@@ -72,6 +77,35 @@ def test_exact_values_in_float32(case, name):
         assert np.all(np.isfinite(weights))
         if (case["id"], name) not in ILL_CONDITIONED:
             assert_direction(case["J"], weights, case["exact"][name], 1e-4)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", PREFERRED)
+def test_preferences(name):
+    """The directions of TorchJD with a preference vector; here it stands in the state."""
+    records = json.loads((DATA / "torchjd_averages_and_preferences.json").read_text())
+    matrices = {case["id"]: np.array(case["J"]) for case in CASES}
+    for record in records["preferences"]:
+        J, expected = matrices[record["matrix"]], np.array(record[name])
+        state = gramian_methods.initial(PREFERRED[name], np.float64)
+        preference = np.full(gramian_methods.SIZE, 7.0)  # those of absent tasks do not count
+        preference[: len(J)] = record["preference"]
+        state = state._replace(inner=state.inner._replace(preference=preference))
+        direction = J.T @ weights_of(PREFERRED[name], J, state=state)
+        size = np.linalg.norm(expected) or np.linalg.norm(J)
+        tolerance = 1e-7 if record["matrix"] == "near_parallel_k3_p10" else 1e-10
+        assert np.linalg.norm(direction - expected) <= tolerance * size, record["matrix"]
+
+
+@pytest.mark.parametrize(("name", "default"), [("aligned_min", 1 / 4), ("config", 1)])
+def test_the_default_preference(name, default):
+    """1/K of the present tasks, and 1."""
+    J = random_rows(0, K=5).astype(np.float32)
+    present = np.array([True, False, True, True, True])
+    weighting = PREFERRED[{"aligned_min": "aligned_mtl", "config": "conflict_free"}[name]]
+    weights = weights_of(METHODS[name], J, present=present)
+    preferred = default * weights_of(weighting, J, present=present)
+    np.testing.assert_allclose(preferred, weights, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("x64")
@@ -298,6 +332,10 @@ def test_krum_ties_go_to_the_first():
     ("make", "error", "words"),
     [
         (lambda: aligned_mtl("mean"), ValueError, "'rmse', got 'mean'"),
+        (lambda: aligned_mtl(preference=-1.0), ValueError, "aligned_mtl: a preference must be in"),
+        (lambda: conflict_free({"a": -1.0}), ValueError, "conflict_free: a preference must be in"),
+        (lambda: aligned_mtl(preference=(1.0,)).init((1.0, 1.0)), ValueError, "have the structure"),
+        (lambda: conflict_free((1.0,)).init((1.0, 1.0)), ValueError, "have the structure"),
         (lambda: krum(-1), ValueError, "`byzantine` must be an integer of at least 0, got -1"),
         (lambda: krum(1.5), ValueError, "`byzantine`"),
         (lambda: krum(1, 0), ValueError, "`selected` must be an integer of at least 1"),

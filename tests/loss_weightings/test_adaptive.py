@@ -238,6 +238,71 @@ def test_a_task_that_joins_late_starts_its_own_average():
     np.testing.assert_allclose(weights, expected, rtol=1e-5)
 
 
+def curves(step):
+    """What each task reaches alone, as a schedule of the step."""
+    t = jnp.asarray(step, jnp.float32)
+    return tuple(0.1 + jnp.exp(-rate * t) for rate in (1.0, 0.1, 0.01))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("relative_to", ["numbers", "schedule", "window"])
+def test_relative_to_references_against_the_definition(rule, relative_to):
+    """Each task is compared with the reference of its own step; absent ones keep theirs."""
+    rng = np.random.default_rng(4)
+    sequence = rng.uniform(0.5, 2, (9, 3))
+    masks = rng.random((9, 3)) < 0.7
+    constants = (0.5, 2.0, 0.1)
+    weighting = {
+        "numbers": lambda: mtl_jax.adaptive(2.0, rule, constants),
+        "schedule": lambda: mtl_jax.adaptive(2.0, rule, curves),
+        "window": lambda: mtl_jax.adaptive(2.0, rule, "initial", window=3),
+    }[relative_to]()
+    state, seen = weighting.init((1.0,) * 3), [[], [], []]
+    for losses, present in zip(sequence, masks, strict=True):
+        inputs = tuple(np.float32(np.where(present, losses, np.nan)))
+        weights, state = weighting.update(inputs, state, mask=tuple(present))
+        reference = np.array(constants)
+        for k in np.flatnonzero(present):
+            if relative_to == "schedule":
+                reference[k] = 0.1 + np.exp(-(1.0, 0.1, 0.01)[k] * len(seen[k]))
+            seen[k].append(losses[k])
+            if relative_to == "window":
+                reference[k] = np.mean(seen[k][:3])
+        expected = definition((losses / reference)[present], 2.0, rule)
+        np.testing.assert_allclose(np.array(weights)[present], expected, rtol=1e-4)
+        np.testing.assert_array_equal(np.array(weights)[~present], 0)
+    assert min(map(len, seen)) > 3  # the window was left
+
+
+def test_a_reference_that_is_not_positive_gives_nan():
+    weighting = mtl_jax.adaptive(relative_to=lambda step: (1.0, 2.0 - step))
+    state = weighting.init((1.0, 1.0))
+    for expected in ((2 / 3 * 2, 1 / 3 * 2), (1, 1)):  # references (1, 2) and (1, 1)
+        weights, state = weighting.update((1.0, 1.0), state)
+        np.testing.assert_allclose(weights, expected, rtol=1e-6)
+    weights, after = weighting.update((1.0, 1.0), state)
+    assert np.all(np.isnan(weights))
+    np.testing.assert_array_equal(after.steps, state.steps)
+
+
+def test_softmax_is_the_weight_of_two_other_objectives(x64):
+    """A tilted objective (TERM), and TorchJD's smooth Tchebycheff with the reference 0."""
+
+    def tilted(losses, tilt):
+        return jnp.log(jnp.mean(jnp.exp(tilt * losses))) / tilt
+
+    def tchebycheff(losses, mu):
+        return mu * jax.nn.logsumexp(losses / losses.size / mu)
+
+    losses = np.random.default_rng(5).uniform(0.1, 3, 4)
+    for p in (0.5, 2.0):
+        weights = weights_without_compiling(losses, emphasis=p, rule="softmax")
+        expected = jax.grad(tilted)(losses, p)
+        np.testing.assert_allclose(weights, 4 * expected, rtol=1e-12)
+        expected = jax.grad(tchebycheff)(losses, 1 / (4 * p))
+        np.testing.assert_allclose(weights, 16 * expected, rtol=1e-12)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_no_gradient_through_the_weights(rule):
     def losses_fn(w):
@@ -283,6 +348,10 @@ def test_the_weights_of_present_tasks_sum_to_their_number(losses, present):
         ({"emphasis": float("inf")}, "`emphasis`.*inf"),
         ({"rule": "linear"}, "'proportional' or 'softmax', got 'linear'"),
         ({"relative_to": "first"}, "None or 'initial', got 'first'"),
+        ({"relative_to": {"a": 0.0}}, r"a reference loss must be in \(0, inf\), got 0.0"),
+        ({"window": 0}, "`window` must be an integer of at least 1"),
+        ({"window": 2}, "`window` is for relative_to='initial'"),
+        ({"window": 2, "relative_to": (1.0, 2.0)}, "`window` is for relative_to='initial'"),
         ({"decay": 1.0}, r"`decay` must be in \[0, 1\), got 1.0"),
         ({"decay": -0.1}, "`decay`"),
         ({"decay": float("nan")}, "`decay`"),
@@ -291,6 +360,20 @@ def test_the_weights_of_present_tasks_sum_to_their_number(losses, present):
 def test_parameter_errors(kwargs, says):
     with pytest.raises(ValueError, match=f"adaptive: .*{says}"):
         mtl_jax.adaptive(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("relative_to", "error", "says"),
+    [
+        ({"a": 1.0}, ValueError, "adaptive: `relative_to` must have the structure of the losses"),
+        (lambda step: (1.0,), ValueError, "adaptive: what `relative_to` returned must have the"),
+        (lambda step: (jnp.ones(2), 1.0), TypeError, "returned: '0' has shape .*one number"),
+        (lambda step: (True, 1.0), TypeError, "returned: '0' has shape .*one number"),
+    ],
+)
+def test_references_of_other_tasks(relative_to, error, says):
+    with pytest.raises(error, match=says):
+        mtl_jax.adaptive(relative_to=relative_to).init((1.0, 1.0))
 
 
 def test_without_smoothing_earlier_losses_leave_no_trace():

@@ -22,7 +22,11 @@ STEPS = 40
 RECOVERY = 12
 OTHERS = {
     "constant": lambda: mtl_jax.constant((1.0,) * MOST),
+    "causal": lambda: mtl_jax.causal(None),
     "adaptive[softmax,initial]": lambda: mtl_jax.adaptive(rule="softmax", relative_to="initial"),
+    "adaptive[schedule]": lambda: mtl_jax.adaptive(
+        relative_to=lambda step: (1 / (1 + step),) * MOST
+    ),
 }
 METHODS = methods.METHODS | OTHERS
 each_method = pytest.mark.parametrize("name", METHODS)
@@ -52,14 +56,19 @@ GIVES_NAN = {
     "adaptive": NEGATIVE,
     "adaptive[emphasis=2,decay=0.9]": NEGATIVE,
     "adaptive[initial]": NEGATIVE | {"all 0", "one 0"},  # no reference
+    "adaptive[window=2]": NEGATIVE | {"all 0", "one 0"},
     "adaptive[softmax,initial]": NEGATIVE | {"all 0", "one 0"},
+    "adaptive[schedule]": NEGATIVE,
+    "uw_so": NEGATIVE | ZERO,
     "geometric": NEGATIVE | ZERO,
+    "achievement": NEGATIVE | ZERO,
     "stch": NEGATIVE | ZERO,
     "stch[mu=0.1,window=2]": NEGATIVE | ZERO,
     "dynamic_task_priority": NEGATIVE,
     "softadapt[loss_weighted]": NEGATIVE,
     "cov_weighting": NEGATIVE,
     "cov_weighting[decay=0.9]": NEGATIVE,
+    "causal": NEGATIVE,
     "famo": NEGATIVE,
 }
 
@@ -162,7 +171,9 @@ def test_finite_or_nan_with_the_state_as_it_was_and_a_way_back(name, scenario):
     assert not nan[steps + RECOVERY - 1]
 
 
-@pytest.mark.parametrize("name", ["equal", "adaptive", "dwa", "softadapt", "relobralo", "famo"])
+@pytest.mark.parametrize(
+    "name", ["equal", "adaptive", "group_dro", "dwa", "softadapt", "relobralo", "famo"]
+)
 def test_constant_zero_losses_get_equal_weights(name):
     _, weights = check(name, "all 0")
     for row in weights[:20, 1:4]:

@@ -13,10 +13,14 @@ from trees import assert_trees_equal
 import mtl_jax
 
 each_method = pytest.mark.parametrize("name", METHODS)
-# Those whose tasks are exchangeable: neither the draws nor constant weights are.
+# Those whose tasks are exchangeable: neither the draws nor constant weights nor an order are.
 each_symmetric_method = pytest.mark.parametrize(
-    "name", [name for name in METHODS if name not in (*RANDOM, "constant")]
+    "name", [name for name in METHODS if name not in (*RANDOM, "constant", "causal")]
 )
+OF_ONE = {
+    "constant": lambda: mtl_jax.constant({"b": 1.0}),
+    "causal": lambda: mtl_jax.causal(["b"]),
+}
 NOBODY = dict.fromkeys(TASKS, np.False_)
 B_ABSENT = EVERYBODY | {"b": np.False_}
 
@@ -227,7 +231,7 @@ def test_all_absent(name):
 @each_method
 def test_one_task_alone_is_as_one_task(name):
     weighting = made(name)
-    one = mtl_jax.constant({"b": 1.0}) if name == "constant" else weighting
+    one = OF_ONE[name]() if name in OF_ONE else weighting
     mask = NOBODY | {"b": np.True_}
     state, state_of_one = initial(name), one.init({"b": 0.0}, key=KEY)
     for losses in loss_sequence(6):

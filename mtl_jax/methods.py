@@ -143,7 +143,8 @@ class Method:
       draws: whether it draws random numbers, so that its ``init`` needs a key.
       least_tasks: the fewest tasks that it can be given, with the arguments of ``required``.
       sources: its publications, each a label and an address; none for this library's own method.
-      search: what tuning searches, by the argument's name.
+      search: what tuning searches, by the argument's name. A float may come traced, so that one
+        program serves all values: no Python branch of the method may depend on it.
       variants: other settings that a comparison knows by a name of their own.
     """
 

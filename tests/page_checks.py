@@ -10,6 +10,7 @@ from trees import assert_trees_close
 
 import mtl_jax
 from mtl_jax.compare import digest
+from tests.experiments.tfds_folders import picture, write_cifar
 
 
 def no_step_was_skipped(after, tmp_path):
@@ -34,9 +35,10 @@ def index(after, tmp_path):
     assert sum(value.weights.values()) == pytest.approx(2, rel=1e-6)
     before = losses_fn(after[0]["params"], after[0]["batch"])
     assert all(value.losses[task] < before[task] / 3 for task in before)
-    comparison = after[1]["comparison"]
-    assert set(comparison.runs) == {"equal", "adaptive"}
-    assert all(run.failure is None for runs in comparison.runs.values() for run in runs)
+    runs = after[1]["results"].runs
+    assert {run.weighting for run in runs} == {"equal", "adaptive", "sum alone", "product alone"}
+    assert all(run.failure is None for run in runs)
+    assert set(runs[0].metrics["test"]["product"]) == {"absolute error", "R2"}
 
 
 def representation(after, tmp_path):
@@ -160,6 +162,27 @@ def checkpoints(after, tmp_path):
         train(40, tmp_path / "resumed")
 
 
+def problem(after, tmp_path):
+    """Its photographs are turned over in training alone, and tensorflow-datasets is read."""
+    tasks, problem = after[0]["tasks"], after[1]["problem"]
+    assert [metric.name for metric in tasks["segments"].metrics] == ["mIoU", "pixel accuracy"]
+    batches = iter(problem.train_batches(seed=0))
+    images = {image.tobytes() for _ in range(9) for image in next(batches)["image"]}
+    batches.close()
+    originals = [problem.train[index]["image"] for index in range(300)]
+    assert images < {image.tobytes() for o in originals for image in (o, o[:, ::-1])}
+    assert 0 < len(images - {image.tobytes() for image in originals}) < 288
+    batch, _ = next(problem.evaluation_batches("test", 100))
+    np.testing.assert_array_equal(batch["image"][7], problem.test[7]["image"])
+
+    labels = {"label": 100, "coarse_label": 20}
+    folder = write_cifar(tmp_path, "cifar100", labels, num_train=40, num_test=12)
+    splits = after[2]["cifar100"](str(folder))
+    assert [len(split) for split in splits] == [36, 4, 12]
+    np.testing.assert_array_equal(splits[1][0]["image"], picture(36))
+    assert splits[2][0]["fine"] == 40
+
+
 def tuning(after, tmp_path):
     (names,) = after
     chosen = names["tuning"].chosen("focused")
@@ -207,5 +230,6 @@ CHECKS = {
     "docs/accumulation.md": accumulation,
     "docs/checkpoints.md": checkpoints,
     "docs/evaluation.md": evaluation,
+    "docs/problem.md": problem,
     "docs/tuning.md": tuning,
 }

@@ -28,6 +28,7 @@ from mtl_jax.compare.devices import is_first_process, wait_for_all
 from mtl_jax.compare.problem import Problem
 from mtl_jax.compare.report import print_tables, write_report
 from mtl_jax.compare.results import (
+    BASELINE,
     Results,
     Run,
     Trial,
@@ -271,9 +272,9 @@ class _Plan:
     def runs(self) -> list[tuple[Setting, int]]:
         """All runs. Seeds outermost, so that a slow moment of the machine falls on all alike.
 
-        Each task alone comes first: some weightings are made of what it reaches.
+        After equal weights comes each task alone: some weightings are made of what it reaches.
         """
-        settings = sorted(self.settings, key=lambda setting: setting.task is None)
+        settings = sorted(self.settings, key=lambda one: one.task is None and one.name != BASELINE)
         return [(setting, seed) for seed in self.seeds for setting in settings]
 
     def read_finished(self, folder: pathlib.Path) -> dict[tuple[str, int], Run]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import optax
+from jaxtyping import ArrayLike, Float
 
 from mtl_jax._base import Aggregator, Weighting
 from mtl_jax._search_space import Choice, Range, Space, TaskWeights
@@ -57,6 +58,7 @@ __all__ = [
     "METHODS",
     "Method",
     "RunSettings",
+    "SingleTask",
     "achievement",
     "adaptive",
     "aligned_mtl",
@@ -99,6 +101,20 @@ __all__ = [
 ]
 
 
+class SingleTask(NamedTuple):
+    """What each task reaches alone: the same network, trained on its loss only.
+
+    Attributes:
+      losses: for each task the mean training loss of every epoch, ``float[epochs]``.
+      metrics: for each task the validation metric after the last epoch, the first one of several.
+      higher_is_better: for each task whether a higher metric is better.
+    """
+
+    losses: Mapping[str, Float[ArrayLike, "epochs"]]
+    metrics: Mapping[str, Any]
+    higher_is_better: Mapping[str, bool]
+
+
 class RunSettings(NamedTuple):
     """What the arguments of a method may depend on.
 
@@ -106,11 +122,14 @@ class RunSettings(NamedTuple):
       steps_per_epoch: training steps in an epoch.
       epochs: epochs of a run.
       optimizer: the network's optimizer, which also trains a weighting's own parameters.
+      single_task: what each task reaches alone, with the same seed; ``None`` where that was not
+        trained.
     """
 
     steps_per_epoch: int
     epochs: int
     optimizer: optax.GradientTransformation
+    single_task: SingleTask | None = None
 
 
 Reads = Literal["the losses", "the losses after the step, too", "the Gramian", "the task gradients"]
@@ -327,6 +346,7 @@ _RECORDS = (
             ),
         ),
         search={"gamma": Range(1.0, 0.0, 5.0), "decay": Choice(0.0, 0.9, 0.99)},
+        variants={"dynamic_task_priority_metrics": {"performance": "metrics"}},
     ),
     Method(
         factory=achievement,

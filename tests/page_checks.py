@@ -1,5 +1,7 @@
 """What the code of single pages must have found: given the names after each of its blocks."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -92,6 +94,24 @@ def moving(after, tmp_path):
     assert first["value"].weights == {"depth": 1, "normals": pytest.approx(0.3)}
     assert (second["state"].step, second["state"].skipped) == (1, 0)
     assert second["value"].measured
+
+
+def physics(after, tmp_path):
+    """The figures of the last table are those that the code prints."""
+    names = after[-1]
+    assert (names["state"].step, names["state"].skipped) == (200, 0)
+    assert (names["ntk_state"].step, names["ntk_state"].skipped) == (200, 0)
+    rows = re.findall(r"^\| (?:at|after) .*? \| (.*) \|$", PAGES["docs/physics.md"], re.MULTILINE)
+    for row, params in zip(rows, (names["params"], names["state"].params), strict=True):
+        said = [float(number) for cell in row.split("|") for number in cell.split("/")]
+        by_loss, by_root = names["by_loss"](params), names["by_root"](params)
+        printed = (by_loss, by_root, names["ntk_weights"](params, names["points"]))
+        found = [weights[term] for weights in printed for term in ("initial", "equation")]
+        np.testing.assert_allclose(said, found, rtol=0.1)  # 200 steps may round apart
+    # What was measured at steps 0 and 100, averaged.
+    weights, state = names["ntk_value"].weights, names["ntk_state"].weighting_state.inner
+    np.testing.assert_array_equal(state.updates, 2)
+    assert weights["initial"] > 5 > 1 > weights["equation"]
 
 
 def scale(after, tmp_path):
@@ -205,6 +225,7 @@ CHECKS = {
     "docs/missing_labels.md": missing_labels,
     "docs/own_weighting.md": own_weighting,
     "docs/moving.md": moving,
+    "docs/physics.md": physics,
     "docs/scale.md": scale,
     "docs/accumulation.md": accumulation,
     "docs/checkpoints.md": checkpoints,

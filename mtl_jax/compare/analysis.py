@@ -477,8 +477,9 @@ def made_with(runs: Iterable[Run]) -> dict[str, dict[str, int]]:
         flat = {**run.provenance.get("versions", {}), **run.provenance}
         for key, value in flat.items():
             if key not in ("versions", "begun with"):  # what is nested
+                text = str(value)[:8] if key == "program" else str(value)  # a digest
                 by_value = found.setdefault(key, {})
-                by_value[str(value)] = by_value.get(str(value), 0) + 1
+                by_value[text] = by_value.get(text, 0) + 1
     return found
 
 

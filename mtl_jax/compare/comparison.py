@@ -28,6 +28,7 @@ from mtl_jax.compare.devices import is_first_process, wait_for_all
 from mtl_jax.compare.problem import Problem
 from mtl_jax.compare.report import print_tables, write_report
 from mtl_jax.compare.results import (
+    BASELINE,
     Results,
     Run,
     Trial,
@@ -38,7 +39,7 @@ from mtl_jax.compare.results import (
     write_run,
 )
 from mtl_jax.compare.tensorboard import TensorBoard
-from mtl_jax.compare.training import Setting, Trainer, settings_of
+from mtl_jax.compare.training import Setting, Trainer, settings_of, single_task
 from mtl_jax.compare.tuning import (
     TUNING_SEED,
     Select,
@@ -155,7 +156,10 @@ def compare(
         plans.append(_Plan(trainer, settings, seeds))
     results = Results(
         problems={plan.name: plan.trainer.problem.info() for plan in plans},
-        planned={plan.name: [(one.name, seed) for one, seed in plan.runs] for plan in plans},
+        planned={
+            plan.name: [(one.name, seed) for seed in seeds for one in plan.settings]
+            for plan in plans
+        },
         command=command,
     )
     first = is_first_process()
@@ -266,8 +270,12 @@ class _Plan:
 
     @property
     def runs(self) -> list[tuple[Setting, int]]:
-        """All runs. Seeds outermost, so that a slow moment of the machine falls on all alike."""
-        return [(setting, seed) for seed in self.seeds for setting in self.settings]
+        """All runs. Seeds outermost, so that a slow moment of the machine falls on all alike.
+
+        After equal weights comes each task alone: some weightings are made of what it reaches.
+        """
+        settings = sorted(self.settings, key=lambda one: one.task is None and one.name != BASELINE)
+        return [(setting, seed) for seed in self.seeds for setting in settings]
 
     def read_finished(self, folder: pathlib.Path) -> dict[tuple[str, int], Run]:
         """The runs that the folder has records of, by name and seed.
@@ -308,12 +316,17 @@ def _runs(
     """The runs of a plan, each after every epoch of it, or as it was read."""
     if finished and len(finished) < len(plan.runs):
         _warn_of_another_network(plan, finished.values())
+    alone = {(run.task, run.seed): run for run in finished.values() if run.task is not None}
     for run in finished.values():
         progress.run(run)
         yield run  # to be logged again
     for setting, seed in plan.runs:
         if (setting.name, seed) in finished:
             continue
+        if setting.task is None and setting.single_task is not None:
+            problem = plan.trainer.problem
+            reached = single_task(problem, {task: alone[task, seed] for task in problem.tasks})
+            setting = dataclasses.replace(setting, single_task=reached)
         checkpoints = None
         if folder is not None and checkpoint_seconds is not None:
             where = folder / "checkpoints" / file_name(plan.name)
@@ -326,6 +339,8 @@ def _runs(
             for run in epochs:
                 if plan.trainer.is_finished(run):
                     progress.run(run)
+                    if run.task is not None:
+                        alone[run.task, seed] = run
                     if folder is not None and is_first_process():
                         write_run(folder, run)
                 yield run

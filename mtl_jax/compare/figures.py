@@ -94,11 +94,14 @@ def changes_figure(analysis: Analysis) -> Figure | None:
     axis = figure.subplots()
     for place, name in enumerate(names):
         mean, of_tasks = rows[name]
+        # The mean above a few tasks, so that it hides none of them, and among many.
+        offsets = np.linspace(-0.3, 0.3, len(tasks) + 1)
+        offsets[0] = offsets[0] if 1 < len(tasks) <= SMALL else 0
         for number, task in enumerate(tasks if len(tasks) > 1 else []):
             found = of_tasks[task]
             axis.errorbar(
                 100 * found.mean,
-                place + 0.5 * (number / (len(tasks) - 1) - 0.5),  # around the line of the row
+                place + offsets[number + 1],
                 xerr=100 * np.nan_to_num(found.half_width) if few else None,
                 fmt="o",
                 markersize=4 if few else 3,
@@ -108,7 +111,7 @@ def changes_figure(analysis: Analysis) -> Figure | None:
             )
         axis.errorbar(
             100 * mean.mean,
-            place,
+            place + offsets[0],
             xerr=100 * np.nan_to_num(mean.half_width),
             fmt="D",
             markersize=6,
@@ -298,6 +301,7 @@ def difficulty_figure(analysis: Analysis) -> Figure | None:
         axis.set_title(name + _correlation(left, weights))
         axis.set_xlabel("share of the first loss left")
         axis.set_ylabel("relative weight")
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
         low, high = axis.get_ylim()
         axis.set_ylim(min(0, low), 1.1 * max(1, high))
     how = "trained alone" if analysis.alone else "with equal weights"

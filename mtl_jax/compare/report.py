@@ -343,4 +343,4 @@ def report_main(config: Report) -> None:
 def terminal() -> rich.console.Console:
     """The terminal; a file or a pipe does not limit the width of tables."""
     console = rich.console.Console(highlight=False)
-    return console if console.is_terminal else rich.console.Console(width=160, highlight=False)
+    return console if console.is_terminal else rich.console.Console(width=180, highlight=False)

@@ -187,6 +187,7 @@ class Trial:
       seconds: how long it took, compiling included.
       compile_seconds: the part of it that was compiling.
       compilations: the number of programs that it compiled.
+      train_losses: of a task alone the mean training loss of every epoch.
     """
 
     learning_rate: float
@@ -197,6 +198,7 @@ class Trial:
     seconds: float = 0.0
     compile_seconds: float = 0.0
     compilations: int = 0
+    train_losses: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
 
     @property
     def epochs(self) -> int:

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from mtl_jax._base import Aggregator, MultiTaskGradient, MultiTaskValue, Signal, Weighting
+from mtl_jax._metrics import Metrics, with_metrics
 from mtl_jax._tasks import read_mask, read_tasks
 from mtl_jax._train import TrainState, TrainStep, make_train_step
 from mtl_jax._transforms import representation_value_and_grad, value_and_grad
@@ -30,9 +31,9 @@ from mtl_jax.compare.checkpoints import Epoch, RunCheckpoints
 from mtl_jax.compare.data import Batch, arrays_for_device, take
 from mtl_jax.compare.devices import Devices
 from mtl_jax.compare.problem import Problem
-from mtl_jax.compare.results import BASELINE, Place, Run, alone_name, environment
+from mtl_jax.compare.results import BASELINE, Place, Run, Trial, alone_name, environment
 from mtl_jax.compare.weightings import WEIGHTINGS, MakeWeighting
-from mtl_jax.methods import RunSettings
+from mtl_jax.methods import RunSettings, SingleTask
 
 STEPS = 256
 """The most steps between two looks at what they found."""
@@ -62,6 +63,8 @@ class Setting:
       learning_rate: the optimizer's learning rate.
       parameters: the weighting's own parameters; those that are not here have their defaults.
       task: the task that is trained alone; ``None`` for a weighting.
+      single_task: what each task reaches alone with the seed of the run, for the weightings that
+        are made of it; before that is known numbers that stand for it; ``None`` if it never is.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Setting:
     learning_rate: float
     parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     task: str | None = None
+    single_task: SingleTask | None = None
 
 
 def settings_of(
@@ -76,10 +80,30 @@ def settings_of(
 ) -> list[Setting]:
     """The default settings of the weightings and of each task alone."""
     rate = problem.learning_rate
-    settings = [Setting(name, make, rate) for name, make in weightings.items()]
+    unknown = single_task(problem, {}) if alone else None
+    settings = [Setting(name, make, rate, single_task=unknown) for name, make in weightings.items()]
     for task in problem.tasks if alone else ():
         settings.append(Setting(alone_name(task), WEIGHTINGS[BASELINE], rate, task=task))
     return settings
+
+
+def single_task(problem: Problem, runs: Mapping[str, Run | Trial]) -> SingleTask:
+    """What each task reached alone, from these runs by task; 1 where there is none.
+
+    A run that failed is taken to have stayed where it was.
+    """
+    losses, metrics = {}, {}
+    for task, description in problem.tasks.items():
+        curve, metric = [1.0], 1.0
+        if task in runs:
+            run, first = runs[task], description.metrics[0].name
+            found = run.validation if isinstance(run, Trial) else run.metrics["validation"]
+            curve, metric = run.train_losses[task], float(found[task][first][-1])
+        missing = problem.epochs - len(curve)
+        losses[task] = np.pad(np.asarray(curve, np.float32), (0, missing), mode="edge")
+        metrics[task] = metric
+    higher = {name: task.metrics[0].higher_is_better for name, task in problem.tasks.items()}
+    return SingleTask(losses, metrics, higher)
 
 
 class Trainer:
@@ -114,6 +138,7 @@ class Trainer:
                 )
         self.evaluate = Evaluator(problem, self.devices)
         self._init = jax.jit(problem.init)
+        self._tell = jax.jit(with_metrics, out_shardings=self.devices.whole)
         self._programs: dict[Any, _Program] = {}
 
     # One run
@@ -124,7 +149,7 @@ class Trainer:
         Raises:
           ValueError: if the weighting cannot run on the problem, as one that needs more tasks.
         """
-        weighting = self._make(setting, setting.learning_rate, setting.parameters)
+        weighting = self._default(setting)
         params, _ = self.shapes[0]
         losses = dict.fromkeys(self.problem.tasks, jax.ShapeDtypeStruct((), jnp.float32))
 
@@ -202,6 +227,8 @@ class Trainer:
                 if ended:
                     self._end_epoch(run, epoch, loop.state, program.columns, splits, compiling)
                     epoch = Epoch()
+                    with compiling:
+                        loop.state = self._told(run, loop.state)
                 on_steps(run, loop.step, _mean_losses(rows, program.columns, run.task))
                 if checkpoints is not None and not self.is_finished(run):
                     checkpoints.save(loop.step, run, epoch, loop.state)
@@ -242,13 +269,24 @@ class Trainer:
             elif kind == "loss" and name in tasks:
                 run.train_losses.setdefault(name, []).append(_mean(values))
 
+    def _told(self, run: Run, state: TrainState) -> TrainState:
+        """The state, its weighting told the validation metrics, if it reads any."""
+        if run.task is not None or not _reads_metrics(state.weighting_state):
+            return state
+        metrics = {
+            name: run.metrics["validation"][name][task.metrics[0].name][-1]
+            for name, task in self.problem.tasks.items()
+        }
+        told = self._tell(state.weighting_state, self.devices.replicate(metrics))
+        return state._replace(weighting_state=told)
+
     # What is compiled
 
     def _program(self, setting: Setting, run: Run) -> "_Program":
         """The program of a weighting, for all its numbers, or of the tasks alone."""
         key = ("alone" if setting.task else setting.name, _Numbers(setting).structure)
         if key not in self._programs:
-            weighting = self._make(setting, setting.learning_rate, setting.parameters)
+            weighting = self._default(setting)
             columns = [("loss", task) for task in self.problem.tasks]
             if isinstance(weighting, Weighting):
                 columns += [("weight", task) for task in self.problem.tasks]
@@ -301,10 +339,14 @@ class Trainer:
         return self.devices.replicate(jax.tree.map(jnp.asarray, data))
 
     def train_step(
-        self, setting: Setting, learning_rate: Any, parameters: Mapping[str, Any]
+        self,
+        setting: Setting,
+        learning_rate: Any,
+        parameters: Mapping[str, Any],
+        single_task: SingleTask | None,
     ) -> TrainStep:
         """The training step, of Python's numbers or of traced ones."""
-        weighting = self._make(setting, learning_rate, parameters)
+        weighting = self._make(setting, learning_rate, parameters, single_task)
         place = self._measured_at(weighting, setting.task)
         in_parts = place == "representation"
         return make_train_step(
@@ -355,11 +397,19 @@ class Trainer:
         return self.problem.optimizer(learning_rate, self.steps_per_epoch * self.problem.epochs)
 
     def _make(
-        self, setting: Setting, learning_rate: Any, parameters: Mapping[str, Any]
+        self,
+        setting: Setting,
+        learning_rate: Any,
+        parameters: Mapping[str, Any],
+        single_task: SingleTask | None,
     ) -> Weighting | Aggregator:
         optimizer = self._optimizer(learning_rate)
-        settings = RunSettings(self.steps_per_epoch, self.problem.epochs, optimizer)
+        settings = RunSettings(self.steps_per_epoch, self.problem.epochs, optimizer, single_task)
         return setting.make(settings, **parameters)
+
+    def _default(self, setting: Setting) -> Weighting | Aggregator:
+        """The weighting of a setting, of Python's numbers."""
+        return self._make(setting, setting.learning_rate, setting.parameters, setting.single_task)
 
     def _measured_at(self, weighting: Weighting | Aggregator, task: str | None) -> Place | None:
         if isinstance(weighting, Aggregator) or weighting.needs is Signal.TASK_GRADIENTS:
@@ -447,23 +497,32 @@ class _Numbers:
     """The numbers of a setting that a program can be given as arguments, and how to put them back.
 
     Attributes:
-      values: the learning rate and what else is a float.
+      values: the learning rate and what else is a float, or an array of such.
       structure: all else, the same for settings that share a program.
     """
 
     def __init__(self, setting: Setting) -> None:
-        tree = (float(setting.learning_rate), dict(setting.parameters))
+        tree = (float(setting.learning_rate), dict(setting.parameters), setting.single_task)
         leaves, structure = jax.tree.flatten(tree)
-        self.values = tuple(leaf for leaf in leaves if isinstance(leaf, float))
-        rest = tuple(None if isinstance(leaf, float) else leaf for leaf in leaves)
+        numbers = (float, np.ndarray)
+        self.values = tuple(leaf for leaf in leaves if isinstance(leaf, numbers))
+        rest = tuple(None if isinstance(leaf, numbers) else leaf for leaf in leaves)
         self.structure = (structure, rest)
 
-    def join(self, values: Sequence[Any]) -> tuple[Any, Mapping[str, Any]]:
-        """The learning rate and the parameters, with these values for the floats."""
+    @property
+    def constants(self) -> tuple[Any, ...]:
+        """The values as constants of a program, by which it can be told from another one."""
+        return tuple(
+            tuple(map(float, value)) if isinstance(value, np.ndarray) else value
+            for value in self.values
+        )
+
+    def join(self, values: Sequence[Any]) -> tuple[Any, Mapping[str, Any], SingleTask | None]:
+        """The learning rate, the parameters and the baselines, with these values."""
         structure, rest = self.structure
-        floats = iter(values)
+        numbers = iter(values)
         return jax.tree.unflatten(
-            structure, [next(floats) if leaf is None else leaf for leaf in rest]
+            structure, [next(numbers) if leaf is None else leaf for leaf in rest]
         )
 
 
@@ -497,13 +556,13 @@ class _Program:
                 return self._start_of_traced(numbers.values, *args)
             except JAXTypeError:
                 self._traced = False
-        return self._start_of_constant(numbers.values, *args)
+        return self._start_of_constant(numbers.constants, *args)
 
     def steps(
         self, numbers: _Numbers, args: tuple[Any, ...], compiling: "_Compiling"
     ) -> tuple[TrainState, Array, Array]:
         """Take steps; the last of what is returned is there to be waited for."""
-        compiled = self._compiled.get(None if self._traced else numbers.values)
+        compiled = self._compiled.get(None if self._traced else numbers.constants)
         if compiled is None:
             with compiling:
                 compiled = self._compile(numbers, args)
@@ -526,8 +585,9 @@ class _Program:
             except JAXTypeError:
                 self._traced = False
         program = jax.jit(self._steps, static_argnums=0, **options)
-        self._compiled[numbers.values] = program.lower(numbers.values, *args).compile()
-        return self._compiled[numbers.values]
+        constants = numbers.constants
+        self._compiled[constants] = program.lower(constants, *args).compile()
+        return self._compiled[constants]
 
     def _train_step(self, values: Sequence[Any]) -> TrainStep:
         return self._trainer.train_step(self._setting, *self._join(values))
@@ -629,6 +689,12 @@ class _Loop:
         self.state, self._found, tick = self._program.steps(self._numbers, arguments, compiling)
         self.step += len(items)
         return tick
+
+
+def _reads_metrics(state: PyTree) -> bool:
+    """Whether a weighting whose state this is reads metrics."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, Metrics))
+    return any(isinstance(node, Metrics) for node in nodes)
 
 
 class _Compiling:

@@ -27,10 +27,11 @@ from mtl_jax.compare.results import (
     Run,
     Trial,
     Tuning,
+    alone_name,
     file_name,
     write_text,
 )
-from mtl_jax.compare.training import Setting, Trainer, settings_of
+from mtl_jax.compare.training import Setting, Trainer, settings_of, single_task
 from mtl_jax.compare.weightings import SPACES, WEIGHTINGS, MakeWeighting
 
 if TYPE_CHECKING:
@@ -165,8 +166,14 @@ def tune_with(
         trainer.new_run(setting, seed)  # raises where it cannot run
     found: dict[str, list[Trial]] = {setting.name: [] for setting in settings}
     baseline: _Metrics | None = None
+    # Equal weights are what all are measured against, and tasks alone what some are made of.
+    order = {BASELINE: 0} | {setting.name: 1 for setting in settings if setting.task}
+    tuning = Tuning(seed, select, found)
     with _quiet_optuna():
-        for setting in settings:
+        for setting in sorted(settings, key=lambda setting: order.get(setting.name, 2)):
+            if alone and setting.name not in order:
+                chosen = {task: tuning.chosen(alone_name(task)) for task in problem.tasks}
+                setting = dataclasses.replace(setting, single_task=single_task(problem, chosen))
             file = None
             if folder is not None:
                 name = f"{file_name(setting.name)}.json"
@@ -178,7 +185,7 @@ def tune_with(
                 found[setting.name].append(trial)
                 on_trial(setting.name, found[setting.name])
             baseline = search.baseline
-    return Tuning(seed, select, found)
+    return tuning
 
 
 def check_tuning(trials: int, select: str) -> None:
@@ -302,6 +309,7 @@ class _Search:
             time.perf_counter() - start,
             run.compile_seconds,
             run.compilations,
+            {} if self.setting.task is None else run.train_losses,
         )
 
     def _default(self) -> dict[str, Any]:

@@ -33,9 +33,9 @@ def norm_balance(
     .. math::
 
        w_k \leftarrow m\, w_k + (1 - m)\, \frac{\bar n}{n_k}, \qquad
-       n_k = \lVert \nabla L_k \rVert \ \text{ or }\
+       n_k = \lVert \nabla L_k \rVert \quad \text{or} \quad
              \lVert \nabla \sqrt{L_k} \rVert = \frac{\lVert \nabla L_k \rVert}{2 \sqrt{L_k}}, \qquad
-       \bar n = \frac{1}{K} \sum_j n_j \ \text{ or }\ n_{\text{reference}},
+       \bar n = \frac{1}{K} \sum_j n_j \quad \text{or} \quad n_{\text{reference}},
 
     from weights of 1. The average is taken where the norms are measured: with
     ``every(norm_balance(), 1000)`` it is that of the measurements. Nothing is learned here, and no

@@ -21,21 +21,23 @@ from toy_problem import (
 import mtl_jax
 from mtl_jax._base import Aggregator, Signal
 from mtl_jax.compare import WEIGHTINGS, Task, mean_of, training
-from mtl_jax.compare.training import Evaluator, Setting, Trainer, settings_of
+from mtl_jax.compare.training import Evaluator, Setting, Trainer, settings_of, single_task
 
 WHOLE = {"shared": shared}
 FORMS = {"in parts": IN_PARTS, "whole": WHOLE}
 ERROR = "squared error"
+THREE = make_problem(THREE_TARGETS, **IN_PARTS, train=split(64, 0), epochs=2)
 
 
 @pytest.fixture(scope="module")
 def three():
     """What trains three tasks on an encoder."""
-    return Trainer(make_problem(THREE_TARGETS, **IN_PARTS, train=split(64, 0), epochs=2))
+    return Trainer(THREE)
 
 
 def setting(name, learning_rate=0.01, make=None, **parameters):
-    return Setting(name, WEIGHTINGS[name] if make is None else make, learning_rate, parameters)
+    make = WEIGHTINGS[name] if make is None else make
+    return Setting(name, make, learning_rate, parameters, single_task=single_task(THREE, {}))
 
 
 def last(trainer, name, seed=0, **own):
@@ -51,6 +53,9 @@ def alone(trainer, task, seed=0):
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_every_known_weighting_trains(name, three):
     run = last(three, name)
+    if name == "dynamic_task_priority_metrics":  # its indicators lie in (0, 1], not so these errors
+        assert run.failure == "no finite update in epoch 2"
+        return
     assert run.failure is None
     assert run.skipped == 0
     for task in three.problem.tasks:
@@ -59,7 +64,7 @@ def test_every_known_weighting_trains(name, three):
             assert len(run.metrics[part][task][ERROR]) == three.problem.epochs
     total = [sum(run.train_losses[task][epoch] for task in run.train_losses) for epoch in (0, -1)]
     assert total[1] < total[0]
-    made = three._make(setting(name), 0.01, {})
+    made = three._default(setting(name))
     if isinstance(made, Aggregator):
         assert run.measured_at == "parameters"
         assert run.weights == {}

@@ -31,7 +31,7 @@ from mtl_jax.compare import (
     tune,
 )
 from mtl_jax.compare.command_line import Options, run
-from mtl_jax.compare.training import Setting, Trainer
+from mtl_jax.compare.training import Setting, Trainer, single_task
 from mtl_jax.compare.tuning import TUNING_SEED, _Search
 
 TASKS = ("right", "wrong")
@@ -328,22 +328,26 @@ def test_optuna_logs_no_trials_and_is_left_as_it_was(capfd):
 
 @pytest.mark.parametrize("name", SPACES)
 def test_spaces_begin_at_the_defaults_and_hold_valid_parameters(name):
-    settings = RunSettings(4, 5, PROBLEM.optimizer(0.1, 20))
-    trainer = Trainer(make_problem(THREE_TARGETS))
+    problem = make_problem(THREE_TARGETS)
+    settings = RunSettings(4, 5, PROBLEM.optimizer(0.1, 20), single_task(problem, {}))
+    trainer = Trainer(problem)
     for parameter, dimension in SPACES[name].items():
         if isinstance(dimension, TaskWeights):
             continue
         first = dimension.first(parameter, [])[parameter]
-        (method,) = (one for one in mtl_jax.METHODS.values() if name in one.spaces)
-        default = inspect.signature(method.factory).parameters[parameter].default
+        methods = [one for one in mtl_jax.METHODS.values() if name in one.spaces]
+        factory = methods[0].factory if methods else mtl_jax.adaptive  # adaptive_alone
+        parameters = inspect.signature(factory).parameters
+        default = "end" if parameter == "reference" else parameters[parameter].default
         required = {"dynamic_task_priority": {"gamma": 1.0}, "uw_so": {"temperature": 1.0}}
-        assert first == required.get(name, {}).get(parameter, default)
+        assert first == required.get(name.removesuffix("_metrics"), {}).get(parameter, default)
         extremes = (
             dimension.values if isinstance(dimension, Choice) else (dimension.low, dimension.high)
         )
         for value in extremes:
             make = functools.partial(WEIGHTINGS[name], **{parameter: value})
-            trainer.new_run(Setting(name, make, 0.1), 0)
+            setting = Setting(name, make, 0.1, single_task=settings.single_task)
+            trainer.new_run(setting, 0)
             assert make(settings).update is not None
 
 

@@ -174,24 +174,31 @@ def test_power_of_seeds():
         assert smallest == pytest.approx(2.0 ** (1 - seeds), rel=0.05)
 
 
-def test_moving():
+@pytest.mark.parametrize("page", ["docs/moving.md", "docs/physics.md"])
+def test_moving(page):
     """What stands beside the names of other libraries are calls that can be made here."""
-    rows = re.findall(r"^\|[^|]*\| ([^|]*) \|[^|]*\|$", PAGES["docs/moving.md"], re.MULTILINE)
+    rows = re.findall(r"^\|[^|]*\| ([^|]*) \|[^|]*\|$", PAGES[page], re.MULTILINE)
     calls = [call for row in rows for call in re.findall(r"`(\w+\([^`]*\))`", row)]
     known = {"optimizer": optax.adam(1e-3), "steps_per_epoch": 10, "k": 10, "K": 3, "mu": 0.5}
+    known |= {"weights": {"data": 1.0}}
     made = [eval(call, vars(mtl_jax) | known) for call in calls]
     assert all(isinstance(one, mtl_jax.Weighting | mtl_jax.Aggregator) for one in made)
-    assert set(re.findall(r"\w+(?=\()", " ".join(calls))) & METHODS == ELSEWHERE
+    assert len(made) > 10
+    if page == "docs/moving.md":
+        assert set(re.findall(r"\w+(?=\()", " ".join(calls))) & METHODS == ELSEWHERE
 
 
 def test_defaults_that_are_said_to_be_shared():
-    """LibMTL's defaults, where the page says that ours are the same."""
+    """Those of LibMTL and of the codes on physics.md, where a page says that ours are the same."""
     theirs = {
         "moco": {"beta": 0.5, "beta_sigma": 0.5, "gamma": 0.1, "gamma_sigma": 0.5, "rho": 0},
         "db_mtl": {"beta": 0.9, "beta_sigma": 0},
         "excess_mtl": {"step_size": 0.01},
         "famo": {"learning_rate": 0.025, "weight_decay": 1e-3},
         "stch": {"mu": 1.0},
+        "norm_balance": {"momentum": 0.9},
+        "lr_annealing": {"alpha": 0.1},
+        "relobralo": {"alpha": 0.999, "temperature": 1.0, "rho": 1.0},
     }
     for name, defaults in theirs.items():
         parameters = inspect.signature(getattr(mtl_jax, name)).parameters

@@ -54,7 +54,7 @@ def test_help_explains_every_option(capsys):
     printed = " ".join(capsys.readouterr().out.split())
     for option, default in (
         ("--problem", "multimnist utterances"),
-        ("--weightings", "equal adaptive dwa uncertainty"),
+        ("--weightings", "equal adaptive adaptive_softmax dwa uncertainty"),
         ("--seeds", "3"),
         ("--epochs", "None"),
         ("--conflict", "False"),

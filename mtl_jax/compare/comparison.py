@@ -45,9 +45,9 @@ from mtl_jax.compare.tuning import (
     Select,
     check_tuning,
     settings_of_problem,
+    tune_with,
     with_baselines,
 )
-from mtl_jax.compare.tuning import tune as tune_problem
 from mtl_jax.compare.weightings import MakeWeighting, named_weightings
 
 
@@ -85,7 +85,7 @@ def compare(
 
     Args:
       problems: the problem, or several.
-      weightings: names of :data:`WEIGHTINGS`, or functions that make the weightings, by name.
+      weightings: names of ``WEIGHTINGS``, or functions that make the weightings, by name.
       folder: where the results go; made if it does not exist. ``None`` to write nothing.
       seeds: the seeds.
       alone: whether to train each task alone, too: the same network on that task's loss only.
@@ -181,16 +181,16 @@ def compare(
         for plan in plans:
             try:
                 if tune is not None:
-                    results.tunings[plan.name] = tune_problem(
-                        plan.trainer.problem,
+                    results.tunings[plan.name] = tune_with(
+                        plan.trainer,
                         weightings,
                         trials=tune,
                         select=select,
+                        seed=TUNING_SEED,
                         alone=alone,
                         prune=prune,
                         spaces=spaces,
                         folder=None if folder is None else folder / "tuning",
-                        trainer=plan.trainer,
                         on_steps=progress.steps,
                         on_trial=functools.partial(progress.trial, plan.name),
                     )

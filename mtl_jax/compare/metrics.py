@@ -210,7 +210,7 @@ def f1(
     Args:
       average: ``"binary"`` for the F1 of class 1; with several classes ``"macro"`` for the mean
         over the classes, ``"weighted"`` for the mean by their frequency, ``"micro"`` for that of
-        all together: as in :func:`sklearn.metrics.f1_score`.
+        all together: as in ``sklearn.metrics.f1_score``.
       ignore: the label of elements that do not count.
       name: the metric's name; ``"F1"`` or ``"macro F1"`` and the like by default.
 

@@ -69,7 +69,6 @@ def tune(
     prune: bool = False,
     folder: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,
-    trainer: Trainer | None = None,
     on_steps: Callable[[Run, int, Mapping[str, float]], None] = lambda run, step, losses: None,
     on_trial: Callable[[str, Sequence[Trial]], None] = lambda name, trials: None,
 ) -> Tuning:
@@ -110,8 +109,8 @@ def tune(
       folder: where finished trials are kept, in a folder of the problem's name a file for each
         weighting. Those that are there are not trained again.
       mesh: devices to spread each batch over, as in :func:`compare`.
-      trainer: what trains, to share what it compiles; made of problem and mesh by default.
-      on_steps: called now and then while it trains, as by :meth:`Trainer.run`.
+      on_steps: called every now and then with the run of a trial, the number of its steps so far
+        and the mean losses of the last ones.
       on_trial: called with the name and its trials after every trial, and with those that were
         read.
 
@@ -125,13 +124,43 @@ def tune(
         metrics of a task at 0.
       OtherSettingsError: a ``ValueError``; if the folder's trials are of another search.
     """
+    return tune_with(
+        Trainer(problem, mesh=mesh),
+        weightings,
+        trials=trials,
+        select=select,
+        seed=seed,
+        alone=alone,
+        spaces=spaces,
+        prune=prune,
+        folder=folder,
+        on_steps=on_steps,
+        on_trial=on_trial,
+    )
+
+
+def tune_with(
+    trainer: Trainer,
+    weightings: Mapping[str, MakeWeighting],
+    *,
+    trials: int,
+    select: Select,
+    seed: int,
+    alone: bool,
+    spaces: Mapping[str, Space],
+    prune: bool,
+    folder: str | os.PathLike[str] | None,
+    on_steps: Callable[[Run, int, Mapping[str, float]], None],
+    on_trial: Callable[[str, Sequence[Trial]], None],
+) -> Tuning:
+    """As :func:`tune`, with what trains, which keeps what it has compiled."""
     check_tuning(trials, select)
     weightings = with_baselines(weightings, tuned=True)
     if unknown := set(spaces) - set(weightings):
         raise ValueError(f"There are spaces for {sorted(unknown)}, and no such weightings.")
     known = (name for name in SPACES if weightings.get(name) is WEIGHTINGS[name])
     spaces = {name: SPACES[name] for name in known} | dict(spaces)
-    trainer = Trainer(problem, mesh=mesh) if trainer is None else trainer
+    problem = trainer.problem
     settings = settings_of(problem, weightings, alone)
     for setting in settings:
         trainer.new_run(setting, seed)  # raises where it cannot run

@@ -41,7 +41,7 @@ myst_heading_anchors = 3
 # annotations that are no names.
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:class", r"(collections|jax|jaxlib|jaxtyping|numpy|optax|os)\..*"),
+    ("py:class", r"(collections|jax|jaxlib|jaxtyping|numpy|optax|os|pandas|rich)\..*"),
     ("py:class", r"mtl_jax\.(_base\.(\w+Fn|VectorMethod)|_metrics\.State|compare\.weightings\.T)"),
     ("py:.*", r"|dict\[str|typing\.Literal\[.*"),
 ]

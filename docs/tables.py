@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from mtl_jax import METHODS
 from mtl_jax._search_space import Range
+from mtl_jax.compare import SPACES
 from mtl_jax.methods import Method
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -169,14 +170,13 @@ def readme(old: str) -> str:
 def searched() -> str:
     """What tuning searches."""
     lines = []
-    for method in METHODS.values():
-        for name, space in method.spaces.items():
-            entries = []
-            for parameter, dimension in space.items():
-                entries.append(f"`{parameter}`: {dimension}")
-                if isinstance(dimension, Range):
-                    entries[-1] += f", {dimension.default:g} by default"
-            lines += [f"| `{name}` | {'; '.join(entries)} |"] if entries else []
+    for name, space in SPACES.items():
+        entries = []
+        for parameter, dimension in space.items():
+            entries.append(f"`{parameter}`: {dimension}")
+            if isinstance(dimension, Range):
+                entries[-1] += f", {dimension.default:g} by default"
+        lines.append(f"| `{name}` | {'; '.join(entries)} |")
     return "\n".join(lines)
 
 

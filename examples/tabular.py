@@ -13,12 +13,13 @@ import optax
 from sklearn.datasets import load_diabetes
 from sklearn.model_selection import train_test_split
 
-from mtl_jax.compare import Problem, Task
+from mtl_jax.compare import Problem, Task, mean_of
 
 TASKS = ("progression", "bmi", "pressure")
+ERROR = mean_of(optax.squared_error, "squared error", higher_is_better=False)
 
 
-def read_splits() -> list[dict[str, Any]]:
+def read_splits() -> dict[str, Any]:
     """Training, validation and test patients; everything in units of its standard deviation."""
     patients: Any = load_diabetes()
     table, progression = patients["data"], patients["target"]
@@ -26,8 +27,8 @@ def read_splits() -> list[dict[str, Any]]:
     columns |= {"progression": progression, "bmi": table[:, 2], "pressure": table[:, 3]}
     data = {n: ((c - c.mean(0)) / c.std(0)).astype(np.float32) for n, c in columns.items()}
     train, rest = train_test_split(np.arange(len(progression)), test_size=0.4, random_state=0)
-    parts = (train, rest[::2], rest[1::2])
-    return [{name: column[part] for name, column in data.items()} for part in parts]
+    parts = {"train": train, "validation": rest[::2], "test": rest[1::2]}
+    return {s: {n: column[rows] for n, column in data.items()} for s, rows in parts.items()}
 
 
 def init(key: jax.Array) -> tuple[Any, Any]:
@@ -42,26 +43,23 @@ def encoder(params: Any, model_state: Any, key: Any, batch: Any) -> tuple[jax.Ar
     return jnp.tanh(batch["x"] @ params["encoder"]), model_state
 
 
-def squared_errors(params: Any, zs: Any, batch: Any) -> dict[str, jax.Array]:
-    """The squared error of each patient, for each task."""
-    return {t: (zs[t] @ params["heads"][t] - batch[t]) ** 2 for t in TASKS}
+def losses(params: Any, zs: Any, batch: Any) -> dict[str, jax.Array]:
+    """The mean squared error of each task, from its own copy of the representation."""
+    return {t: jnp.mean((zs[t] @ params["heads"][t] - batch[t]) ** 2) for t in TASKS}
 
 
 def problem() -> Problem:
     """The problem."""
-    train, validation, test = read_splits()
     return Problem(
         name="diabetes",
-        tasks=dict.fromkeys(TASKS, Task("squared error", higher_is_better=False, percent=False)),
-        train=train,
-        validation=validation,
-        test=test,
+        tasks=dict.fromkeys(TASKS, Task(ERROR)),
+        **read_splits(),
         init=init,
         encoder=encoder,
-        heads=lambda params, zs, batch: jax.tree.map(jnp.mean, squared_errors(params, zs, batch)),
-        scores=lambda params, model_state, batch: squared_errors(
-            params, dict.fromkeys(TASKS, encoder(params, {}, None, batch)[0]), batch
-        ),
+        heads=losses,
+        predict=lambda params, model_state, batch: {  # what the metric compares with the labels
+            t: encoder(params, model_state, None, batch)[0] @ params["heads"][t] for t in TASKS
+        },
         optimizer=lambda learning_rate, num_steps: optax.adam(learning_rate),
         learning_rate=3e-3,
         epochs=30,

@@ -1,1 +1,1 @@
-"""Programs that compare weightings on the shipped problems; run from a clone of the repository."""
+"""Programs that compare weightings on problems of all kinds; run from a clone of the repository."""

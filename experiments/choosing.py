@@ -1,116 +1,155 @@
-"""The table and the pictures of docs/choosing.md, from the tables of results.md and speed.md."""
+r"""The table and the pictures of docs/choosing.md, from records.
 
+``python -m experiments.choosing runs/multimnist runs/utterances`` reads what the comparisons left,
+with ``--faster`` that of utterances at its better learning rate, and what ``python -m
+benchmarks.speed`` left.
+"""
+
+import dataclasses
+import json
 import pathlib
-import re
-from typing import NamedTuple
+import sys
+from collections.abc import Mapping
+from typing import Annotated, NamedTuple
 
 import matplotlib
 import matplotlib.figure
 import matplotlib.patches
+import tyro
 
-from mtl_jax.compare import WEIGHTINGS
+from benchmarks.speed.records import FrameworkResult
+from mtl_jax.compare import WEIGHTINGS, Results
+from mtl_jax.compare.analysis import Analysis, Estimate
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
-PAGE = DOCS / "choosing.md"
 START, END = "<!-- made by python -m experiments.choosing -->\n\n", "\n<!-- end -->"
-SIZES = (2, 5, 20)
-FORMS = {  # of a step, in speed.md, the cheapest first
+NETWORKS = {2: "mlp-2", 5: "mlp-5", 20: "mlp-20"}  # of the benchmark, by the number of tasks
+FORMS = {  # of a step in the benchmark, the cheapest first
     "losses": ("the losses", "tab:blue"),
     "representation": ("the Gramian, at the representation", "tab:orange"),
     "rows": ("the task gradients", "tab:green"),
 }
-CHANGE, TOPIC = "change from alone, %", "topic accuracy, %"
-SHIPPED, FASTER = "learning rate 0.01; 5 seeds", "learning rate 0.03; 5 seeds"  # of utterances
+HARDEST = "topic"  # of utterances
 
-Table = dict[str, dict[str, str]]
-"""The rows of a table by name, each with its cells by column."""
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Make the table and the pictures of choosing.md from records."""
+
+    folders: Annotated[
+        tuple[pathlib.Path, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="FOLDER", help="Comparisons on multimnist and utterances."),
+    ]
+    faster: pathlib.Path
+    """The comparison on utterances with the learning rate that suits equal weights."""
+    speed: pathlib.Path = pathlib.Path("runs/speed/speed.json")
+    """What the benchmark of a step left."""
+    out: pathlib.Path = DOCS
+    """The folder with choosing.md and pictures/."""
 
 
 class Measured(NamedTuple):
-    """What was measured of a method: its form, step times by SIZES, and results by problem."""
+    """What was measured of a method.
+
+    Attributes:
+      form: what it reads, a key of :data:`FORMS`.
+      prices: the time of a step in that of plain training, by the number of tasks.
+      multimnist: the mean change from each task alone.
+      utterances: the same, on the other problem.
+      hardest: the accuracy in the hardest task of that.
+    """
 
     form: str
-    prices: list[str]
-    multimnist: str
-    utterances: str
-    topic: str
+    prices: dict[int, float]
+    multimnist: Estimate | None
+    utterances: Estimate | None
+    hardest: Estimate | None
 
 
-def _section(page: str, heading: str) -> str:
-    text = (DOCS / page).read_text(encoding="utf-8")
-    return re.split(r"^## ", text.split(f"\n## {heading}\n")[1], flags=re.MULTILINE)[0]
+def measured(results: Results, speed: FrameworkResult) -> dict[str, Measured]:
+    """What was measured of every method.
 
-
-def _table(block: str, names: int = 1) -> Table:
-    """Read a table whose first columns name its rows."""
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines()]
-    header, _, *rows = lines
-    return {" ".join(row[:names]): dict(zip(header, row, strict=True)) for row in rows}
-
-
-def results(problem: str, settings: str) -> Table:
-    """The results after the last epoch, of all tables with these settings."""
-    pattern = rf"{re.escape(settings)}\.\n.*?((?:^\|[^\n]*\n)+)"
-    blocks = re.findall(pattern, _section("results.md", problem), re.MULTILINE | re.DOTALL)
-    return {name: cells for block in blocks for name, cells in _table(block).items()}
-
-
-def step_times(size: int) -> Table:
-    """The step times on the MLP with this many tasks, by method and form."""
-    (block, *_) = re.findall(r"(?:^\|.*\n)+", _section("speed.md", f"mlp-{size}"), re.MULTILINE)
-    return _table(block, names=2)
-
-
-def measured() -> dict[str, Measured]:
-    """What was measured of every method."""
-    times = [step_times(size) for size in SIZES]
-    multimnist = results("multimnist", "5 seeds")
-    utterances = results("utterances", SHIPPED)
+    Args:
+      results: of multimnist and utterances.
+      speed: the times of a step.
+    """
+    networks = {network.network: network for network in speed.networks}
+    rows = {
+        problem: {row.name: row for row in Analysis(results, problem).rows}
+        for problem in ("multimnist", "utterances")
+    }
     found = {}
     for name in WEIGHTINGS:
-        form = next((form for form in FORMS if f"{name} {form}" in times[-1]), None)
+        times = {
+            (form, tasks): variant.ratio[1]
+            for form in FORMS
+            for tasks, network in NETWORKS.items()
+            if (variant := networks[network].find(name, form)) is not None
+        }
+        form = next((form for form in FORMS if (form, max(NETWORKS)) in times), None)
         if form is None:  # its price is another one's: constant weights are equal weights
             continue
-        rows = [table.get(f"{name} {form}") for table in times]
+        multimnist, utterances = (rows[problem].get(name) for problem in rows)
         found[name] = Measured(
             form,
-            [row["step time"].split(" [")[0] if row else "" for row in rows],
-            multimnist[name][CHANGE] if name in multimnist else "",
-            utterances[name][CHANGE] if name in utterances else "",
-            utterances[name][TOPIC] if name in utterances else "",
+            {tasks: time for (read, tasks), time in times.items() if read == form},
+            multimnist and multimnist.against_alone,
+            utterances and utterances.against_alone,
+            hardest(results, name) if utterances else None,
         )
     return found
 
 
-def markdown(methods: dict[str, Measured]) -> str:
+def hardest(results: Results, name: str) -> Estimate:
+    """What a weighting reached in the hardest task of utterances, in per cent."""
+    analysis = Analysis(results, "utterances")
+    (cells,) = [row.cells for row in analysis.rows if row.name == name]
+    (number,) = [n for n, column in enumerate(analysis.columns) if column.task == HARDEST]
+    estimate = cells[number].estimate
+    return Estimate.from_values([100 * value for value in estimate.values])
+
+
+def markdown(methods: Mapping[str, Measured]) -> str:
     """The table of the page."""
-    prices = " | ".join(f"K = {size}" for size in SIZES)
+    prices = " | ".join(f"K = {tasks}" for tasks in NETWORKS)
     lines = [
-        f"| method | {prices} | multimnist | utterances | topic |",
-        "|---" * (len(SIZES) + 4) + "|",
+        f"| method | {prices} | multimnist | utterances | {HARDEST} |",
+        "|---" * (len(NETWORKS) + 4) + "|",
     ]
     for form, (label, _) in FORMS.items():
-        lines.append(f"| *reads {label}* " + "| " * (len(SIZES) + 3) + "|")
+        lines.append(f"| *reads {label}* " + "| " * (len(NETWORKS) + 3) + "|")
         for name, row in methods.items():
             if row.form == form:
-                prices = [f"{float(price):.2f}" if price else "" for price in row.prices]
-                cells = (*prices, row.multimnist, row.utterances, row.topic)
-                unbroken = " | ".join(cells).replace(" ± ", "\u00a0±\u00a0")
-                lines.append(f"| `{name}` | {unbroken} |")
+                times = [f"{row.prices[k]:.2f}" if k in row.prices else "" for k in NETWORKS]
+                found = [_interval(row.multimnist, 100, "+"), _interval(row.utterances, 100, "+")]
+                cells = (*times, *found, _interval(row.hardest))
+                lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def decisions(methods: dict[str, Measured]) -> list[tuple[str, str]]:
-    """Questions in the order to ask them, each with the answer to take at the first yes."""
+def _interval(estimate: Estimate | None, scale: int = 1, sign: str = "") -> str:
+    """A mean and its interval, without a break between them."""
+    if estimate is None:
+        return ""
+    return f"{scale * estimate.mean:{sign}.2f}\u00a0±\u00a0{scale * estimate.half_width:.2f}"
 
-    def mean(cell: str) -> float:
-        return float(cell.split(" ±")[0])
+
+def decisions(methods: Mapping[str, Measured], faster: Estimate) -> list[tuple[str, str]]:
+    """Questions in the order to ask them, each with the answer to take at the first yes.
+
+    Args:
+      methods: what was measured.
+      faster: what equal weights reach in the hardest task at a learning rate that suits them.
+    """
+    known = {name: row.hardest.mean for name, row in methods.items() if row.hardest is not None}
 
     def gain(name: str) -> float:
-        return mean(methods[name].topic) - mean(methods["equal"].topic)
+        return known[name] - known["equal"]
 
-    tuned = mean(results("utterances", FASTER)["equal"][TOPIC]) - mean(methods["equal"].topic)
-    best = max((name for name in methods if methods[name].topic), key=gain)
+    best = max(known, key=gain)
+    tuned = faster.mean - known["equal"]
+    few, many = (sorted(NETWORKS)[place] for place in (1, -1))
     return [
         (
             "Are equal weights not tuned yet?",
@@ -130,13 +169,13 @@ def decisions(methods: dict[str, Measured]) -> list[tuple[str, str]]:
             "Does the hardest task learn too little?",
             f"Untuned, adaptive: {gain('adaptive'):+.1f} points for it, at the price of plain "
             "training;\n"
-            f"db_mtl: {gain('db_mtl'):+.1f}, at {float(methods['db_mtl'].prices[1]):.1f} times "
-            f"that price for {SIZES[1]} tasks",
+            f"db_mtl: {gain('db_mtl'):+.1f}, at {methods['db_mtl'].prices[few]:.1f} times "
+            f"that price for {few} tasks",
         ),
         (
             "Do gradients conflict (cosines below 0)?",
             "upgrad at the representation, which harms no task there:\n"
-            f"{float(methods['upgrad'].prices[-1]):.2f} times the price for {SIZES[-1]} tasks",
+            f"{methods['upgrad'].prices[many]:.2f} times the price for {many} tasks",
         ),
     ]
 
@@ -174,47 +213,59 @@ def decision_figure(questions: list[tuple[str, str]]) -> matplotlib.figure.Figur
     return figure
 
 
-def price_figure(methods: dict[str, Measured]) -> matplotlib.figure.Figure:
+def price_figure(methods: Mapping[str, Measured]) -> matplotlib.figure.Figure:
     """The change from alone on utterances, best first, with the price of each method."""
-    rows = [(name, row) for name, row in methods.items() if row.utterances and name != "krum"]
-    rows.sort(key=lambda item: -float(item[1].utterances.split(" ± ")[0]))
+    few = sorted(NETWORKS)[1]
+    # krum is far to the left of all others.
+    found = {n: row.utterances for n, row in methods.items() if row.utterances and n != "krum"}
+    names = sorted(found, key=lambda name: -found[name].mean)
     figure = matplotlib.figure.Figure(figsize=(9, 7), layout="constrained")
     axes = figure.add_subplot()
     for form, (label, color) in FORMS.items():
         points = [
-            (float(mean), -place, float(interval))
-            for place, (_, row) in enumerate(rows)
-            if row.form == form
-            for mean, interval in [row.utterances.split(" ± ")]
+            (100 * found[name].mean, -place, 100 * found[name].half_width)
+            for place, name in enumerate(names)
+            if methods[name].form == form
         ]
-        means, places, intervals = zip(*points, strict=True)
-        style = {"fmt": "o", "markersize": 4, "color": color, "label": f"reads {label}"}
-        axes.errorbar(means, places, xerr=intervals, **style)
-    axes.axvline(
-        float(methods["equal"].utterances.split(" ± ")[0]), color="0.6", linestyle="--", linewidth=1
-    )
-    labels = [f"{name}  {float(row.prices[1]):.2f}" for name, row in rows]
-    axes.set_yticks([-place for place in range(len(rows))], labels, fontsize=8)
-    axes.set_ylim(0.7 - len(rows), 0.7)
-    axes.set_ylabel(f"method, and the time of a step with {SIZES[1]} tasks (plain training: 1)")
+        if points:
+            means, places, intervals = zip(*points, strict=True)
+            style = {"fmt": "o", "markersize": 4, "color": color, "label": f"reads {label}"}
+            axes.errorbar(means, places, xerr=intervals, **style)
+    axes.axvline(100 * found["equal"].mean, color="0.6", linestyle="--", linewidth=1)
+    labels = [f"{name}  {methods[name].prices[few]:.2f}" for name in names]
+    axes.set_yticks([-place for place in range(len(names))], labels, fontsize=8)
+    axes.set_ylim(0.7 - len(names), 0.7)
+    axes.set_ylabel(f"method, and the time of a step with {few} tasks (plain training: 1)")
     axes.set_xlabel("utterances: mean change from each task alone, % (5 seeds, not tuned)")
     axes.legend(loc="upper left")
     return figure
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Write the table into the page and the pictures beside it."""
-    methods = measured()
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(START)
+    config = tyro.cli(Config, prog="python -m experiments.choosing", args=arguments)
+    try:
+        results = Results.combine([Results.read(folder) for folder in config.folders])
+        faster = hardest(Results.read(config.faster), "equal")
+        content = json.loads(config.speed.read_text(encoding="utf-8"))
+        missing = {"multimnist", "utterances"} - set(results.problems)
+        if missing:
+            raise ValueError(f"The folders have no runs on {' and '.join(sorted(missing))}.")
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    methods = measured(results, FrameworkResult.from_json(content["ours"]))
+    page = config.out / "choosing.md"
+    before, rest = page.read_text(encoding="utf-8").split(START)
     _, after = rest.split(END)
-    PAGE.write_text(before + START + markdown(methods) + END + after, encoding="utf-8")
+    page.write_text(before + START + markdown(methods) + END + after, encoding="utf-8")
     with matplotlib.rc_context({"svg.hashsalt": "mtl_jax", "svg.fonttype": "none"}):
         for name, figure in (
-            ("decision", decision_figure(decisions(methods))),
+            ("decision", decision_figure(decisions(methods, faster))),
             ("price", price_figure(methods)),
         ):
-            figure.savefig(DOCS / "pictures" / f"{name}.svg", metadata={"Date": None})
+            path = config.out / "pictures" / f"{name}.svg"
+            figure.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ _HELP = (
 class Config(Options):
     """Train one network with each of several weightings, beside each task trained alone.
 
-    Prints a table for each problem and leaves tables, pictures and numbers in RUNS_DIR/NAME, and
-    the checkpoints from which --resume continues.
+    Prints tables for each problem and leaves in RUNS_DIR/NAME tables, pictures and numbers, all on
+    one page in report.html, and what is needed to continue with --resume.
     """
 
     problem: Annotated[tuple[str, ...], tyro.conf.arg(help=_HELP)] = ("multimnist", "utterances")

@@ -35,7 +35,7 @@ WINDOW = 100
 
 
 KNOWN = {**WEIGHTINGS, "famo": lambda settings: mtl_jax.famo(weight_decay=0.0)}
-"""The weightings as the referee runs them, but FAMO as its authors ran it on this landscape."""
+"""The weightings as a comparison runs them, but FAMO as its authors ran it on this landscape."""
 
 
 def landscape(x: Float[Array, "2"], first_scale: float = 1.0) -> dict[str, Float[Array, ""]]:

@@ -4,9 +4,9 @@ import sys
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run ``mtl-jax compare`` or ``mtl-jax list``."""
+    """Run ``mtl-jax compare``, ``mtl-jax report`` or ``mtl-jax list``."""
     try:
-        import mtl_jax.compare.console as console
+        import mtl_jax.compare.command_line as command_line
     except ModuleNotFoundError as error:
         print(
             f"error: {error}. The program mtl-jax needs what the extra `compare` installs:\n\n"
@@ -14,7 +14,7 @@ def main(arguments: list[str] | None = None) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    console.main(arguments)
+    command_line.main(arguments)
 
 
 if __name__ == "__main__":

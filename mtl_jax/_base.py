@@ -200,6 +200,8 @@ class Aggregator(NamedTuple):
         method reads them. ``mask`` is a pytree of booleans with the structure of the losses: an
         absent task's gradient is not looked at. If something is not finite, the state is returned
         as it was and the gradient is NaN.
+      one_at_a_time: whether a step is for one task alone: the present one that has had the fewest
+        steps. :func:`mtl_jax.value_and_grad` then takes its gradient only, in one backward pass.
 
     Raises:
       ValueError: by its functions, when they are traced: as by those of a :class:`Weighting`, and
@@ -221,6 +223,7 @@ class Aggregator(NamedTuple):
 
     init: AggregatorInitFn
     update: AggregatorUpdateFn
+    one_at_a_time: bool = False
 
 
 class MultiTaskValue(NamedTuple):

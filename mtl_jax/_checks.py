@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array
 
 from mtl_jax._typing import PyTree
@@ -21,8 +22,11 @@ R = TypeVar("R")
 # Parameters, known when a method is made
 
 
-def read_number(value: Any, what: str, interval: str = "(-inf, inf)") -> float:
-    """A parameter that is one real number.
+def read_number(value: Any, what: str, interval: str = "(-inf, inf)") -> Any:
+    """A parameter that is one real number, as a ``float``.
+
+    A number that JAX is tracing is returned as it is: whether it lies in the interval is not known
+    yet. So one program can serve several values of a parameter.
 
     Args:
       value: the parameter.
@@ -30,9 +34,11 @@ def read_number(value: Any, what: str, interval: str = "(-inf, inf)") -> float:
       interval: where it must lie, such as ``"[0, 1)"``; infinity is allowed at a closed end only.
 
     Raises:
-      TypeError: if it is something else, such as an array that is being traced.
+      TypeError: if it is something else.
       ValueError: if it is outside.
     """
+    if is_traced(value) and not value.shape and jnp.issubdtype(value.dtype, jnp.floating):
+        return value
     try:
         array = np.asarray(value)
         real = any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer))
@@ -47,6 +53,11 @@ def read_number(value: Any, what: str, interval: str = "(-inf, inf)") -> float:
     if not (above and below):
         raise ValueError(f"{what} must be in {interval}, got {value!r}.")
     return number
+
+
+def is_traced(value: Any) -> bool:
+    """Whether JAX is tracing a value, so that no branch of Python can depend on it."""
+    return isinstance(value, Tracer)
 
 
 def check_numbers(values: PyTree, what: str, interval: str) -> None:
@@ -72,6 +83,12 @@ def check_option(value: Any, options: Sequence[str | None], what: str) -> None:
         return
     *some, last = map(repr, options)
     raise ValueError(f"{what} must be {', '.join(some)} or {last}, got {value!r}.")
+
+
+def check_task_name(name: Any, what: str) -> None:
+    """Raise a ``TypeError`` for what is neither a task's name nor ``None``."""
+    if not (name is None or isinstance(name, str)):
+        raise TypeError(f"{what} must be a task's name, such as 'boundary', got {name!r}.")
 
 
 def check_flags(where: str, **flags: Any) -> None:

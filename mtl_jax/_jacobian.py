@@ -572,6 +572,14 @@ class ParameterJacobian:
         """The rows: for each task the gradient by the shared parameters."""
         return self._rows(unit_cotangents(self.losses))
 
+    def one_task_gradient(self, chosen: Mask) -> list[Array]:
+        """The rows, zero but for that of the one task that is chosen: one backward pass."""
+        gradient = self._parts.shared(self._weighted(chosen.astype(self.tasks.dtype)))
+        return [
+            jnp.where(chosen.reshape(-1, *[1] * leaf.ndim), leaf[None], jnp.zeros_like(leaf)[None])
+            for leaf in gradient
+        ]
+
     def measure(self) -> tuple[Any, Rows | None]:
         """The Gramian, and the rows where they were held for it."""
         if self._linear is not None:

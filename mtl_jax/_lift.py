@@ -297,6 +297,7 @@ def rows_aggregator(
     init: RowsInit = lambda params, tasks, key: (),
     *,
     reads_losses: bool = False,
+    one_at_a_time: bool = False,
 ) -> Aggregator:
     """Make an :class:`mtl_jax.Aggregator` of functions written on the rows of task gradients.
 
@@ -312,6 +313,7 @@ def rows_aggregator(
         ``jax.ShapeDtypeStruct``). In the state, arrays of one or more dimensions have the tasks as
         their leading axis: the rows of absent tasks are kept as they were.
       reads_losses: whether ``update`` reads the losses.
+      one_at_a_time: whether a step is for one task alone, as in :class:`mtl_jax.Aggregator`.
 
     Returns:
       The aggregator.
@@ -340,7 +342,7 @@ def rows_aggregator(
       [0.75, 0.0]
     """
     check_functions("rows_aggregator", update=update, init=init)
-    check_flags("rows_aggregator", reads_losses=reads_losses)
+    check_flags("rows_aggregator", reads_losses=reads_losses, one_at_a_time=one_at_a_time)
 
     def initial(tasks: Tasks, key: Array | None, params: PyTree) -> WeightingState:
         return _initial_state(init(params, tasks, key), tasks)
@@ -390,7 +392,7 @@ def rows_aggregator(
             tasks = _read_arguments(losses, state, mask)
         return program(tasks, task_gradients, state, losses, mask)
 
-    return Aggregator(init_fn, update_fn)
+    return Aggregator(init_fn, update_fn, one_at_a_time)
 
 
 def carry_over(old: WeightingState, new: WeightingState) -> WeightingState:
@@ -638,6 +640,13 @@ def tasks_of(state: Any) -> Tasks:
             f"Expected the state that this weighting's `init` returned, got {type(state)}."
         )
     return state.tasks
+
+
+def next_in_turn(state: Any, tasks: Tasks, present: Mask) -> Mask:
+    """Which of the present tasks has had the fewest steps, the first of them."""
+    steps = _read_state(None, state, tasks).steps
+    fewest = jnp.argmin(jnp.where(present, steps, jnp.iinfo(jnp.int32).max))
+    return present & (jnp.arange(tasks.number) == fewest)
 
 
 def _kind(dtype: Any) -> Any:

@@ -61,6 +61,16 @@ class Tasks:
         """The vector whose every entry is ``value``."""
         return jnp.full((self.number,), value, self.dtype)
 
+    def position(self, name: str, what: str) -> int:
+        """The position of the task of a name in the order of the leaves.
+
+        Raises:
+          ValueError: if there is none.
+        """
+        if name not in self.names:
+            raise ValueError(f"{what} must be one of {', '.join(self.names)}; got {name!r}.")
+        return self.names.index(name)
+
     def vector(self, values: PyTree, what: str) -> Vector:
         """The vector of a parameter given for every task: one number, or a pytree like the losses.
 

@@ -47,7 +47,14 @@ from mtl_jax._jacobian import (
     shared_parameters,
     stacked,
 )
-from mtl_jax._lift import all_finite, read_losses, read_signal, read_state, tree_where
+from mtl_jax._lift import (
+    all_finite,
+    next_in_turn,
+    read_losses,
+    read_signal,
+    read_state,
+    tree_where,
+)
 from mtl_jax._tasks import read_tasks
 from mtl_jax._typing import Losses, Mask, PyTree, Vector
 
@@ -629,12 +636,18 @@ def _aggregate(
 ) -> _Found:
     """Combine the task gradients; what is not shared gets the gradient of the plain sum."""
     _check_grouped(state, at.groups)
-    rows = stacked(at.task_gradients())
+    if aggregator.one_at_a_time:
+        # A task whose gradient is zero has its turn like any other. All groups are at the same one.
+        turns = state if at.groups is None else next(iter(state.values()))
+        present = next_in_turn(turns, at.tasks, at.present)
+        rows = stacked(at.task_gradients()) if diagnose else at.one_task_gradient(present)
+    else:
+        present, rows = at.present, stacked(at.task_gradients())
     check_whole(rows, at.losses, "A parameter", _WHOLE_GRADIENTS)
 
     def aggregate(rows: PyTree, state: PyTree) -> tuple[list[Array], Mask, PyTree]:
-        moving = at.present
-        if leave_out_zero:
+        moving = present
+        if leave_out_zero and not aggregator.one_at_a_time:
             moving &= nonzero_rows(jax.tree.leaves(rows))
         combined, new_state = aggregator.update(
             rows, state, losses=at.losses, mask=at.tasks.unstack(moving)
@@ -647,7 +660,7 @@ def _aggregate(
         combined, moving, new_state = _decide_by_group(
             aggregate, at.as_tree(rows), state, stacked=False
         )
-    gradient = at.with_rest(combined, at.present.astype(at.tasks.dtype))
+    gradient = at.with_rest(combined, present.astype(at.tasks.dtype))
     gramian = at.gramian_of(rows) if diagnose else None
     return _Found(None, moving, gradient, new_state, gramian, jnp.asarray(True))
 

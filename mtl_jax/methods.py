@@ -10,14 +10,17 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import optax
+from jaxtyping import ArrayLike, Float
 
 from mtl_jax._base import Aggregator, Weighting
 from mtl_jax._search_space import Choice, Range, Space, TaskWeights
+from mtl_jax.gradient_aggregators.conflict_free_momentum import conflict_free_momentum
 from mtl_jax.gradient_aggregators.db_mtl import db_mtl
 from mtl_jax.gradient_aggregators.graddrop import graddrop
 from mtl_jax.gradient_aggregators.moco import moco
 from mtl_jax.gradient_aggregators.trimmed_mean import trimmed_mean
 from mtl_jax.gradient_weightings.excess_mtl import excess_mtl
+from mtl_jax.gradient_weightings.lr_annealing import lr_annealing
 from mtl_jax.gramian_weightings.aligned_mtl import aligned_mtl
 from mtl_jax.gramian_weightings.cagrad import cagrad
 from mtl_jax.gramian_weightings.conflict_free import conflict_free
@@ -29,6 +32,7 @@ from mtl_jax.gramian_weightings.imtl_g import imtl_g
 from mtl_jax.gramian_weightings.krum import krum
 from mtl_jax.gramian_weightings.mgda import mgda
 from mtl_jax.gramian_weightings.nash_mtl import nash_mtl
+from mtl_jax.gramian_weightings.norm_balance import norm_balance
 from mtl_jax.gramian_weightings.pcgrad import pcgrad
 from mtl_jax.gramian_weightings.upgrad import upgrad
 from mtl_jax.loss_weightings.achievement import achievement
@@ -57,6 +61,7 @@ __all__ = [
     "METHODS",
     "Method",
     "RunSettings",
+    "SingleTask",
     "achievement",
     "adaptive",
     "aligned_mtl",
@@ -64,6 +69,7 @@ __all__ = [
     "cagrad",
     "causal",
     "conflict_free",
+    "conflict_free_momentum",
     "constant",
     "cov_weighting",
     "db_mtl",
@@ -82,10 +88,12 @@ __all__ = [
     "imtl_g",
     "imtl_l",
     "krum",
+    "lr_annealing",
     "mgda",
     "moco",
     "modo",
     "nash_mtl",
+    "norm_balance",
     "pcgrad",
     "random_weighting",
     "relobralo",
@@ -99,6 +107,20 @@ __all__ = [
 ]
 
 
+class SingleTask(NamedTuple):
+    """What each task reaches alone: the same network, trained on its loss only.
+
+    Attributes:
+      losses: for each task the mean training loss of every epoch, ``float[epochs]``.
+      metrics: for each task the validation metric after the last epoch, the first one of several.
+      higher_is_better: for each task whether a higher metric is better.
+    """
+
+    losses: Mapping[str, Float[ArrayLike, "epochs"]]
+    metrics: Mapping[str, Any]
+    higher_is_better: Mapping[str, bool]
+
+
 class RunSettings(NamedTuple):
     """What the arguments of a method may depend on.
 
@@ -106,12 +128,15 @@ class RunSettings(NamedTuple):
       steps_per_epoch: training steps in an epoch.
       epochs: epochs of a run.
       optimizer: the network's optimizer, which also trains a weighting's own parameters.
-      learning_rate: the learning rate that this optimizer was made with, its greatest one.
+      single_task: what each task reaches alone, with the same seed; ``None`` where that was not
+        trained.
+      learning_rate: the learning rate that the optimizer was made with, its greatest one.
     """
 
     steps_per_epoch: int
     epochs: int
     optimizer: optax.GradientTransformation
+    single_task: SingleTask | None = None
     learning_rate: float = 1e-3
 
 
@@ -152,7 +177,8 @@ class Method:
       draws: whether it draws random numbers, so that its ``init`` needs a key.
       least_tasks: the fewest tasks that it can be given, with the arguments of ``required``.
       sources: its publications, each a label and an address; none for this library's own method.
-      search: what tuning searches, by the argument's name.
+      search: what tuning searches, by the argument's name. A float may come traced, so that one
+        program serves all values: no Python branch of the method may depend on it.
       variants: other settings that a comparison knows by a name of their own.
     """
 
@@ -339,6 +365,7 @@ _RECORDS = (
             ),
         ),
         search={"gamma": Range(1.0, 0.0, 5.0), "decay": Choice(0.0, 0.9, 0.99)},
+        variants={"dynamic_task_priority_metrics": {"performance": "metrics"}},
     ),
     Method(
         factory=achievement,
@@ -438,6 +465,19 @@ _RECORDS = (
         total="K",
         sources=(("Chen 2018", "https://arxiv.org/abs/1711.02257"),),
         search={"alpha": Range(1.5, 0.1, 3.0)},
+    ),
+    Method(
+        factory=norm_balance,
+        reads="the Gramian",
+        effect="weighted gradients of equal norm, averaged over time",
+        total="inverse to the gradients' norms",
+        degree=0,
+        sources=(
+            ("Wang 2020", "https://arxiv.org/abs/2007.14527"),
+            ("Wang 2023", "https://arxiv.org/abs/2308.08468"),
+            ("Esser 2021", "https://arxiv.org/abs/2012.09841"),
+        ),
+        search={"momentum": Choice(0.9, 0.0, 0.99)},
     ),
     Method(
         factory=mgda,
@@ -586,12 +626,32 @@ _RECORDS = (
         },
     ),
     Method(
+        factory=conflict_free_momentum,
+        reads="the task gradients",
+        effect="M-ConFIG: the same acute angle to averaged gradients, one new each step",
+        total=None,
+        sources=(("Liu 2024", "https://arxiv.org/abs/2408.11104"),),
+        search={"decay": Choice(0.9, 0.0, 0.99)},
+    ),
+    Method(
         factory=excess_mtl,
         reads="the task gradients",
         effect="the task estimated to be furthest from its optimum",
         total="K",
         sources=(("He 2024", "https://arxiv.org/abs/2402.02009"),),
         search={"step_size": Range(0.01, 0.001, 1.0, log=True)},
+    ),
+    Method(
+        factory=lr_annealing,
+        reads="the task gradients",
+        effect="the small mean entry, against the largest of a reference task",
+        required={"reference": lambda settings: None},
+        total="1 for the reference",
+        sources=(("Wang 2020", "https://arxiv.org/abs/2001.04536"),),
+        search={
+            "alpha": Range(0.1, 0.01, 1.0, log=True),
+            "statistic": Choice("max", "mean"),
+        },
     ),
     Method(
         factory=db_mtl,
@@ -643,7 +703,7 @@ METHODS: Mapping[str, Method] = {method.name: method for method in _RECORDS}
 
 Arguments without a default are what a comparison begins with: windows are one epoch; the weightings
 that learn take the network's optimizer; ``stch`` warms up for a fifth of the epochs; ``uw_so`` has
-the temperature 1, and ``causal`` the order of the losses. ``krum`` and
-``trimmed_mean`` take the smallest numbers that do something: they need three tasks. The ranges of
-``search`` hold the published default and the values that publications chose from, and reach as far
-beyond as may make sense."""
+the temperature 1, ``causal`` the order of the losses, and ``lr_annealing`` the first of them as its
+reference. ``krum`` and ``trimmed_mean`` take the smallest numbers that do something: they need
+three tasks. The ranges of ``search`` hold the published default and the values that publications
+chose from, and reach as far beyond as may make sense."""

@@ -4,15 +4,15 @@ import sys
 
 from toy_problem import make_problem
 
-from mtl_jax.compare import compare_and_report, named_weightings
+from mtl_jax.compare import compare, training
 
 
 def run_comparison(folder: str, resume: bool) -> None:
-    weightings = named_weightings(["random_weighting"])
-    problem = make_problem(epochs=20)
-    compare_and_report(
-        [problem],
-        weightings,
+    """With checkpoints within epochs and at their ends."""
+    training.STEPS = 4
+    compare(
+        make_problem(epochs=20),
+        ["random_weighting"],
         folder,
         seeds=[0],
         alone=False,

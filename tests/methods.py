@@ -28,6 +28,7 @@ OWN = {
     "graddrop": {"leak": 0.3},
     "moco": {"rho": 0.1},
     "excess_mtl": {"step_size": 0.5},
+    "lr_annealing": {"alpha": 0.5},
 }
 VARIANTS = {
     "adaptive[emphasis=2,decay=0.9]": {"emphasis": 2.0, "decay": 0.9},
@@ -59,6 +60,8 @@ VARIANTS = {
     },
     "relobralo[rho=0.5]": {"rho": 0.5},
     "stch[mu=0.1,window=2]": {"mu": 0.1, "window": 2},
+    "norm_balance[momentum=0]": {"momentum": 0.0},
+    "norm_balance[root_loss]": {"norm_of": "root_loss"},
     "mgda[l2]": {"normalization": "l2"},
     "mgda[loss]": {"normalization": "loss"},
     "mgda[loss+]": {"normalization": "loss+"},

@@ -1,5 +1,7 @@
 """What the code of single pages must have found: given the names after each of its blocks."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from trees import assert_trees_close
 
 import mtl_jax
 from mtl_jax.compare import digest
+from tests.experiments.tfds_folders import picture, write_cifar
 
 
 def no_step_was_skipped(after, tmp_path):
@@ -32,9 +35,11 @@ def index(after, tmp_path):
     assert sum(value.weights.values()) == pytest.approx(2, rel=1e-6)
     before = losses_fn(after[0]["params"], after[0]["batch"])
     assert all(value.losses[task] < before[task] / 3 for task in before)
-    comparison = after[1]["comparison"]
-    assert set(comparison.runs) == {"equal", "adaptive"}
-    assert all(run.failure is None for runs in comparison.runs.values() for run in runs)
+    runs = after[1]["results"].runs
+    assert {run.weighting for run in runs} == {"equal", "adaptive", "sum alone", "product alone"}
+    assert all(run.failure is None for run in runs)
+    (metrics,) = {tuple(run.metrics["test"]["product"]) for run in runs if run.task != "sum"}
+    assert metrics == ("absolute error", "R2")
 
 
 def representation(after, tmp_path):
@@ -66,7 +71,7 @@ def many_tasks(after, tmp_path):
     state, tasks = after[2]["state"], after[2]["state"].weighting_state.tasks
     assert (int(state.step), int(state.skipped)) == (6, 0)
     steps = dict(zip(tasks.names, np.asarray(state.weighting_state.steps), strict=True))
-    assert (steps["targets/0"], steps["targets/299"], steps["largest"]) == (6, 3, 1)
+    assert (steps["targets/0"], steps["targets/299"], steps["largest"]) == (6, 4, 1)
 
 
 def own_weighting(after, tmp_path):
@@ -93,6 +98,24 @@ def moving(after, tmp_path):
     assert first["value"].weights == {"depth": 1, "normals": pytest.approx(0.3)}
     assert (second["state"].step, second["state"].skipped) == (1, 0)
     assert second["value"].measured
+
+
+def physics(after, tmp_path):
+    """The figures of the last table are those that the code prints."""
+    names = after[-1]
+    assert (names["state"].step, names["state"].skipped) == (200, 0)
+    assert (names["ntk_state"].step, names["ntk_state"].skipped) == (200, 0)
+    rows = re.findall(r"^\| (?:at|after) .*? \| (.*) \|$", PAGES["docs/physics.md"], re.MULTILINE)
+    for row, params in zip(rows, (names["params"], names["state"].params), strict=True):
+        said = [float(number) for cell in row.split("|") for number in cell.split("/")]
+        by_loss, by_root = names["by_loss"](params), names["by_root"](params)
+        printed = (by_loss, by_root, names["ntk_weights"](params, names["points"]))
+        found = [weights[term] for weights in printed for term in ("initial", "equation")]
+        np.testing.assert_allclose(said, found, rtol=0.1)  # 200 steps may round apart
+    # What was measured at steps 0 and 100, averaged.
+    weights, state = names["ntk_value"].weights, names["ntk_state"].weighting_state.inner
+    np.testing.assert_array_equal(state.updates, 2)
+    assert weights["initial"] > 5 > 1 > weights["equation"]
 
 
 def scale(after, tmp_path):
@@ -143,6 +166,27 @@ def checkpoints(after, tmp_path):
         train(40, tmp_path / "resumed")
 
 
+def problem(after, tmp_path):
+    """Its photographs are turned over in training alone, and tensorflow-datasets is read."""
+    tasks, problem = after[0]["tasks"], after[1]["problem"]
+    assert [metric.name for metric in tasks["segments"].metrics] == ["mIoU", "pixel accuracy"]
+    batches = iter(problem.train_batches(seed=0))
+    images = {image.tobytes() for _ in range(9) for image in next(batches)["image"]}
+    batches.close()
+    originals = [problem.train[index]["image"] for index in range(300)]
+    assert images < {image.tobytes() for o in originals for image in (o, o[:, ::-1])}
+    assert 0 < len(images - {image.tobytes() for image in originals}) < 288
+    batch, _ = next(problem.evaluation_batches("test", 100))
+    np.testing.assert_array_equal(batch["image"][7], problem.test[7]["image"])
+
+    labels = {"label": 100, "coarse_label": 20}
+    folder = write_cifar(tmp_path, "cifar100", labels, num_train=40, num_test=12)
+    splits = after[2]["cifar100"](str(folder))
+    assert [len(split) for split in splits] == [36, 4, 12]
+    np.testing.assert_array_equal(splits[1][0]["image"], picture(36))
+    assert splits[2][0]["fine"] == 40
+
+
 def tuning(after, tmp_path):
     (names,) = after
     chosen = names["tuning"].chosen("focused")
@@ -191,9 +235,11 @@ CHECKS = {
     "docs/missing_labels.md": missing_labels,
     "docs/own_weighting.md": own_weighting,
     "docs/moving.md": moving,
+    "docs/physics.md": physics,
     "docs/scale.md": scale,
     "docs/accumulation.md": accumulation,
     "docs/checkpoints.md": checkpoints,
     "docs/evaluation.md": evaluation,
+    "docs/problem.md": problem,
     "docs/tuning.md": tuning,
 }

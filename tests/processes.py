@@ -23,7 +23,7 @@ QUICKLY_COMPILED = (
 """Flags of XLA with which small programs take a quarter of the time to compile."""
 
 ROOT = pathlib.Path(__file__).parents[1]
-IMPORTED = ["mtl_jax.compare.console", "orbax.checkpoint", "toy_problem"]
+IMPORTED = ["mtl_jax.compare.command_line", "orbax.checkpoint", "toy_problem"]
 """What is imported before a process is forked. None of it starts one of JAX's backends."""
 TIMEOUT = 5
 """Seconds after which a peer is given up that will not come."""

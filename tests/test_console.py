@@ -1,15 +1,19 @@
+import dataclasses
 import inspect
-import json
+import itertools
+import os
 import pathlib
 import re
+import signal
 import sys
+import time
 
 import pytest
 
 import mtl_jax
 from mtl_jax.__main__ import main
-from mtl_jax.compare import load_problem
-from mtl_jax.compare.listing import parameters
+from mtl_jax.compare import load_problem, load_results
+from mtl_jax.compare.command_line import Options, parameters
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -54,12 +58,20 @@ def test_a_problem_in_the_working_folder_is_compared(tmp_path, monkeypatch, caps
     monkeypatch.setattr(sys, "path", list(sys.path))
     words = "compare my_problem:problem --seeds 1 --weightings adaptive --epochs 5 --name mine"
     main(words.split())
-    results = json.loads((tmp_path / "runs" / "mine" / "results.json").read_text())["diabetes"]
-    for run in (*results["weightings"]["adaptive"], *results["alone"]["bmi"]):
-        for errors in run["test"].values():
-            assert errors[-1] < 0.8  # the mean predicts it with 1
+    table = load_results(tmp_path / "runs" / "mine").query("split == 'test' and epoch == 5")
+    for rows in (table.query("weighting == 'adaptive'"), table.query("weighting == 'bmi alone'")):
+        assert len(rows)
+        assert (rows["value"] < 0.8).all()  # the mean predicts it with 1
     report = (tmp_path / "runs" / "mine" / "diabetes.md").read_text()
     assert f"    mtl-jax {words}" in report
+    assert "adaptive" in capsys.readouterr().out
+    # And shown again, without training.
+    page = tmp_path / "runs" / "mine" / "report.html"
+    before = page.read_text()
+    page.unlink()
+    monkeypatch.setattr("mtl_jax.compare.training.Trainer.run", None)
+    main(["report", "runs/mine"])
+    assert page.read_text() == before
     assert "adaptive" in capsys.readouterr().out
 
 
@@ -95,8 +107,56 @@ def test_every_method_names_its_source():
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tyro", None)
-    monkeypatch.delitem(sys.modules, "mtl_jax.compare.console", raising=False)
+    monkeypatch.delitem(sys.modules, "mtl_jax.compare.command_line", raising=False)
     with pytest.raises(SystemExit) as error:
         main(["list"])
     assert error.value.code == 2
     assert "pip install 'mtl-jax[compare]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("subcommand", ["compare", "report"])
+def test_no_line_of_the_help_ends_in_the_middle(subcommand, capsys, monkeypatch):
+    """The first word of each line of a paragraph would not have fitted on the one before."""
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("NO_COLOR", "1")
+    with pytest.raises(SystemExit):
+        main([subcommand, "--help"])
+    lines = [line.replace("│", " ") for line in capsys.readouterr().out.splitlines()]
+    number = 0
+    for before, line in itertools.pairwise(lines):
+        column = len(line) - len(line.lstrip())
+        if line.strip() and column >= 20 and before[column:].strip() and before[column - 1] == " ":
+            word, start = line.split()[0], before[column:].rstrip()
+            assert column + len(start) + 1 + len(word) > len(line.rstrip("\n")) - 2, (start, word)
+            number += 1
+    assert number > (20 if subcommand == "compare" else 0)
+
+
+def test_options_are_explained(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for field in dataclasses.fields(Options):
+        option = "--" + field.name.replace("_", "-")
+        assert re.search(rf"{option}\b.*?[a-z]+ [a-z]+ [a-z]+.*?\(default: ", printed), option
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemError("from within JAX"), ValueError])
+def test_an_interruption_is_one_whatever_it_comes_out_as(error, tmp_path, capsys, monkeypatch):
+    """What is raised by the handler of a signal while JAX traces can become a SystemError."""
+
+    def compare(*args, **options):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        except KeyboardInterrupt:
+            raise error from None
+
+    monkeypatch.setattr("mtl_jax.compare.command_line.compare", compare)
+    monkeypatch.setattr("os._exit", sys.exit)
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", "toy_problem:make_problem", "--runs-dir", str(tmp_path)])
+    assert ended.value.code == 128 + signal.SIGINT
+    printed = capsys.readouterr().err
+    assert printed.startswith("Interrupted. To continue:")
+    assert "Traceback" not in printed

@@ -139,6 +139,7 @@ def examples(number):
 
 WEIGHTINGS = methods.METHODS | methods.GRAMIAN_METHODS | {
     "excess_mtl": mtl_jax.excess_mtl,
+    "lr_annealing": lambda: mtl_jax.lr_annealing(None),
     "ema of rows": lambda: mtl_jax.ema(mtl_jax.excess_mtl(), 0.5),
     "ema": lambda: mtl_jax.ema(mtl_jax.adaptive(), 0.5),
     "every": lambda: mtl_jax.every(mtl_jax.mgda(), 2),
@@ -242,6 +243,7 @@ CONSTRUCTORS = [
     (mtl_jax.stch, {"warmup": 2, "mu": 1.0, "window": 1}),
     (mtl_jax.famo, {"learning_rate": 0.1, "weight_decay": 0.1, "min_losses": LOSSES}),
     (mtl_jax.gradnorm, {"optimizer": ADAM, "alpha": 1.0}),
+    (mtl_jax.norm_balance, {"momentum": 0.5, "norm_of": "loss", "reference": None}),
     (mtl_jax.mgda, {"normalization": "l2"}),
     (mtl_jax.cagrad, {"c": 0.5, "rescale": None}),
     (mtl_jax.pcgrad, {"order": lambda key, number: np.tile(np.arange(number), (number, 1))}),
@@ -257,6 +259,7 @@ CONSTRUCTORS = [
     (mtl_jax.trimmed_mean, {"trim": 1}),
     (mtl_jax.moco, {"beta": 0.5, "gamma": 0.1, "gamma_sigma": 0.5, "rho": 0.1, "eps": 0.0}),
     (mtl_jax.excess_mtl, {"step_size": 0.1, "eps": 0.0}),
+    (mtl_jax.lr_annealing, {"reference": None, "alpha": 0.1, "statistic": "max"}),
     (mtl_jax.db_mtl, {"beta": 0.5, "beta_sigma": 0.1, "eps": 0.0}),
     (mtl_jax.modo, {"gamma": 0.1, "rho": 0.1}),
     (mtl_jax.auto_lambda, {

@@ -187,6 +187,7 @@ def test_every_public_name_says_what_it_is():
 
 def test_the_method_of_the_contributing_page_works(monkeypatch):
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (page,) = re.findall(r"^## Add a method\n(.*?)^## ", page, re.MULTILINE | re.DOTALL)
     blocks = re.findall(r"   ```python\n(.*?)   ```", page, re.DOTALL)
     file, record, test = map(textwrap.dedent, blocks)
     names = {"__name__": "square_root"}

@@ -65,7 +65,8 @@ def assert_same(one, other):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", MADE)
+# Where the tasks take turns, one whose gradient is zero has its turn, too.
+@pytest.mark.parametrize("name", [name for name in MADE if name != "conflict_free_momentum"])
 def test_a_zero_task_is_as_one_without_labels(name):
     """From the first step on and later, and if nobody has anything to say; no step is lost."""
     gradient = mtl_jax.value_and_grad(losses_fn, MADE[name])

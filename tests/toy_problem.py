@@ -1,4 +1,4 @@
-"""A small regression problem with two tasks, for the tests of the referee."""
+"""A small regression problem with two tasks, for the tests of the comparison."""
 
 import functools
 
@@ -8,10 +8,12 @@ import numpy as np
 import optax
 
 import mtl_jax
-from mtl_jax.compare import Problem, Task
+from mtl_jax.compare import Problem, Task, mean_of
 
 TARGETS = {"line": lambda x: x @ np.array([1.0, -2.0, 0.5]), "square": lambda x: np.sum(x**2, 1)}
 THREE_TARGETS = TARGETS | {"product": lambda x: x[:, 0] * x[:, 1]}
+
+SQUARED_ERROR = mean_of(optax.squared_error, "squared error", higher_is_better=False)
 
 
 def split(size, seed):
@@ -67,21 +69,20 @@ IN_PARTS = {"losses": None, "encoder": encoder, "heads": heads, "shared": shared
 """Changes to the toy problem: the same losses, given as an encoder and heads."""
 
 
-def scores(params, model_state, batch):
-    return {task: (p - batch[task]) ** 2 for task, p in outputs(params, batch["x"]).items()}
+def predict(params, model_state, batch):
+    return outputs(params, batch["x"])
 
 
 def make_problem(targets=TARGETS, **changes):
-    error = Task("squared error", higher_is_better=False, percent=False)
     settings = {
         "name": "toy",
-        "tasks": dict.fromkeys(targets, error),
+        "tasks": dict.fromkeys(targets, Task(SQUARED_ERROR)),
         "train": split(200, 0),
         "validation": split(50, 1),
         "test": split(70, 2),
         "init": functools.partial(init, tasks=tuple(targets)),
         "losses": losses,
-        "scores": scores,
+        "predict": predict,
         "optimizer": lambda learning_rate, steps: optax.adam(learning_rate),
         "learning_rate": 0.01,
         "epochs": 3,
@@ -90,31 +91,37 @@ def make_problem(targets=TARGETS, **changes):
     return Problem(**(settings | changes))
 
 
-SOURCE_OF = {"line": "many", "square": "few"}
+DATASET_OF = {"line": "many", "square": "few"}
 
 
-def in_sources(many, few, seed):
+def two_datasets(many, few, seed):
     return {"many": split(many, seed), "few": split(few, seed + 10)}
 
 
-def source_errors(params, batch):
-    found = {task: outputs(params, batch[source]["x"])[task] for task, source in SOURCE_OF.items()}
-    return {task: (found[task] - batch[source][task]) ** 2 for task, source in SOURCE_OF.items()}
+def dataset_predict(params, model_state, batch):
+    return {
+        task: outputs(params, batch[dataset]["x"])[task] for task, dataset in DATASET_OF.items()
+    }
 
 
-def source_losses(params, model_state, key, batch):
-    return jax.tree.map(jnp.mean, source_errors(params, batch)), model_state
+def dataset_errors(params, batch):
+    found = dataset_predict(params, {}, batch)
+    return {task: (found[task] - batch[data][task]) ** 2 for task, data in DATASET_OF.items()}
 
 
-def make_two_sources(**changes):
+def dataset_losses(params, model_state, key, batch):
+    return jax.tree.map(jnp.mean, dataset_errors(params, batch)), model_state
+
+
+def make_two_datasets(**changes):
     settings = {
-        "train": in_sources(100, 24, 0),
-        "validation": in_sources(30, 20, 1),
-        "test": in_sources(70, 30, 2),
-        "losses": source_losses,
-        "scores": lambda params, model_state, batch: source_errors(params, batch),
-        "shared": lambda path: path == "encoder",
-        "source_of": SOURCE_OF,
+        "train": two_datasets(100, 24, 0),
+        "validation": two_datasets(30, 20, 1),
+        "test": two_datasets(70, 30, 2),
+        "losses": dataset_losses,
+        "predict": dataset_predict,
+        "shared": shared,
+        "dataset_of": DATASET_OF,
         "batch_size": {"many": 16, "few": 5},
         "epochs": 2,
     }

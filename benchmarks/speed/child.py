@@ -32,7 +32,7 @@ def ask(module: str, request: Request) -> FrameworkResult:
     command = [sys.executable, "-m", module, json.dumps(dataclasses.asdict(request))]
     flags = f"{os.environ.get('XLA_FLAGS', '')} {ONE_THREAD['XLA_FLAGS']}".strip()
     environment = os.environ | ONE_THREAD | {"XLA_FLAGS": flags}
-    with _one_core():
+    with one_core():
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{module} failed with status {done.returncode}.")
@@ -58,7 +58,7 @@ def package_versions(*packages: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _one_core() -> Iterator[None]:
+def one_core() -> Iterator[None]:
     """Let processes that are started inside run on one core, where the system can do that."""
     if not hasattr(os, "sched_setaffinity"):
         yield

@@ -1,4 +1,4 @@
-"""The shipped problems: each in the module of its name, built by the function of its name."""
+"""The problems: each in the module of its name, built by the function of its name."""
 
 import importlib
 
@@ -23,7 +23,7 @@ def build_problem(name: str, data_dir: str | None = None) -> Problem:
     """Build a problem by its name; its module is imported only now.
 
     Args:
-      name: the name of a shipped problem, or ``package.module:name`` as for :func:`load_problem`.
+      name: one of these names, or ``package.module:name`` as for :func:`load_problem`.
       data_dir: the folder that holds data sets prepared by tensorflow-datasets, for the problems
         that read such; ``None`` for its default.
 

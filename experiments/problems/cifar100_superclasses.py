@@ -8,7 +8,8 @@ from experiments.networks.image import ResidualEncoder
 from experiments.problems.cifar100 import cifar100_splits
 from experiments.problems.classification import MISSING, classification
 from experiments.problems.pictures import flip_and_shift, scaled
-from mtl_jax.compare.problem import Problem, Split
+from mtl_jax.compare.data import Split
+from mtl_jax.compare.problem import Problem
 
 SUPERCLASSES = (
     "aquatic_mammals",

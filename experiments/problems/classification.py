@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from experiments.networks.heads import Heads
 from mtl_jax._masking import masked_mean
-from mtl_jax.compare.problem import Batch, Problem, Split, Task
+from mtl_jax.compare.data import Batch, Split
+from mtl_jax.compare.problem import Problem, Task
 
 MISSING = -1
 """The label of an example that has none."""
@@ -65,7 +66,7 @@ def classification(
       hidden: the width of a hidden layer in each head; ``None`` for linear heads.
       augment: ``augment(key, inputs) -> inputs``, a random change of the inputs in training.
       optimizer: ``optimizer(learning_rate, num_steps)``: the optax optimizer of a run.
-      learning_rate: the learning rate that the problem is shipped with.
+      learning_rate: the problem's default learning rate.
       epochs: passes over the training examples.
       batch_size: examples a step.
 
@@ -96,7 +97,7 @@ def classification(
         z, model_state = encoder.apply(variables, x, train=True, mutable=list(model_state))
         return z, model_state
 
-    def predict(
+    def logits_of(
         params: PyTree, zs: Mapping[str, PyTree]
     ) -> dict[str, Float[Array, "batch classes"]]:
         logits = heads.apply({"params": params["heads"]}, zs)
@@ -106,18 +107,14 @@ def classification(
     def losses_of(
         params: PyTree, zs: Mapping[str, PyTree], batch: Batch
     ) -> dict[str, Float[Array, ""]]:
-        logits = predict(params, zs)
+        logits = logits_of(params, zs)
         return {task: cross_entropy(logits[task], batch[task]) for task in classes}
 
-    def scores(
+    def predict(
         params: PyTree, model_state: PyTree, batch: Batch
-    ) -> dict[str, Float[Array, "batch"]]:
+    ) -> dict[str, Float[Array, "batch classes"]]:
         z = encoder.apply({"params": params["encoder"], **model_state}, inputs(batch))
-        logits = predict(params, dict.fromkeys(classes, z))
-        return {
-            task: (logits[task].argmax(axis=-1) == batch[task]).astype(jnp.float32)
-            for task in classes
-        }
+        return logits_of(params, dict.fromkeys(classes, z))
 
     def labelled(batch: Batch) -> dict[str, Bool[Array, "batch"]]:
         return {task: batch[task] != MISSING for task in classes}
@@ -134,7 +131,7 @@ def classification(
         encoder=encode,
         heads=losses_of,
         shared=lambda path: path.startswith("encoder/"),
-        scores=scores,
+        predict=predict,
         labelled=None if complete else labelled,
         optimizer=optimizer,
         learning_rate=learning_rate,

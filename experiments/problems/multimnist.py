@@ -6,7 +6,8 @@ import numpy as np
 
 from experiments.networks.image import ConvEncoder
 from experiments.problems.classification import classification
-from mtl_jax.compare.problem import Batch, Problem
+from mtl_jax.compare.data import Batch
+from mtl_jax.compare.problem import Problem
 
 CANVAS = 36
 SOURCE_DIGITS = {"train": 4000, "validation": 400, "test": 600}

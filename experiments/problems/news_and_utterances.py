@@ -1,4 +1,4 @@
-"""News stories and utterances: five tasks on texts of two sources, read by one encoder."""
+"""News stories and utterances: five tasks on texts of two datasets, read by one encoder."""
 
 import functools
 from typing import Any
@@ -12,7 +12,8 @@ from experiments.networks.text import BagEncoder
 from experiments.problems.ag_news import AGENCIES, stories
 from experiments.problems.classification import MISSING, adam_cosine, cross_entropy
 from experiments.problems.utterances import BUCKETS, ngram_ids, utterance_splits
-from mtl_jax.compare.problem import Batch, Problem, Task
+from mtl_jax.compare.data import Batch
+from mtl_jax.compare.problem import Problem, Task
 
 MAX_NGRAMS_OF_STORIES = 384
 """Of 128 characters: the title, and how the story begins."""
@@ -23,7 +24,7 @@ def news_and_utterances(
 ) -> Problem:
     """Build the tasks of AG News and those of the utterances, each on texts of its own.
 
-    The two sources have texts of their own and are of unequal size, about two to one or, with all
+    The two datasets have texts of their own and are of unequal size, about two to one or, with all
     of AG News, ten to one; every step draws a batch from each. The encoder, a bag of n-grams of
     characters, is shared by all tasks.
 
@@ -34,27 +35,27 @@ def news_and_utterances(
 
     Returns:
       The problem, with the tasks ``subject`` (4 classes) and ``agency`` (3, often missing) of
-      the source ``news``, and ``language``, ``topic`` and ``role`` of ``utterances``.
+      the dataset ``news``, and ``language``, ``topic`` and ``role`` of ``utterances``.
 
     Raises:
       FileNotFoundError: if the news are not prepared and cannot be prepared here.
     """
     news = stories(data_dir, functools.partial(ngram_ids, max_ngrams=MAX_NGRAMS_OF_STORIES))
     utterances, classes = utterance_splits(max_utterances)
-    # Both sources have topics; those of the news are called subjects here.
+    # Both datasets have topics; those of the news are called subjects here.
     news = {part: {"subject": split.pop("topic"), **split} for part, split in news.items()}
-    source_of = {"subject": "news", "agency": "news"} | dict.fromkeys(classes, "utterances")
+    dataset_of = {"subject": "news", "agency": "news"} | dict.fromkeys(classes, "utterances")
     classes = {"subject": 4, "agency": len(AGENCIES)} | classes
     splits: Any = {part: {"news": news[part], "utterances": utterances[part]} for part in news}
     encoder, heads = BagEncoder(BUCKETS, width=64), Heads(classes)
 
-    def predict(params: PyTree, batch: Batch) -> dict[str, Array]:
+    def predict(params: PyTree, model_state: PyTree, batch: Batch) -> dict[str, Array]:
         zs = {
-            source: encoder.apply({"params": params["encoder"]}, fields["ids"])
-            for source, fields in batch.items()
+            dataset: encoder.apply({"params": params["encoder"]}, fields["ids"])
+            for dataset, fields in batch.items()
         }
-        of_tasks = {task: zs[source] for task, source in source_of.items()}
-        logits = heads.apply({"params": params["heads"]}, of_tasks)
+        zs = {task: zs[dataset] for task, dataset in dataset_of.items()}
+        logits = heads.apply({"params": params["heads"]}, zs)
         assert isinstance(logits, dict)
         return logits
 
@@ -68,18 +69,11 @@ def news_and_utterances(
     def losses(
         params: PyTree, model_state: PyTree, key: Array, batch: Batch
     ) -> tuple[dict[str, Array], PyTree]:
-        logits = predict(params, batch)
+        logits = predict(params, model_state, batch)
         return {
-            task: cross_entropy(logits[task], batch[source][task])
-            for task, source in source_of.items()
+            task: cross_entropy(logits[task], batch[dataset][task])
+            for task, dataset in dataset_of.items()
         }, model_state
-
-    def scores(params: PyTree, model_state: PyTree, batch: Batch) -> dict[str, Array]:
-        logits = predict(params, batch)
-        return {
-            task: (logits[task].argmax(axis=-1) == batch[source][task]).astype(jnp.float32)
-            for task, source in source_of.items()
-        }
 
     return Problem(
         name="news_and_utterances",
@@ -90,10 +84,10 @@ def news_and_utterances(
         init=init,
         losses=losses,
         shared=lambda path: path.startswith("encoder/"),
-        source_of=source_of,
-        scores=scores,
+        dataset_of=dataset_of,
+        predict=predict,
         labelled=lambda batch: {
-            task: batch[source][task] != MISSING for task, source in source_of.items()
+            task: batch[dataset][task] != MISSING for task, dataset in dataset_of.items()
         },
         optimizer=adam_cosine,
         learning_rate=1e-2,

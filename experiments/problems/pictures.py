@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mtl_jax.compare.problem import Batch
+from mtl_jax.compare.data import Batch
 
 MARGIN = 4
 """How far a training picture is shifted at most, in pixels."""

@@ -7,7 +7,7 @@ from typing import Any
 import absl.logging
 import numpy as np
 
-from mtl_jax.compare.problem import Split
+from mtl_jax.compare.data import Split
 
 
 def prepared_examples(name: str, data_dir: str | None) -> dict[str, list[dict[str, Any]]]:

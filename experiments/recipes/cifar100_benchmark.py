@@ -6,12 +6,12 @@ where that is best, so the published figures are of an epoch that the test data 
 shows the last epoch's beside it. `The benchmark <https://mls-bench.com/tasks/cv-multitask-loss>`_
 has no row for equal weights.
 
-What differs from it: 1 in 500 of the training pictures is held out for validation, since the
-referee wants some; the learning rate falls with every step, not every epoch; the initial parameters
-are drawn in our way.
+What differs from it: 1 in 500 of the training pictures is held out for validation, since a
+comparison wants some; the learning rate falls with every step, not every epoch; the initial
+parameters are drawn in our way.
 
-For the referee's own rule, a tenth of the training pictures held out to choose the epoch, and task
-gradients at the representation::
+For the comparison's own rule, a tenth of the training pictures held out to choose the epoch, and
+task gradients at the representation::
 
     python -m experiments.compare --problem cifar100_resnet20 cifar100_vgg16 --no-alone \
         --weightings equal adaptive dwa pcgrad uncertainty --data-dir DIR
@@ -29,7 +29,7 @@ import tyro
 
 from experiments.problems.cifar100_resnet20 import cifar100_resnet20
 from experiments.problems.cifar100_vgg16 import cifar100_vgg16
-from mtl_jax.compare import Comparison, Problem, compare_and_report, named_weightings
+from mtl_jax.compare import Problem, Results, compare, named_weightings
 
 NETWORKS = {"resnet20": cifar100_resnet20, "vgg16": cifar100_vgg16}
 
@@ -68,7 +68,7 @@ class Config:
 def over_all_parameters(problem: Problem) -> Problem:
     """The problem without its parts, so that task gradients are those of all parameters.
 
-    As in the benchmark's PCGrad; at the representation, as the referee else takes them, they are
+    As in the benchmark's PCGrad; at the representation, as a comparison else takes them, they are
     other vectors, and conflict elsewhere.
     """
     losses = problem.losses
@@ -77,12 +77,17 @@ def over_all_parameters(problem: Problem) -> Problem:
     )
 
 
-def fine_accuracies(comparison: Comparison) -> str:
+def fine_accuracies(results: Results, problem: str) -> str:
     """The test accuracy of the fine classes, in the best epoch and in the last, as a table."""
-    published = PUBLISHED[comparison.problem.name]
+    published, by_weighting = PUBLISHED[problem], {}
+    for run in results.runs:
+        if run.problem == problem:
+            accuracies = by_weighting.setdefault(run.weighting, [])
+            if run.failure is None:
+                accuracies.append(run.metrics["test"]["fine"]["accuracy"])
     rows = []
-    for name, runs in comparison.runs.items():
-        epochs = np.array([run.test["fine"] for run in runs if run.failure is None])
+    for name, accuracies in by_weighting.items():
+        epochs = np.array(accuracies)
         if len(epochs):
             columns = [_mean_and_deviation(epochs.max(axis=1)), _mean_and_deviation(epochs[:, -1])]
         else:
@@ -110,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
             for network in config.networks
         ]
-        comparisons = compare_and_report(
+        results = compare(
             problems,
             weightings,
             config.runs_dir / "cifar100_benchmark",
@@ -121,13 +126,12 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    for comparison in comparisons:
-        problem = comparison.problem
+    for problem in problems:
         print(
             f"\n{problem.name}: fine accuracy in % (mean ± deviation over {config.seeds} seeds), "
             f"{problem.size('train')} training pictures, {problem.epochs} epochs\n"
         )
-        print(fine_accuracies(comparison))
+        print(fine_accuracies(results, problem.name))
 
 
 if __name__ == "__main__":

@@ -1,37 +1,57 @@
 """The comparison: trains one network with each of several weightings and shows what came of it.
 
 Needs the extra ``compare``. :class:`Problem` describes a multi-task problem, :func:`compare` runs
-the weightings on it, :func:`compare_and_report` prints tables and leaves tables, pictures and
-numbers in a folder. Nothing else in mtl_jax imports it.
+the weightings on it and leaves records, tables and pictures in a folder, which
+:func:`load_results` reads. Nothing else in mtl_jax imports it.
 """
 
 from mtl_jax._search_space import Choice, Range, Space, TaskWeights
-from mtl_jax.compare.checkpoints import Checkpoints
-from mtl_jax.compare.fingerprint import OtherConfigurationError, digest
-from mtl_jax.compare.loading import load_problem
-from mtl_jax.compare.problem import Problem, Task
-from mtl_jax.compare.referee import Comparison, compare
-from mtl_jax.compare.report import compare_and_report
-from mtl_jax.compare.run import Run
-from mtl_jax.compare.settings import Trial, Tuning, TuningError
-from mtl_jax.compare.tuning import tune
-from mtl_jax.compare.weightings import (
-    SPACES,
-    WEIGHTINGS,
-    look_up,
-    named_weightings,
+from mtl_jax.compare.checkpoints import OtherSettingsError, digest
+from mtl_jax.compare.comparison import compare
+from mtl_jax.compare.metrics import (
+    Metric,
+    accuracy,
+    average_precision,
+    correlation,
+    entity_f1,
+    f1,
+    mean_absolute_error,
+    mean_iou,
+    mean_of,
+    r2,
+    relative_error,
+    roc_auc,
+    root_mean_squared_error,
 )
+from mtl_jax.compare.problem import Problem, Task, load_problem
+from mtl_jax.compare.report import write_report
+from mtl_jax.compare.results import (
+    DamagedFileError,
+    MetricInfo,
+    ProblemInfo,
+    Results,
+    Run,
+    Trial,
+    Tuning,
+    load_curves,
+    load_results,
+)
+from mtl_jax.compare.tuning import TuningError, tune
+from mtl_jax.compare.weightings import SPACES, WEIGHTINGS, look_up, named_weightings
 from mtl_jax.methods import RunSettings
 
 __all__ = [
     "SPACES",
     "WEIGHTINGS",
-    "Checkpoints",
     "Choice",
-    "Comparison",
-    "OtherConfigurationError",
+    "DamagedFileError",
+    "Metric",
+    "MetricInfo",
+    "OtherSettingsError",
     "Problem",
+    "ProblemInfo",
     "Range",
+    "Results",
     "Run",
     "RunSettings",
     "Space",
@@ -40,13 +60,27 @@ __all__ = [
     "Trial",
     "Tuning",
     "TuningError",
+    "accuracy",
+    "average_precision",
     "compare",
-    "compare_and_report",
+    "correlation",
     "digest",
+    "entity_f1",
+    "f1",
+    "load_curves",
     "load_problem",
+    "load_results",
     "look_up",
+    "mean_absolute_error",
+    "mean_iou",
+    "mean_of",
     "named_weightings",
+    "r2",
+    "relative_error",
+    "roc_auc",
+    "root_mean_squared_error",
     "tune",
+    "write_report",
 ]
 
 

@@ -1,98 +1,68 @@
-"""Checkpoints of the runs of a comparison, by Orbax, each with a digest of what it holds."""
+"""Checkpoints within a run, by Orbax, each with a digest of what it holds.
+
+A finished run is a record (:mod:`mtl_jax.compare.results`) and needs none of them.
+"""
 
 import dataclasses
+import hashlib
 import json
-import os
 import pathlib
 import shutil
 import time
-import urllib.parse
 import warnings
 from types import TracebackType
 from typing import Any, Self
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mtl_jax._typing import PyTree
-from mtl_jax.compare.devices import is_first_process, wait_for_all
-from mtl_jax.compare.fingerprint import (
-    Fingerprint,
-    OtherConfigurationError,
-    difference,
-    digest,
-    text_digest,
-)
-from mtl_jax.compare.run import Run, folder_name
+from mtl_jax.compare.devices import as_the_first, is_first_process, wait_for_all
+from mtl_jax.compare.results import Run
 
-_ARRAY = "array of the history"
+KEPT = 3
+"""How many checkpoints of a run are kept, so that one before a damaged one is there."""
+
+_CURVES = ("weights", "conflict")
+"""What a run holds as arrays."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Checkpoints:
-    """Where and how often the runs of a comparison are checkpointed.
+class OtherSettingsError(ValueError):
+    """What is to be continued was made with other settings or other data."""
 
-    A run is checkpointed after an epoch, and at its end. What a finished run found is kept, and its
-    parameters and states are not.
+
+@dataclasses.dataclass
+class Epoch:
+    """The epoch that a run is in.
 
     Attributes:
-      folder: the folder for the checkpoints.
-      seconds: the least time between two checkpoints of a run: saving takes its share of short
-        epochs, and of their measured times. 0 for a checkpoint after every epoch.
-      keep: how many checkpoints of a run are kept while it is not finished.
-      resume: whether to go on from the checkpoints that are in the folder. Without it they are an
-        error.
+      rows: what its steps found, an array for some steps each.
+      seconds: how long they took.
     """
 
-    folder: str | os.PathLike[str]
-    seconds: int = 10
-    keep: int = 3
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        for name, least in (("seconds", 0), ("keep", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"`{name}` of the checkpoints must be at least {least}, got "
-                    f"{getattr(self, name)}."
-                )
-
-    def begin(self, problem: str) -> None:
-        """Make the folder of a problem's runs.
-
-        Raises:
-          FileExistsError: if it is there, and the comparison is not to be resumed.
-        """
-        folder = self._folder(problem)
-        if folder.exists() and not self.resume:
-            raise FileExistsError(
-                f"{folder} holds the checkpoints of another comparison on {problem!r}. Continue it "
-                "with resume=True, or choose another folder, or remove this one."
-            )
-        wait_for_all("the folder of the checkpoints is looked at")
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def of_run(self, problem: str, name: str, seed: int) -> "RunCheckpoints":
-        """The checkpoints of the run of that name and seed, to be used in a ``with`` statement."""
-        return RunCheckpoints(self._folder(problem) / f"{folder_name(name)}_seed{seed}", self)
-
-    def _folder(self, problem: str) -> pathlib.Path:
-        return pathlib.Path(self.folder).absolute() / folder_name(problem)
+    rows: list[np.ndarray] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
 
 
 class RunCheckpoints:
-    """The checkpoints of one run: a step of Orbax for each epoch that was saved.
+    """The checkpoints of one run; to be used in a ``with`` statement.
 
-    A step holds the record, which is JSON: what was found up to then, the fingerprint of the run's
-    configuration and the digests of the arrays; ``history``, the arrays of what was found; and
-    ``state``, the state to go on from, if the run is not finished.
+    Each is a step of Orbax: ``record``, JSON with what the run found and the digests of the arrays;
+    ``arrays``, those of what it found; and ``state``, the state to go on from.
+
+    Args:
+      folder: the folder of the run's checkpoints.
+      seconds: the least time between two of them: saving takes its share of short steps. 0 for one
+        whenever the run looks at what it found.
     """
 
-    def __init__(self, folder: pathlib.Path, options: Checkpoints) -> None:
-        self.folder, self._options = folder, options
-        self._fingerprint: Fingerprint = {}
+    def __init__(self, folder: pathlib.Path, seconds: float) -> None:
+        self.folder, self._seconds = folder.absolute(), seconds
+        self._saved = time.monotonic()
 
     def __enter__(self) -> Self:
-        import orbax.checkpoint as ocp  # only where checkpoints are used
+        import orbax.checkpoint as ocp  # a second, which is spent only where checkpoints are used
 
         # What was being written when the process died. Orbax's own option removes it in a thread
         # that outlives a manager, and so from under the next one.
@@ -100,19 +70,9 @@ class RunCheckpoints:
             for unfinished in self.folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
                 _remove(unfinished)
         wait_for_all("what was being written is removed")
-        when = ocp.checkpoint_managers
-        seconds = self._options.seconds
         self._args = ocp.args
         self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=self._options.keep,
-                save_decision_policy=when.ContinuousCheckpointingPolicy(
-                    minimum_interval_secs=seconds
-                )
-                if seconds
-                else when.FixedIntervalPolicy(1),
-            ),
+            self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=KEPT)
         )
         return self
 
@@ -127,106 +87,187 @@ class RunCheckpoints:
         except Exception as failure:
             raise self._not_written(failure) from failure
 
-    def restore(self, fingerprint: Fingerprint, state: PyTree) -> tuple[Run, PyTree] | None:
+    def restore(self, run: Run, state: PyTree) -> tuple[Run, Epoch, PyTree] | None:
         """Read the newest good checkpoint. A damaged one is removed, with a warning.
 
         Args:
-          fingerprint: of the configuration; what is saved later is of this one, too.
-          state: the state that the run would start from, for structure, shapes and placement.
+          run: the run before its first step.
+          state: its state, for structure, shapes and placement.
 
         Returns:
-          The run as it was and its state, which is ``state`` if the run was finished; ``None`` if
-          there is no good checkpoint.
+          The run, its epoch and its state as they were; ``None`` if there is no good checkpoint.
 
         Raises:
-          OtherConfigurationError: if the checkpoint is of another configuration.
+          OtherSettingsError: if the checkpoint is of a run with other settings.
         """
-        self._fingerprint = fingerprint
-        for epoch in sorted(self._manager.all_steps(), reverse=True):
+        for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                run, saved = self._read(epoch, state)
-            except OtherConfigurationError:
-                raise
+                found, epoch, state_then = self._read(step, state)
             except Exception as error:  # damaged files make all kinds
                 warnings.warn(
-                    f"The checkpoint of epoch {epoch} in {self.folder} is damaged and left out: "
+                    f"The checkpoint of step {step} in {self.folder} is damaged and left out: "
                     f"{_brief(error)}",
                     stacklevel=2,
                 )
-                self._manager.delete(epoch)
+                self._manager.delete(step)
                 continue
-            if saved is None:
-                self._keep_only(epoch)
-            return run, state if saved is None else saved
+            check_same_settings(run, found, f"The checkpoints in {self.folder} are")
+            found.compile_seconds += run.compile_seconds
+            found.provenance, before = run.provenance, found.provenance
+            if before != run.provenance:
+                found.provenance = run.provenance | {"begun with": before}
+            return found, epoch, state_then
         return None
 
-    def save(self, run: Run, state: PyTree, finished: bool) -> None:
-        """Save the run and its state after an epoch, if it is time or the run is finished.
+    def save(self, step: int, run: Run, epoch: Epoch, state: PyTree) -> None:
+        """Save a run in the middle, if it is time.
 
-        Returns once the arrays are copied to the host; files are written in the background. A
-        finished run is waited for, and what it had saved before is removed.
+        Returns once the arrays are copied to the host; files are written in the background.
 
         Raises:
           OSError: if this or the previous checkpoint could not be written.
         """
-        if not finished and not self._manager.should_save(run.epochs):
+        if not as_the_first(time.monotonic() - self._saved >= self._seconds):
             return
-        record, history = _split(run)
-        trees = {} if finished else {"state": state}
-        if history:
-            trees["history"] = history
+        record = dict(vars(run))
+        curves = {name: record.pop(name) for name in _CURVES}
+        rows = [np.concatenate(epoch.rows)] if epoch.rows else []
+        arrays = [*rows, *(values for curve in curves.values() for values in curve.values())]
+        trees = {"state": state, "arrays": {str(i): values for i, values in enumerate(arrays)}}
+        if not arrays:
+            del trees["arrays"]
         # A text, since the run goes on while it is written.
         content = json.dumps(
             {
-                "fingerprint": self._fingerprint,
                 "run": record,
+                "curves": {name: list(curve) for name, curve in curves.items()},
+                "rows": len(rows),
+                "seconds": epoch.seconds,
                 "digests": {name: digest(tree) for name, tree in trees.items()},
             }
         )
         items: dict[str, Any] = {
             name: self._args.StandardSave(tree) for name, tree in trees.items()
         }
-        items["record"] = self._args.JsonSave({"content": content, "digest": text_digest(content)})
+        items["record"] = self._args.JsonSave({"content": content, "digest": _digest(content)})
         try:
-            self._manager.save(run.epochs, args=self._args.Composite(**items), force=True)
-            if finished:
-                self._manager.wait_until_finished()
-                self._keep_only(run.epochs)
+            self._manager.save(step, args=self._args.Composite(**items), force=True)
         except Exception as error:
             raise self._not_written(error) from error
+        self._saved = time.monotonic()
 
-    def _keep_only(self, last: int) -> None:
-        for epoch in set(self._manager.all_steps()) - {last}:
-            self._manager.delete(epoch)
+    def remove(self) -> None:
+        """Remove them all; the run is finished. To be called after the ``with`` statement."""
+        wait_for_all("all have left the run")
+        if is_first_process():
+            _remove(self.folder)
 
-    def _read(self, epoch: int, state: PyTree) -> tuple[Run, PyTree | None]:
-        record = self._restore(epoch, record=self._args.JsonRestore())["record"]
-        _check(text_digest(record["content"]) == record["digest"], "record")
+    def _read(self, step: int, state: PyTree) -> tuple[Run, Epoch, PyTree]:
+        record = self._restore(step, record=self._args.JsonRestore())["record"]
+        _check(_digest(record["content"]) == record["digest"], "record")
         content = json.loads(record["content"])
-        if changed := difference(self._fingerprint, content["fingerprint"]):
-            raise OtherConfigurationError(
-                f"The checkpoints in {self.folder} are of another configuration: {changed}. "
-                "Go on with the old one, or begin with the new one in another folder."
-            )
-        targets = {"history": None, "state": state}
+        targets = {"arrays": None, "state": state}
         trees = self._restore(
-            epoch,
+            step,
             **{name: self._args.StandardRestore(targets[name]) for name in content["digests"]},
         )
         for name, expected in content["digests"].items():
             _check(digest(trees[name]) == expected, name)
-        return _join(content["run"], trees.get("history", {})), trees.get("state")
+        arrays = trees.get("arrays", {})
+        in_order = iter([np.asarray(arrays[str(i)]) for i in range(len(arrays))])
+        epoch = Epoch([next(in_order) for _ in range(content["rows"])], content["seconds"])
+        curves: dict[str, Any] = {
+            name: {key: next(in_order) for key in keys} for name, keys in content["curves"].items()
+        }
+        return Run(**content["run"], **curves), epoch, trees["state"]
 
-    def _restore(self, epoch: int, **items: Any) -> dict[str, Any]:
-        if not items:
-            return {}
-        return dict(self._manager.restore(epoch, args=self._args.Composite(**items)).items())
+    def _restore(self, step: int, **items: Any) -> dict[str, Any]:
+        return dict(self._manager.restore(step, args=self._args.Composite(**items)).items())
 
     def _not_written(self, error: Exception) -> OSError:
         return OSError(
             f"A checkpoint in {self.folder} could not be written, as when the disk is full; those "
             f"before it are kept. {_brief(error)}"
         )
+
+
+def check_same_settings(run: Run, found: Run, what: str) -> None:
+    """Whether a run that was found is the one that is wanted.
+
+    Raises:
+      OtherSettingsError: if not.
+    """
+    names = ("task", "learning_rate", "parameters", "measured_at")
+    check_same(
+        {name: getattr(run, name) for name in names},
+        {name: getattr(found, name) for name in names},
+        f"{what} of a run with other settings",
+    )
+
+
+def check_same(now: dict[str, Any], then: dict[str, Any], what: str) -> None:
+    """Whether two sets of settings are the same.
+
+    Raises:
+      OtherSettingsError: if not; it says what differs.
+    """
+    changes = [
+        f"the {name} differ"
+        if name == "data"
+        else f"{name} is {now[name]!r} and was {then[name]!r}"
+        for name in now
+        if now[name] != then[name]
+    ]
+    if changes:
+        raise OtherSettingsError(
+            f"{what}: {'; '.join(changes)}. Go on with the old ones, or begin with the new ones in "
+            "another folder."
+        )
+
+
+def digest(tree: PyTree) -> str:
+    """The SHA-256 digest of a pytree of arrays: of paths, dtypes, shapes and bytes.
+
+    Args:
+      tree: arrays and PRNG keys, which must be whole on this process.
+
+    Returns:
+      The digest, in hexadecimal digits.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtl_jax.compare import digest
+      >>> state = {"params": jnp.ones(3), "step": jnp.int32(7)}
+      >>> digest(state) == digest({"params": jnp.ones(3), "step": jnp.int32(7)})
+      True
+      >>> digest(state) == digest({"params": jnp.ones(3), "step": jnp.int32(8)})
+      False
+    """
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        kind = ""
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            kind, leaf = str(jax.random.key_impl(leaf)), jax.random.key_data(leaf)
+        array = np.ascontiguousarray(leaf)
+        name = jax.tree_util.keystr(path)
+        found.update(f"{name} {kind} {array.dtype} {np.shape(leaf)}\n".encode())
+        found.update(array.reshape(-1).view(np.uint8).data)
+    return found.hexdigest()
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check(as_written: bool, name: str) -> None:
+    if not as_written:
+        raise ValueError(f"its {name} is not what was written (the digests differ)")
+
+
+def _brief(error: Exception) -> str:
+    """The beginning and the end of a message, which from below can be pages long."""
+    text = " ".join(str(error).split())
+    return text if len(text) < 400 else f"{text[:150]} ... {text[-200:]}"
 
 
 def _remove(folder: pathlib.Path) -> None:
@@ -237,48 +278,3 @@ def _remove(folder: pathlib.Path) -> None:
             return
         time.sleep(0.1)
     shutil.rmtree(folder)  # raises the reason
-
-
-def problems_in(folder: pathlib.Path) -> set[str]:
-    """The names of the problems that have checkpoints in the folder."""
-    if not folder.exists():
-        return set()
-    return {urllib.parse.unquote(path.name) for path in folder.iterdir() if path.is_dir()}
-
-
-def _split(run: Run) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What JSON can hold of a run, with the names of the arrays in their places, and the arrays."""
-    arrays: dict[str, np.ndarray] = {}
-
-    def take_out(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: take_out(entry) for key, entry in value.items()}
-        if not isinstance(value, np.ndarray):
-            return value
-        name = f"array_{len(arrays)}"
-        arrays[name] = value
-        return {_ARRAY: name}
-
-    return take_out(vars(run)), arrays
-
-
-def _join(record: dict[str, Any], arrays: dict[str, np.ndarray]) -> Run:
-    def put_back(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        if _ARRAY in value:
-            return arrays[value[_ARRAY]]
-        return {key: put_back(entry) for key, entry in value.items()}
-
-    return Run(**put_back(record))
-
-
-def _brief(error: Exception) -> str:
-    """The beginning and the end of a message, which from below can be pages long."""
-    text = " ".join(str(error).split())
-    return text if len(text) < 400 else f"{text[:150]} ... {text[-200:]}"
-
-
-def _check(as_written: bool, name: str) -> None:
-    if not as_written:
-        raise ValueError(f"its {name} is not what was written (the digests differ)")

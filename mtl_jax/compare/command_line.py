@@ -1,29 +1,34 @@
-"""The command line of the referee: ``mtl-jax compare``, and what other programs build on."""
+"""The program ``mtl-jax``: ``compare``, ``list`` and ``report``."""
 
-import contextlib
 import dataclasses
+import inspect
+import itertools
 import os
 import pathlib
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import absl.logging
 import jax
+import rich.box
+import rich.console
+import rich.table
 import tyro
 
-from mtl_jax.compare.batches import check_devices, steps_per_epoch
+from mtl_jax.compare.checkpoints import OtherSettingsError
+from mtl_jax.compare.comparison import compare
 from mtl_jax.compare.devices import all_devices
-from mtl_jax.compare.fingerprint import OtherConfigurationError
-from mtl_jax.compare.loading import load_problem
-from mtl_jax.compare.problem import Problem
-from mtl_jax.compare.referee import make_weightings
-from mtl_jax.compare.report import compare_and_report
-from mtl_jax.compare.settings import TUNING_SEED, TuningError
+from mtl_jax.compare.problem import Problem, load_problem
+from mtl_jax.compare.report import Report, report_main, terminal
+from mtl_jax.compare.results import DamagedFileError
+from mtl_jax.compare.training import Trainer, settings_of
+from mtl_jax.compare.tuning import TUNING_SEED, Select, TuningError, with_baselines
 from mtl_jax.compare.weightings import WEIGHTINGS, named_weightings
+from mtl_jax.methods import METHODS
 
 _WEIGHTINGS_HELP = (
     f"The weightings to compare: any of {', '.join(WEIGHTINGS)}. Equal weights are always run: "
@@ -37,7 +42,44 @@ _PROBLEM_HELP = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What can be said on the command line of a comparison, but for the problems."""
+    """What can be said on the command line of a comparison, but for the problems.
+
+    Attributes:
+      weightings: the weightings to compare, by name.
+      seeds: Number of seeds: 0, 1, ... Each sets initial parameters, order of batches and draws.
+      epochs: Passes over the training data; the problem's own number if not given.
+      batch_size: Examples a step; the problem's own number if not given.
+      learning_rate: Peak learning rate; the problem's own if not given.
+      alone: Whether to train each task alone, too, and show the changes against that.
+      conflict: Whether to measure how the tasks' gradients conflict for all weightings, not only
+        for those that read them. Steps cost a little more then, and on a problem without encoder
+        and heads a backward pass for each task.
+      tune: Number of settings that are tried for each weighting and each task alone, on the
+        validation data: learning rates, and values of the weighting's own parameters. The seeds
+        are then run with the best, and constant weights, tuned, are always compared, too.
+      select: What is tuned for. The mean change of the tasks' metrics against equal weights, or
+        the change of the task that it is worst for.
+      prune: Whether to end trials of the tuning early that fall behind the others.
+      checkpoint_seconds: The least time between two checkpoints of a run. With None there are none
+        within runs; finished runs are kept in any case.
+      resume: Whether to continue the comparison in RUNS_DIR/NAME, if there is one. Finished runs
+        are not run again, and the results are those of a comparison that was never interrupted.
+      log: Where losses, metrics, weights and conflicts of every run are logged, too. They are
+        TensorBoard's event files in RUNS_DIR/NAME/tensorboard.
+      data_parallel: Whether to spread each batch over all devices of this machine.
+      distributed: Whether this is one of several processes that train together, on the devices of
+        all, each started with the same command. All must see the same files. If one is lost, the
+        others end with an error; start all again then, and resume.
+      coordinator: HOST:PORT where process 0 listens; found out under Slurm, Open MPI, Kubernetes
+        and on TPU.
+      processes: Number of processes; found out there, too.
+      process: Number of this process, from 0; found out there, too.
+      peer_timeout: Seconds for which the processes wait for one that does not come or does not
+        answer.
+      data_dir: Folder with the data, for the problems that read it from one.
+      name: Name of the folder for the results.
+      runs_dir: Folder that holds the results of all comparisons.
+    """
 
     weightings: Annotated[tuple[str, ...], tyro.conf.arg(help=_WEIGHTINGS_HELP)] = (
         "equal",
@@ -47,66 +89,34 @@ class Options:
         "uncertainty",
     )
     seeds: int = 3
-    """Number of seeds: 0, 1, ... Each sets initial parameters, order of batches and draws."""
     epochs: int | None = None
-    """Passes over the training data; the problem's own number if not given."""
     batch_size: int | None = None
-    """Examples a step; the problem's own number if not given."""
     learning_rate: float | None = None
-    """Peak learning rate; the problem's own if not given."""
     alone: bool = True
-    """Whether to train each task alone, too, and show the mean change against that."""
     conflict: bool = False
-    """Whether to measure how the tasks' gradients conflict for all weightings, not only for those
-    that read them: steps cost a little more, and on a problem without encoder and heads a
-    backward pass for each task."""
     tune: int | None = None
-    """Number of settings that are tried for each weighting and each task alone, on the validation
-    data: learning rates, and values of the weighting's own parameters. The seeds are then run with
-    the best, and constant weights, tuned, are always compared, too."""
+    select: Select = "mean"
     prune: bool = False
-    """Whether to end trials of --tune early that fall behind the others."""
-    jobs: int = 1
-    """Number of weightings that --tune searches at once, which saves time where compiling takes
-    long beside training. What is found does not depend on it. Runs follow one another, so that
-    their times can be compared."""
     checkpoint_seconds: int | None = 10
-    """The least time between two checkpoints of a run, each of which is saved after an epoch: 0 for
-    a checkpoint after every epoch, None for no checkpoints."""
     resume: bool = False
-    """Whether to continue the comparison in RUNS_DIR/NAME, if there is one: finished runs are not
-    run again, and the results are those of a comparison that was never interrupted."""
     log: Literal["tensorboard"] | None = None
-    """Where losses, metrics, weights and conflicts of every run are logged, too: as TensorBoard's
-    event files in RUNS_DIR/NAME/tensorboard."""
     data_parallel: bool = False
-    """Whether to spread each batch over all devices of this machine."""
     distributed: bool = False
-    """Whether this is one of several processes that train together, on the devices of all, each
-    started with the same command. All must see the same files. If one is lost, the others end with
-    an error; start all again, with --resume."""
     coordinator: str | None = None
-    """HOST:PORT where process 0 listens; found out under Slurm, Open MPI, Kubernetes and on TPU."""
     processes: int | None = None
-    """Number of processes; found out there, too."""
     process: int | None = None
-    """Number of this process, from 0; found out there, too."""
     peer_timeout: int = 100
-    """Seconds for which the processes wait for one that does not come or does not answer."""
     data_dir: str | None = None
-    """Folder with the data, for the problems that read it from one."""
     name: str = "compare"
-    """Name of the folder for the results."""
     runs_dir: pathlib.Path = pathlib.Path("runs")
-    """Folder that holds the results of all comparisons."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(Options):
+class Compare(Options):
     """Train one network with each of several weightings, beside each task trained alone.
 
     Prints tables for each problem and leaves in RUNS_DIR/NAME tables, pictures and numbers, all on
-    one page in report.html, and the checkpoints from which --resume continues.
+    one page in report.html, and what is needed to continue with --resume.
     """
 
     problem: Annotated[
@@ -114,9 +124,34 @@ class Config(Options):
     ]
 
 
-def main(config: Config, words: Sequence[str]) -> None:
-    """Run ``mtl-jax compare``, whose arguments are the words."""
-    run(config, config.problem, load_problem, ["mtl-jax", "compare", *words])
+@dataclasses.dataclass(frozen=True)
+class List:
+    """Show all methods: what a step costs, the parameters, the source."""
+
+
+Command = (
+    Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[List, tyro.conf.subcommand("list")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a subcommand."""
+    given = sys.argv[1:] if arguments is None else arguments
+    config = tyro.cli(
+        Command,  # pyright: ignore[reportArgumentType]  (a union of types is one for tyro)
+        prog="mtl-jax",
+        description="Balance the losses of several tasks: compare weightings, show what was found "
+        "again, list the methods.",
+        args=given,
+    )
+    if isinstance(config, List):
+        terminal().print(methods_table())
+    elif isinstance(config, Report):
+        report_main(config)
+    else:
+        run(config, config.problem, load_problem, ["mtl-jax", *given])
 
 
 def run(
@@ -137,20 +172,21 @@ def run(
     """
     words = [word for word in words if word not in ("--resume", "--no-resume")]
     command = shlex.join(words)
-    resumable = options.checkpoint_seconds is not None
-    hint = f"To continue:\n\n    {command} --resume\n" if resumable else ""
     absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs errors that it also raises
-    with _signals_interrupt():
+    with _Signals() as signals:
         try:
             if options.distributed:
                 _meet(options)
-            _run(options, names, build, command, hint)
-        except Interrupted as interruption:
-            print(f"Interrupted. {hint}", file=sys.stderr)
+            _run(options, names, build, command)
+        except BaseException:
+            # A signal that comes while JAX traces can come out as an error of another kind.
+            if signals.number is None:
+                raise
+            print(f"Interrupted. {_hint(command)}", file=sys.stderr)
             sys.stdout.flush()
             sys.stderr.flush()
             # XLA may still compile in a thread, and crashes when Python is taken down under it.
-            os._exit(interruption.status)
+            os._exit(128 + signals.number)
 
 
 def _run(
@@ -158,7 +194,6 @@ def _run(
     names: Sequence[str],
     build: Callable[[str, str | None], Problem],
     command: str,
-    hint: str,
 ) -> None:
     try:
         _check(options)
@@ -175,32 +210,37 @@ def _run(
         ]
         mesh = all_devices() if options.data_parallel or options.distributed else None
         for problem in problems:
-            steps_per_epoch(problem)
-            check_devices(problem, mesh)
-            make_weightings(problem, weightings)
+            trainer = Trainer(problem, mesh=mesh)
+            for setting in settings_of(problem, with_baselines(weightings), alone=False):
+                trainer.new_run(setting, 0)
     except (ValueError, FileNotFoundError) as error:
         fail(error)
     try:
-        compare_and_report(
+        compare(
             problems,
             weightings,
             options.runs_dir / options.name,
             seeds=range(options.seeds),
             alone=options.alone,
             conflict=options.conflict,
-            tune_trials=options.tune,
+            tune=options.tune,
+            select=options.select,
             prune=options.prune,
-            jobs=options.jobs,
             checkpoint_seconds=options.checkpoint_seconds,
             resume=options.resume,
-            command=command,
-            log=options.log,
             mesh=mesh,
+            log=options.log,
+            command=command,
+            console=terminal(),
         )
-    except (OtherConfigurationError, FileExistsError, TuningError) as error:
+    except (OtherSettingsError, FileExistsError, DamagedFileError, TuningError) as error:
         fail(error)
     except OSError as error:
-        fail(f"{error}\n{hint}", status=1)
+        fail(f"{error}\n{_hint(command)}", status=1)
+
+
+def _hint(command: str) -> str:
+    return f"To continue:\n\n    {command} --resume\n"
 
 
 def _meet(options: Options) -> None:
@@ -228,46 +268,89 @@ def _meet(options: Options) -> None:
 def _check(options: Options) -> None:
     if options.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {options.seeds}.")
-    for name in ("tune", "jobs"):
-        number = getattr(options, name)
-        if number is not None and number < 1:
-            raise ValueError(f"--{name} must be at least 1, got {number}.")
-    if options.tune is None and (options.prune or options.jobs > 1):
-        raise ValueError("--prune and --jobs are about the trials of --tune, which is not given.")
-    if options.jobs > 1 and (options.data_parallel or options.distributed):
-        raise ValueError("--jobs must be 1 when a batch is spread over all devices.")
+    if options.tune is not None and options.tune < 1:
+        raise ValueError(f"--tune must be at least 1, got {options.tune}.")
+    if options.tune is None and (options.prune or options.select != "mean"):
+        raise ValueError("--prune and --select are about the trials of --tune, which is not given.")
     if options.tune is not None and options.seeds > TUNING_SEED:
         raise ValueError(f"--seeds must be at most {TUNING_SEED} with --tune, whose seed that is.")
     seconds = options.checkpoint_seconds
-    if seconds is None and options.resume:
-        raise ValueError("--resume needs checkpoints: give --checkpoint-seconds a number.")
     if seconds is not None and seconds < 0:
         raise ValueError(f"--checkpoint-seconds must be at least 0, got {seconds}.")
 
 
-class Interrupted(KeyboardInterrupt):
-    """The process got the signal to end."""
+class _Signals:
+    """A context in which Ctrl-C and the signal that ends a job on a cluster are an exception.
 
-    def __init__(self, number: int) -> None:
-        self.status = 128 + number  # as a shell says it
+    Attributes:
+      number: the signal that came, or ``None``.
+    """
 
+    number: int | None = None
 
-@contextlib.contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """Ctrl-C and the signal that ends a job on a cluster are an exception, and so tidied up."""
+    def __enter__(self) -> "_Signals":
+        signals = (signal.SIGINT, signal.SIGTERM)
+        self._old = {number: signal.signal(number, self._interrupt) for number in signals}
+        return self
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(number)
-
-    old = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._old.items():
             signal.signal(number, handler)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> NoReturn:
+        self.number = number
+        raise KeyboardInterrupt
 
 
 def fail(error: object, status: int = 2) -> NoReturn:
     """Say what is wrong and exit."""
     print(f"error: {error}", file=sys.stderr)
     sys.exit(status)
+
+
+# The methods
+
+
+_PRICES: Mapping[str, str] = {
+    "the losses": "1 forward, 1 backward",
+    "the losses after the step, too": "2 forward, 1 backward",
+    "the Gramian": "1 forward, 1 backward at the representation; else 1 forward, K backward",
+    "the task gradients": "1 forward, K backward; K gradients held",
+    "a second batch": "2 forward, 2 or 3 backward, 1 forward derivative; for sdmgrad K + 1 and K",
+}
+
+
+def methods_table() -> rich.table.Table:
+    """The methods as a table for a terminal, by what they read, the cheapest first."""
+    table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+    for column in ("method", "parameters", "source"):
+        table.add_column(column, overflow="fold")
+    for reads, methods in itertools.groupby(METHODS.values(), lambda method: method.reads):
+        table.add_section()
+        table.add_row(f"[bold]reads {reads}[/bold]", f"[bold]{_PRICES[reads]}[/bold]", "")
+        for method in methods:
+            sources = (
+                f"{label}, {address.replace('https://arxiv.org/abs/', 'arXiv ')}"
+                for label, address in method.sources
+            )
+            source = "; ".join(sources) or "this project"
+            table.add_row(method.name, parameters(method.factory), source)
+    return table
+
+
+def parameters(function: Callable[..., Any]) -> str:
+    """A function's parameters with their defaults.
+
+    Example:
+      >>> import mtl_jax
+      >>> parameters(mtl_jax.dwa)
+      'window, temperature=2.0'
+    """
+    return ", ".join(map(_with_default, inspect.signature(function).parameters.values()))
+
+
+def _with_default(parameter: inspect.Parameter) -> str:
+    if parameter.default is inspect.Parameter.empty:
+        return parameter.name
+    default = "<function>" if callable(parameter.default) else repr(parameter.default)
+    return f"{parameter.name}={default}"

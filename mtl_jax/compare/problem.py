@@ -1,28 +1,34 @@
-"""What the referee must know of a multi-task problem."""
+"""What the comparison must know of a multi-task problem."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float
 
 from mtl_jax._jacobian import Shared
 from mtl_jax._typing import PyTree
-from mtl_jax.compare.sources import Source, by_source
+from mtl_jax.compare.data import (
+    Batch,
+    Dataset,
+    Split,
+    TrainBatches,
+    digest_splits,
+    evaluation_batches,
+    read_split,
+)
+from mtl_jax.compare.metrics import Metric, accuracy
+from mtl_jax.compare.results import MetricInfo, ProblemInfo
 
-Batch = Mapping[str, Any]
-"""A mapping from field to array, the examples along the leading axis; with several sources a
-mapping from source to such a mapping."""
-
-Split = Mapping[str, np.ndarray]
-"""A part of the data: a mapping from field to array, the examples along the leading axis."""
-
-Sources = Mapping[str, Split]
-"""A part of the data that come from several sources, by source."""
-
+SPLITS = ("train", "validation", "test")
 
 LossesFn = Callable[[PyTree, PyTree, Array, Batch], tuple[dict[str, Float[Array, ""]], PyTree]]
 EncoderFn = Callable[[PyTree, PyTree, Array, Batch], tuple[PyTree, PyTree]]
@@ -44,19 +50,44 @@ class _Composed:
         return self.heads(params, dict.fromkeys(self.tasks, z), batch), model_state
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False)
 class Task:
-    """One task: the name of its metric, and which direction is better.
+    """One task: what is measured of it, and where its labels are.
+
+    Args:
+      metrics: the metric, or several of them: :func:`accuracy`, :func:`mean_iou` and the others, or
+        a :class:`Metric` of your own. The accuracy by default.
+      label: the field that holds the labels, or a function that makes the labels of a batch of the
+        task's dataset; ``None`` for the field of the task's name. Labels are for the metrics; the
+        losses read the batch themselves.
 
     Attributes:
-      metric: the metric's name, for tables and pictures.
-      higher_is_better: whether a larger metric is a better one.
-      percent: whether the metric is a share, shown as a percentage.
+      metrics: the metrics, as a tuple.
+      label: as above.
+
+    Raises:
+      ValueError: if there is no metric, or two of the same name.
     """
 
-    metric: str = "accuracy"
-    higher_is_better: bool = True
-    percent: bool = True
+    metrics: tuple[Metric, ...]
+    label: str | Callable[[Mapping[str, Any]], PyTree] | None
+
+    def __init__(
+        self,
+        metrics: Metric | Sequence[Metric] | None = None,
+        label: str | Callable[[Mapping[str, Any]], PyTree] | None = None,
+    ) -> None:
+        if metrics is None:
+            metrics = accuracy()
+        metrics = (metrics,) if isinstance(metrics, Metric) else tuple(metrics)
+        names = [metric.name for metric in metrics]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(
+                "A task must have at least one metric, and metrics of different names; got "
+                f"{names}."
+            )
+        object.__setattr__(self, "metrics", metrics)
+        object.__setattr__(self, "label", label)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,10 +97,16 @@ class Problem:
     All functions are pure and are traced by JAX. A batch is a mapping from field to array with
     the fields of the splits.
 
-    Tasks can have data of their own: the splits are then mappings from source to fields, such as
-    ``{"news": {"ids": ..., "topic": ...}, "reviews": {"ids": ..., "stars": ...}}``, and so are the
-    batches, which hold examples of every source. The sources can have different sizes: an epoch
-    passes over the one with the most batches, and over the others as often as that takes.
+    A split is a mapping from field to array; or, for data that are read while training, an object
+    with ``__len__`` and ``__getitem__`` whose items are mappings from field to array, such as a
+    ``grain.MapDataset`` or what ``tfds.data_source`` returns. Grain shuffles and batches it, in
+    threads or in worker processes, ahead of the training.
+
+    Tasks can have data of their own: a split is then a mapping from the name of a dataset to one of
+    these, such as ``{"news": {"ids": ..., "topic": ...}, "reviews": {"ids": ..., "stars": ...}}``,
+    and so are the batches, which hold examples of every dataset. The datasets can have different
+    sizes: an epoch passes over the one with the most batches, and over the others as often as that
+    takes.
 
     The losses are given whole, by ``losses``, or in two parts, by ``encoder`` and ``heads``. From
     the parts a weighting that reads the Gramian has it at the representation, for about the price
@@ -77,7 +114,7 @@ class Problem:
 
     Attributes:
       name: the problem's name.
-      tasks: the tasks by name. Losses, scores and labels use these names.
+      tasks: the tasks by name. Losses, outputs and labels use these names.
       train: the training examples.
       validation: the examples that choose the best epoch; never used for anything else.
       test: the examples that the results are reported on.
@@ -96,53 +133,113 @@ class Problem:
       shared: the parameters that all tasks share, over which a Gramian is taken and on which an
         :class:`mtl_jax.Aggregator` works: as in :func:`mtl_jax.value_and_grad`, a predicate on a
         parameter's path or a pytree of booleans; ``None`` for all of them.
-      source_of: for each task the source of its examples; ``None`` if there is only one source.
-      scores: ``scores(params, model_state, batch) -> {task: float[batch]}``: each example's score,
-        the task's metric being the mean over the examples that have its label.
-        With several sources, the score of the examples of the task's source.
-      labelled: ``labelled(batch) -> {task: bool[batch]}``: which examples (of the task's source)
+      dataset_of: for each task the dataset of its examples; ``None`` if there is only one dataset.
+      predict: ``predict(params, model_state, batch) -> {task: output}``, without anything random:
+        what the task's metrics compare with its labels, such as logits. A pytree of arrays with the
+        examples (of the task's dataset) along the leading axis.
+      labelled: ``labelled(batch) -> {task: bool[batch]}``: which examples (of the task's dataset)
         have the task's label; ``None`` if all have.
-      optimizer: ``optimizer(learning_rate, num_steps)``: the optax optimizer of a run.
-      learning_rate: the learning rate that the problem is shipped with.
+      optimizer: ``optimizer(learning_rate, num_steps)``: the optax optimizer of a run. It is called
+        while the training step is traced, and the learning rate is then a traced number, so that
+        another one needs no other program: hand it to optax, and do not ask for its value.
+      learning_rate: the problem's default learning rate.
       epochs: passes over the training examples.
-      batch_size: examples a step, of each source; or a mapping with a number for each. The last,
+      batch_size: examples a step, of each dataset; or a mapping with a number for each. The last,
         incomplete batch of an epoch is left out.
+      transformations: Grain's ``Map``, ``RandomMap`` and ``MapWithIndex``, applied in turn to each
+        training example after the shuffling and before the batches are made. What is random is
+        drawn anew at every visit to an example, and is the same for all weightings.
+      workers: the number of processes that read and transform the training examples; 0 for threads
+        of this one. Data and transformations must then be something that can be pickled.
       description: a sentence for the reader of the tables.
+
+    Raises:
+      ValueError: if what is given does not fit together; the message says what.
+
+    Example:
+      Two tasks on the same inputs, one with a missing label here and there. In a file of its own,
+      such as ``mine.py``, it is what ``mtl-jax compare mine:problem`` compares the weightings on.
+
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import mtl_jax
+      >>> import numpy as np
+      >>> import optax
+      >>> from mtl_jax.compare import Problem, Task, mean_absolute_error, r2, roc_auc
+      >>> def examples(number, seed):
+      ...     x = np.random.default_rng(seed).normal(size=(number, 4)).astype(np.float32)
+      ...     toxic = np.where(x[:, 3] > 1, -1, x[:, 0] * x[:, 1] > 0)  # -1: nobody has measured it
+      ...     return {"x": x, "solubility": x[:, 0] - x[:, 2], "toxic": toxic.astype(np.int32)}
+      >>> def init(key):
+      ...     hidden, solubility, toxic = jax.random.split(key, 3)
+      ...     return {
+      ...         "hidden": jax.random.normal(hidden, (4, 32)) / 2,
+      ...         "solubility": jax.random.normal(solubility, (32,)) / 6,
+      ...         "toxic": jax.random.normal(toxic, (32,)) / 6,
+      ...     }, {}
+      >>> def predict(params, model_state, batch):
+      ...     z = jnp.tanh(batch["x"] @ params["hidden"])
+      ...     return {task: z @ params[task] for task in ("solubility", "toxic")}
+      >>> def labelled(batch):
+      ...     return {"solubility": jnp.full(len(batch["x"]), True), "toxic": batch["toxic"] >= 0}
+      >>> def losses(params, model_state, key, batch):
+      ...     outputs, has_label = predict(params, model_state, batch), labelled(batch)
+      ...     error = optax.squared_error(outputs["solubility"], batch["solubility"])
+      ...     entropy = optax.sigmoid_binary_cross_entropy(outputs["toxic"], batch["toxic"])
+      ...     return {
+      ...         "solubility": jnp.mean(error),
+      ...         "toxic": mtl_jax.masked_mean(entropy, has_label["toxic"]),
+      ...     }, model_state
+      >>> problem = Problem(
+      ...     name="molecules",
+      ...     tasks={
+      ...         "solubility": Task([mean_absolute_error(unit="mol/l"), r2()]),
+      ...         "toxic": Task(roc_auc()),
+      ...     },
+      ...     train=examples(800, seed=0),
+      ...     validation=examples(100, seed=1),
+      ...     test=examples(100, seed=2),
+      ...     init=init,
+      ...     losses=losses,
+      ...     shared=lambda path: path == "hidden",
+      ...     predict=predict,
+      ...     labelled=labelled,
+      ...     optimizer=lambda learning_rate, num_steps: optax.adam(learning_rate),
+      ...     learning_rate=3e-3,
+      ...     epochs=20,
+      ...     batch_size=64,
+      ... )
+      >>> problem.steps_per_epoch
+      12
     """
 
     name: str
     tasks: Mapping[str, Task]
-    train: Split | Sources
-    validation: Split | Sources
-    test: Split | Sources
+    train: Split
+    validation: Split
+    test: Split
     init: Callable[[Array], tuple[PyTree, PyTree]]
     losses: LossesFn = None  # pyright: ignore[reportAssignmentType]  (set in __post_init__)
     encoder: EncoderFn | None = None
     heads: HeadsFn | None = None
     shared: Shared = None
-    source_of: Mapping[str, str] | None = None
-    scores: Callable[[PyTree, PyTree, Batch], dict[str, Float[Array, "batch"]]]
-    labelled: Callable[[Batch], dict[str, Bool[Array, "batch"]]] | None = None
-    optimizer: Callable[[float, int], optax.GradientTransformation]
+    dataset_of: Mapping[str, str] | None = None
+    predict: Callable[[PyTree, PyTree, Batch], Mapping[str, PyTree]]
+    labelled: Callable[[Batch], Mapping[str, Bool[Array, "batch"]]] | None = None
+    optimizer: Callable[[Any, int], optax.GradientTransformation]
     learning_rate: float
     epochs: int
     batch_size: int | Mapping[str, int]
+    transformations: Sequence[Any] = ()
+    workers: int = 0
     description: str = ""
 
     def __post_init__(self) -> None:
         if not self.tasks:
             raise ValueError(f"The problem {self.name!r} has no tasks.")
-        for part in ("train", "validation", "test"):
-            for source, fields in by_source(getattr(self, part)).items():
-                sizes = {field: len(values) for field, values in fields.items()}
-                if len(set(sizes.values())) != 1 or 0 in sizes.values():
-                    of_source = "" if source is None else f", source {source!r},"
-                    raise ValueError(
-                        f"The {part} split{of_source} of the problem {self.name!r} must hold at "
-                        "least one field, all with the same number of examples, at least one; got "
-                        f"{sizes}."
-                    )
-        self._check_sources()
+        self._check_datasets()
+        self._check_labels()
+        self._check_transformations()
         # A copy made by `dataclasses.replace` is given the losses that were composed before.
         whole = self.losses is not None and not isinstance(self.losses, _Composed)
         given = {"losses": whole, "encoder": self.encoder, "heads": self.heads}
@@ -156,53 +253,114 @@ class Problem:
             composed = _Composed(self.encoder, self.heads, tuple(self.tasks))
             object.__setattr__(self, "losses", composed)
 
-    def _check_sources(self) -> None:
-        name, sources = self.name, list(by_source(self.train))
-        for part in ("validation", "test"):
-            if set(by_source(getattr(self, part))) != set(sources):
+    def _check_datasets(self) -> None:
+        name, names = self.name, list(self.datasets["train"])
+        for split in ("validation", "test"):
+            if set(self.datasets[split]) != set(names):
                 raise ValueError(
-                    f"All splits of the problem {name!r} must have the same sources; the training "
-                    f"split has {sources}, the {part} split {list(by_source(getattr(self, part)))}."
+                    f"All splits of the problem {name!r} must have the same datasets; the train "
+                    f"split has {names}, the {split} split {list(self.datasets[split])}."
                 )
-        if sources == [None]:
-            if self.source_of is not None or isinstance(self.batch_size, Mapping):
+        if names == [""]:
+            if self.dataset_of is not None or isinstance(self.batch_size, Mapping):
                 raise ValueError(
-                    f"The problem {name!r} has one source of data, so `source_of` must be None and "
+                    f"The problem {name!r} has one dataset, so `dataset_of` must be None and "
                     "`batch_size` a number."
                 )
             return
-        source_of = {} if self.source_of is None else self.source_of
-        if set(source_of) != set(self.tasks) or not set(source_of.values()) <= set(sources):
+        dataset_of = {} if self.dataset_of is None else self.dataset_of
+        if set(dataset_of) != set(self.tasks) or not set(dataset_of.values()) <= set(names):
             raise ValueError(
-                f"`source_of` of the problem {name!r} must say for each task, {list(self.tasks)}, "
-                f"which source it has, of {sources}; got {self.source_of}."
+                f"`dataset_of` of the problem {name!r} must say for each task, {list(self.tasks)}, "
+                f"which dataset it has, of {names}; got {self.dataset_of}."
             )
-        if isinstance(self.batch_size, Mapping) and set(self.batch_size) != set(sources):
+        if isinstance(self.batch_size, Mapping) and set(self.batch_size) != set(names):
             raise ValueError(
-                f"`batch_size` of the problem {name!r} must be one number, or one for each source, "
-                f"{sources}; got {dict(self.batch_size)}."
+                f"`batch_size` of the problem {name!r} must be one number, or one for each "
+                f"dataset, {names}; got {dict(self.batch_size)}."
             )
         if self.encoder is not None:
             raise ValueError(
-                f"The problem {name!r} has several sources, and must be given by `losses` and "
+                f"The problem {name!r} has several datasets, and must be given by `losses` and "
                 "`shared`: at the representation, the gradients of tasks on different inputs have "
                 "nothing in common, so that their inner products say nothing of a conflict."
             )
 
-    def sizes(self, part: str) -> dict[Source, int]:
-        """The number of examples of each source; the one source is ``None``."""
-        sources = by_source(getattr(self, part))
-        return {source: len(next(iter(fields.values()))) for source, fields in sources.items()}
+    def _check_labels(self) -> None:
+        for name, task in self.tasks.items():
+            field = name if task.label is None else task.label
+            dataset = "" if self.dataset_of is None else self.dataset_of[name]
+            for split in ("validation", "test"):
+                fields = self.datasets[split][dataset].fields
+                if not callable(field) and field not in fields:
+                    raise ValueError(
+                        f"The labels of the task {name!r} of the problem {self.name!r} must be a "
+                        f"field of the {split} split, which has {list(fields)}; got {field!r}. "
+                        "`label` of the task says which field it is."
+                    )
 
-    def size(self, part: str) -> int:
+    def _check_transformations(self) -> None:
+        if self.workers < 0:
+            raise ValueError(f"`workers` must be at least 0, got {self.workers}.")
+        if not self.transformations:
+            return
+        from grain import transforms
+
+        known = (transforms.Map, transforms.RandomMap, transforms.MapWithIndex)
+        for transformation in self.transformations:
+            if not isinstance(transformation, known):
+                raise ValueError(
+                    f"The transformations of the problem {self.name!r} must be Grain's Map, "
+                    "RandomMap or MapWithIndex, which make one example of one; got "
+                    f"{transformation!r}."
+                )
+
+    @functools.cached_property
+    def datasets(self) -> dict[str, dict[str, Dataset]]:
+        """The datasets of each split by name; one without a name is ``""``."""
+        return {
+            split: read_split(
+                getattr(self, split), f"The {split} split of the problem {self.name!r}"
+            )
+            for split in SPLITS
+        }
+
+    def sizes(self, split: str) -> dict[str, int]:
+        """The number of examples of each dataset; one without a name is ``""``."""
+        return {name: len(dataset) for name, dataset in self.datasets[split].items()}
+
+    def size(self, split: str) -> int:
         """The number of examples in ``"train"``, ``"validation"`` or ``"test"``."""
-        return sum(self.sizes(part).values())
+        return sum(self.sizes(split).values())
 
-    def batch_sizes(self) -> dict[Source, int]:
-        """The number of examples of each source in a batch."""
+    @property
+    def batch_sizes(self) -> dict[str, int]:
+        """The number of examples of each dataset in a batch; one without a name is ``""``."""
         if isinstance(self.batch_size, Mapping):
-            return dict(self.batch_size.items())
-        return dict.fromkeys(by_source(self.train), self.batch_size)
+            return {name: self.batch_size[name] for name in self.datasets["train"]}
+        return dict.fromkeys(self.datasets["train"], self.batch_size)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The number of training steps in an epoch, over the dataset with the most batches.
+
+        Raises:
+          ValueError: if the batch size or the epochs are not at least 1, or a batch is larger than
+            the training data.
+        """
+        if self.epochs < 1:
+            raise ValueError(f"`epochs` must be at least 1, got {self.epochs}.")
+        sizes = self.sizes("train")
+        for name, batch_size in self.batch_sizes.items():
+            if batch_size < 1:
+                raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+            if batch_size > sizes[name]:
+                of_dataset = f", dataset {name!r}" if name else ""
+                raise ValueError(
+                    f"The batch size, {batch_size}, is larger than the training data of "
+                    f"{self.name!r}{of_dataset}: {sizes[name]} examples."
+                )
+        return max(sizes[name] // batch_size for name, batch_size in self.batch_sizes.items())
 
     def with_settings(self, **changes: Any) -> "Problem":
         """The problem with other settings, those that are ``None`` left as they are."""
@@ -210,8 +368,131 @@ class Problem:
             self, **{name: value for name, value in changes.items() if value is not None}
         )
 
+    def train_batches(
+        self, seed: int, start_step: int = 0, process_index: int = 0, process_count: int = 1
+    ) -> TrainBatches:
+        """The batches of the run of a seed, from a step on."""
+        return TrainBatches(
+            self.datasets["train"],
+            self.batch_sizes,
+            self.steps_per_epoch,
+            seed,
+            start_step=start_step,
+            process_index=process_index,
+            process_count=process_count,
+            transformations=self.transformations,
+            workers=self.workers,
+        )
+
+    def evaluation_batches(
+        self, split: str, batch_size: int
+    ) -> Iterator[tuple[Batch, dict[str, np.ndarray]]]:
+        """The examples of a split in order, and which of each batch are real, by dataset."""
+        return evaluation_batches(self.datasets[split], batch_size)
+
+    def labels(self, batch: Batch) -> dict[str, PyTree]:
+        """The labels of each task in a batch; traced."""
+        found = {}
+        for name, task in self.tasks.items():
+            fields = batch if self.dataset_of is None else batch[self.dataset_of[name]]
+            label = name if task.label is None else task.label
+            found[name] = label(fields) if callable(label) else fields[label]
+        return found
+
+    def counted(
+        self, batch: Batch, valid: Mapping[str, Bool[Array, "batch"]]
+    ) -> dict[str, Bool[Array, "batch"]]:
+        """For each task which examples are real and have its label; traced.
+
+        Args:
+          batch: a batch of :meth:`evaluation_batches`.
+          valid: which of its examples are real, by dataset.
+        """
+        labelled = None if self.labelled is None else self.labelled(batch)
+        found = {}
+        for task in self.tasks:
+            real = jnp.asarray(valid["" if self.dataset_of is None else self.dataset_of[task]])
+            found[task] = real if labelled is None else real & labelled[task]
+        return found
+
     def present(self, batch: Batch) -> dict[str, Bool[Array, ""]] | None:
         """The mask of a batch: for each task whether any example has its label."""
         if self.labelled is None:
             return None
-        return jax.tree.map(lambda labelled: labelled.any(), self.labelled(batch))
+        return {task: labelled.any() for task, labelled in self.labelled(batch).items()}
+
+    def digest(self) -> str:
+        """A digest of the data of all splits.
+
+        Of arrays it is of all bytes. Of data that are read one by one it is of their number and of
+        some examples spread evenly.
+        """
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        return digest_splits(self.datasets)
+
+    def info(self) -> ProblemInfo:
+        """What tables and pictures need to know of the problem."""
+        return ProblemInfo(
+            name=self.name,
+            description=self.description,
+            tasks={
+                name: {
+                    metric.name: MetricInfo(metric.higher_is_better, metric.unit)
+                    for metric in task.metrics
+                }
+                for name, task in self.tasks.items()
+            },
+            examples={split: self.sizes(split) for split in SPLITS},
+            epochs=self.epochs,
+            steps_per_epoch=self.steps_per_epoch,
+            batch_size=self.batch_sizes,
+            learning_rate=self.learning_rate,
+            data=self.digest(),
+        )
+
+
+def load_problem(name: str, data_dir: str | None = None) -> Problem:
+    """The problem at ``package.module:name``.
+
+    Args:
+      name: a module that can be imported, from the working folder too, and in it the name of a
+        :class:`Problem`, or of a function that returns one.
+      data_dir: handed to the function, if it takes an argument of this name.
+
+    Returns:
+      The problem.
+
+    Raises:
+      ValueError: if there is no such module or name, or it is not a problem.
+
+    Example:
+      >>> from mtl_jax.compare import load_problem
+      >>> load_problem("math:tau")
+      Traceback (most recent call last):
+      ValueError: 'math:tau' is a float; a Problem is wanted, or a function that returns one.
+    """
+    module_name, separator, attribute = name.partition(":")
+    if not (module_name and separator and attribute):
+        raise ValueError(f"A problem is named as package.module:name; got {name!r}.")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # The message of a module that the user's own imports in vain says which one.
+        raise ValueError(f"{name!r}: {error}.") from error
+    if not hasattr(module, attribute):
+        raise ValueError(f"The module {module_name!r} has no {attribute!r}.")
+    found: Any = getattr(module, attribute)
+    if callable(found):
+        takes_folder = "data_dir" in inspect.signature(found).parameters
+        found = found(data_dir=data_dir) if takes_folder else found()
+    if not isinstance(found, Problem):
+        raise ValueError(
+            f"{name!r} is a {type(found).__name__}; a Problem is wanted, or a function that "
+            "returns one."
+        )
+    return found

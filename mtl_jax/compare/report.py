@@ -1,181 +1,346 @@
-"""Runs comparisons and leaves their results in a folder."""
+"""Writes what the results of a comparison say: Markdown, pictures, and all of it on one page."""
 
-import contextlib
+import base64
+import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+import sys
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any
 
+import jinja2
+import matplotlib
 import rich.console
-import rich.markdown
-from jax.sharding import Mesh
+import rich.markup
+import rich.text
+import tyro
 
-from mtl_jax.compare.checkpoints import Checkpoints
-from mtl_jax.compare.devices import is_first_process, wait_for_all
-from mtl_jax.compare.files import check_folder, replace, write_json, write_text
-from mtl_jax.compare.findings import Findings
-from mtl_jax.compare.numbers import results, timing
-from mtl_jax.compare.page import page
-from mtl_jax.compare.pictures import figures
-from mtl_jax.compare.problem import Problem
-from mtl_jax.compare.progress import compare_with_progress, tune_with_progress
-from mtl_jax.compare.referee import Comparison, compare, make_weightings
-from mtl_jax.compare.sections import markdown_report
-from mtl_jax.compare.settings import TUNING_SEED
-from mtl_jax.compare.tables import cost_table, main_table, seeds_note
-from mtl_jax.compare.tensorboard import TensorBoard
-from mtl_jax.compare.tuning import tune
-from mtl_jax.compare.weightings import MakeWeighting
+from mtl_jax.compare.analysis import Analysis, made_with
+from mtl_jax.compare.figures import CAPTIONS, figures
+from mtl_jax.compare.results import Results, file_name, replace_file, write_text
+from mtl_jax.compare.tables import (
+    Entry,
+    Section,
+    Table,
+    by_metric_table,
+    cost_table,
+    main_table,
+    over_problems_table,
+    parameters_text,
+    sections,
+    verdicts,
+    verdicts_text,
+)
+
+FORMATS = ("png", "pdf", "svg")
+"""Of the pictures. The page holds the first."""
+
+_STYLE: Any = {"svg.hashsalt": "mtl_jax", "pdf.fonttype": 42}
+"""The same picture is the same file; letters are letters, as publishers want it."""
+_METADATA = {"png": None, "pdf": {"CreationDate": None}, "svg": {"Date": None}}
 
 
-def compare_and_report(
-    problems: Sequence[Problem],
-    weightings: Mapping[str, MakeWeighting],
+def write_report(
+    results: Results,
     folder: str | os.PathLike[str],
     *,
-    seeds: Sequence[int] = (0, 1, 2),
-    alone: bool = True,
-    conflict: bool = False,
-    tune_trials: int | None = None,
-    prune: bool = False,
-    jobs: int = 1,
-    checkpoint_seconds: int | None = 10,
-    resume: bool = False,
-    mesh: Mesh | None = None,
-    command: str = "",
-    log: Literal["tensorboard"] | None = None,
-) -> list[Comparison]:
-    """Compare the weightings on every problem, print the tables and write the results.
+    pictures: Collection[str] | None = None,
+    weighting: str | None = None,
+) -> None:
+    """Write the results, and all that is said of them, into a folder.
 
-    The folder receives ``report.html`` (all that follows on one page), ``results.json`` (all that
-    is the same when run again on the same machine), ``timing.json`` (times, memory, versions,
-    machine), and for each problem ``<problem>.md`` (the tables) and pictures,
-    ``<problem>_<picture>.png``: ``metrics``, ``losses``, ``weights``, ``difficulty`` (against
-    weight), ``front`` (of two tasks) and, if the task gradients were measured, ``conflict``; its
-    folders ``checkpoints`` and ``tuning`` hold what is needed to resume. Every file is replaced as
-    a whole. Interrupted or failed, it leaves the tables and the numbers of the runs that are
-    finished, without pictures.
+    It receives ``results.json`` and ``timing.json``; ``report.html``, everything on one page; for
+    each problem ``<problem>.md``, the verdicts and the tables, and pictures,
+    ``<problem>_<picture>``, as PNG, PDF and SVG: ``changes`` (of every task), ``metrics``,
+    ``losses``, ``weights``, ``difficulty`` (against weight), ``front`` (of two metrics) and, if the
+    task gradients were measured, ``conflict``; of several problems also ``verdicts.md``. Every file
+    is replaced as a whole.
 
     Args:
-      problems: the problems.
-      weightings: functions that make the weightings, by name.
-      folder: where the results go; made if it does not exist.
-      seeds: the seeds.
-      alone: whether to train each task alone, too.
-      conflict: whether to measure conflicts for all weightings, as in :func:`compare`.
-      tune_trials: the number of trials for each weighting and each task alone, with which their
-        settings are chosen first, as by :func:`tune`; ``None`` to run all as shipped.
-      prune: whether trials that fall behind are ended early.
-      jobs: how many weightings are tuned at once.
-      checkpoint_seconds: the least time between two checkpoints of a run, each of which is saved
-        after an epoch; ``None`` for no checkpoints. With them the trials are kept, too.
-      resume: whether to continue the comparison that the folder holds, if it holds one. Finished
-        runs are not run again; weightings, seeds and problems may be added.
-      mesh: devices to spread each batch over, as in :func:`compare`. Of several processes, the
-        first prints and writes; all must see the folder.
-      command: the command that makes these results, for the reader of the tables.
-      log: ``"tensorboard"`` to write losses, metrics, weights and conflicts of every run also as
-        TensorBoard's event files, after every epoch, into the folder ``tensorboard``.
-
-    Returns:
-      The comparison on each problem.
+      results: the results.
+      folder: the folder; made if it does not exist.
+      pictures: the problems whose pictures are drawn; all by default. The page shows those of
+        others if they are there, unless that problem is not finished.
+      weighting: a weighting to compare with every other one over all problems.
 
     Raises:
-      ValueError: as :func:`compare`, for any of the problems before the first is trained; or if
-        there is no such ``log``.
-      FileExistsError: if the folder holds a comparison that this is not to continue, or that it
-        could not continue.
-      TuningError: as :func:`tune`.
-      OtherConfigurationError, OSError: as :func:`compare`.
+      ValueError: if that weighting has no runs.
     """
-    for problem in problems:
-        make_weightings(problem, weightings)
-    folder = pathlib.Path(folder)
-    checkpoints = None
-    if checkpoint_seconds is None and resume:
-        raise ValueError("To resume, `checkpoint_seconds` must be a number; it is None.")
-    if tune_trials is not None and TUNING_SEED in seeds:
-        raise ValueError(f"Seed {TUNING_SEED} is the one of the tuning; compare with other seeds.")
-    if log not in (None, "tensorboard"):
-        raise ValueError(f"`log` must be 'tensorboard' or None, got {log!r}.")
-    if checkpoint_seconds is not None:
-        checkpoints = Checkpoints(folder / "checkpoints", checkpoint_seconds, resume=resume)
-    check_folder(folder, [problem.name for problem in problems], resume)
-    wait_for_all("the folder is looked at")
-    options: dict[str, Any] = {
-        "seeds": seeds,
-        "alone": alone,
-        "conflict": conflict,
-        "checkpoints": checkpoints,
-        "mesh": mesh,
-    }
-
-    of_tuning: dict[str, Any] = {
-        "trials": tune_trials,
-        "alone": alone,
-        "prune": prune,
-        "jobs": jobs,
-        "folder": None if checkpoints is None else folder / "tuning",
-        "mesh": mesh,
-    }
-    if not is_first_process():
-        comparisons = []
-        for problem in problems:
-            tuning = None if tune_trials is None else tune(problem, weightings, **of_tuning)
-            comparisons.append(compare(problem, weightings, tuning=tuning, **options))
-        return comparisons
-    folder.mkdir(parents=True, exist_ok=True)
-    console = rich.console.Console()
-    if not console.is_terminal:  # a file or a pipe does not limit the width
-        console = rich.console.Console(width=140)
-    comparisons = []
-    for problem in problems:
-        finished: list[Comparison] = []  # as far as it has come, the latest last
-        events = TensorBoard(folder / "tensorboard" / problem.name) if log else None
-        try:
-            with events or contextlib.nullcontext():
-                tuning = None
-                if tune_trials is not None:
-                    tuning = tune_with_progress(problem, weightings, console, **of_tuning)
-                comparison = compare_with_progress(
-                    problem,
-                    weightings,
-                    console,
-                    **options,
-                    tuning=tuning,
-                    on_run=finished.append,
-                    on_epoch=None if events is None else events.write,
-                )
-        except BaseException:  # an interruption, too
-            if finished:
-                _write(folder, [*comparisons, finished[-1]], command, console)
-            raise
-        comparisons.append(comparison)
-        _write(folder, comparisons, command, console)
-    console.print(f"Everything on one page: {folder / 'report.html'}")
-    return comparisons
+    results.write(folder)
+    # What is drawn is what the files hold, so that it is the same whenever it is drawn again.
+    draw_report(Results.read(folder), folder, pictures=pictures, weighting=weighting)
 
 
-def _write(
-    folder: pathlib.Path,
-    comparisons: Sequence[Comparison],
-    command: str,
-    console: rich.console.Console,
+def draw_report(
+    results: Results,
+    folder: str | os.PathLike[str],
+    *,
+    pictures: Collection[str] | None = None,
+    weighting: str | None = None,
 ) -> None:
-    """Print the tables of the last comparison, write its report, and the numbers of all."""
-    last = comparisons[-1]
-    name = last.problem.name
-    interrupted = f" ({last.unfinished} runs not finished)" if last.unfinished else ""
-    console.print(f"\n[bold]{name}[/bold]: test metrics after the last epoch{interrupted}")
-    findings = Findings(last)
-    for text in (main_table(findings).markdown(), seeds_note(findings)):
-        console.print(rich.markdown.Markdown(text))
-    console.print(rich.markdown.Markdown(cost_table(last).markdown()))
-    write_text(folder / f"{name}.md", markdown_report(last, command=command))
-    write_json(folder / "results.json", {c.problem.name: results(c) for c in comparisons})
-    write_json(folder / "timing.json", timing(comparisons))
-    if not last.unfinished:
-        for kind, figure in figures(last).items():
-            picture = folder / f"{name}_{kind}.png"
-            replace(picture, lambda path, figure=figure: figure.savefig(path, dpi=120))
-    write_text(folder / "report.html", page(comparisons, folder, command=command))
+    """Write what is said of the results into a folder, as :func:`write_report`, but not them."""
+    folder = pathlib.Path(folder)
+    over = over_problems_section(results, weighting)
+    if over is not None:
+        write_text(folder / "verdicts.md", _markdown([over], "# Verdicts", results.command))
+    problems = []
+    for name in results.problems:
+        analysis = Analysis(results, name)
+        path = folder / f"{file_name(name)}.md"
+        write_text(path, markdown_report(analysis))
+        drawn = pictures is None or name in pictures
+        if drawn:
+            draw_pictures(analysis, folder)
+        shown = drawn or not results.unfinished(name)
+        problems.append(_problem(analysis, folder if shown else None))
+    write_text(folder / "report.html", _page(problems, over, results))
+
+
+def draw_pictures(analysis: Analysis, folder: pathlib.Path) -> None:
+    """Draw the pictures of a problem into a folder; those of an older report are removed."""
+    with matplotlib.rc_context(_STYLE):
+        made = figures(analysis)
+        for kind in CAPTIONS:
+            for extension in FORMATS:
+                path = folder / f"{file_name(analysis.problem)}_{kind}.{extension}"
+                if kind not in made:
+                    path.unlink(missing_ok=True)
+                    continue
+                options: Any = {"dpi": 120, "metadata": _METADATA[extension]}
+                figure = made[kind]
+                replace_file(path, lambda file, f=figure, o=options: f.savefig(file, **o))
+                figure.set_layout_engine("none")  # the first drawing has laid it out
+
+
+def markdown_report(analysis: Analysis) -> str:
+    """The verdicts and the tables of a problem, as a Markdown document."""
+    lines = [f"# {analysis.problem}", "", analysis.info.description, "", settings_text(analysis)]
+    for warning in warnings_of(analysis):
+        lines += ["", f"**{warning}**"]
+    if sentences := verdicts(analysis):
+        lines += ["", "## Verdicts", "", verdicts_text(analysis), ""]
+        lines += [f"- {sentence}" for sentence in sentences]
+    return _markdown(sections(analysis), "\n".join(lines), analysis.results.command)
+
+
+def _markdown(shown: Collection[Section], start: str, command: str) -> str:
+    lines = [start, ""]
+    for title, text, table in shown:
+        lines += [f"## {title}", "", text, "", table.markdown(), ""]
+    if command:
+        lines += ["Made by", "", *(f"    {line}" for line in command.splitlines()), ""]
+    return "\n".join(lines)
+
+
+def print_tables(results: Results, problem: str, console: rich.console.Console) -> None:
+    """Print the verdicts on a problem, what was reached, and what it cost."""
+    analysis = Analysis(results, problem)
+    console.print(
+        f"\n[bold]{rich.markup.escape(problem)}[/bold]: test metrics after the last epoch"
+    )
+    for warning in warnings_of(analysis):
+        console.print(rich.text.Text(warning, "bold red"))
+    for text in (*verdicts(analysis), verdicts_text(analysis)):
+        console.print(rich.text.Text(text))
+    table = main_table(analysis)
+    natural = console.measure(table.terminal(), options=console.options.update(width=10_000))
+    if natural.maximum > 1.25 * console.width:  # more than wrapped headers can make up for
+        _print(by_metric_table(analysis), console)
+        table = main_table(analysis, metrics=False)
+    _print(table, console)
+    _print(cost_table(analysis), console)
+
+
+def _print(table: Table, console: rich.console.Console) -> None:
+    if len(table.headers) > 1 and table.rows:
+        console.print(table.terminal())
+
+
+def settings_text(analysis: Analysis) -> str:
+    """The settings of the runs, in a sentence."""
+    info = analysis.info
+    sizes = ", ".join(
+        f"{numbers_text(numbers)} {split}" for split, numbers in info.examples.items()
+    )
+    number = len(analysis.planned_seeds)
+    return (
+        f"{sizes} examples; {info.epochs} epochs, batch {numbers_text(info.batch_size)}, learning "
+        f"rate {_learning_rate(analysis)}; {number} seed{'s' * (number != 1)}."
+    )
+
+
+def warnings_of(analysis: Analysis) -> list[str]:
+    """What the reader of the results must know: missing and failed runs, different machines."""
+    found = []
+    missing = len(analysis.results.unfinished(analysis.problem))
+    if missing:
+        found.append(f"Interrupted: {missing} run{'s' * (missing != 1)} not finished.")
+    found += [
+        f"Failed: {run.weighting}, seed {run.seed}: {run.failure}."
+        for run in analysis.all_runs
+        if run.failure
+    ]
+    differing = "; ".join(
+        f"{what} {_counted(by_value)}" for what, by_value in analysis.provenance.items()
+    )
+    if differing:
+        found.append(
+            f"Runs were not all made with the same: {differing}. Their times do not compare, and "
+            "their metrics may differ for no other reason."
+        )
+    begun = sum("begun with" in run.provenance for run in analysis.all_runs)
+    if begun:
+        found.append(f"Begun with other versions or on another device than ended: {begun} runs.")
+    return found
+
+
+def numbers_text(numbers: Mapping[str, int]) -> str:
+    """``"5,000"``, or ``"5,000 (news) + 300 (reviews)"``."""
+    return " + ".join(
+        f"{number:,}" + f" ({dataset})" * bool(dataset) for dataset, number in numbers.items()
+    )
+
+
+def over_problems_section(results: Results, weighting: str | None = None) -> Section | None:
+    """The verdicts over all problems; ``None`` for one problem unless a weighting is named."""
+    if weighting is None and len(results.problems) < 2:
+        return None
+    table = over_problems_table(results, weighting)
+    if len(table.headers) < 2:
+        return None
+    text = (
+        "The mean over the tasks of the relative change of their metrics (Δm), in %, with its 95 % "
+        "interval, and the verdict of the paired t-test at 5 % after Holm's correction for all "
+        "comparisons of the table."
+    )
+    return Section("Over all problems", text, table)
+
+
+def _learning_rate(analysis: Analysis) -> str:
+    default = f"{analysis.info.learning_rate:g}"
+    return default if analysis.tuning is None else f"as tuned (default: {default})"
+
+
+def _counted(by_value: Mapping[str, int]) -> str:
+    if len(by_value) == 1:
+        return next(iter(by_value))
+    return ", ".join(f"{v} ({n} run{'s' * (n != 1)})" for v, n in by_value.items())
+
+
+def _page(problems: list[dict[str, Any]], over: Section | None, results: Results) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mtl_jax.compare", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made = {what: _counted(by_value) for what, by_value in made_with(results.runs).items()}
+    return environment.get_template("page.html").render(
+        problems=problems,
+        over_problems=over,
+        command=results.command,
+        made_with=_settings(made),
+    )
+
+
+def _problem(analysis: Analysis, folder: pathlib.Path | None) -> dict[str, Any]:
+    """What the page shows of a problem, with the pictures that are in the folder."""
+    name = analysis.problem
+    found = {kind: folder / f"{file_name(name)}_{kind}.{FORMATS[0]}" for kind in CAPTIONS if folder}
+    return {
+        "name": name,
+        "description": analysis.info.description,
+        "settings": settings_text(analysis),
+        "warnings": warnings_of(analysis),
+        "verdicts": verdicts(analysis),
+        "verdicts_text": verdicts_text(analysis),
+        "sections": sections(analysis),
+        "pictures": [
+            {
+                "caption": CAPTIONS[kind],
+                "alt": f"{name}: {kind}",
+                "data": base64.b64encode(path.read_bytes()).decode(),
+            }
+            for kind, path in found.items()
+            if path.exists()
+        ],
+        "configuration": _configuration(analysis),
+    }
+
+
+def _configuration(analysis: Analysis) -> Table:
+    info, runs = analysis.info, analysis.weightings.items()
+    measured = [f"{name} ({r[0].measured_at})" for name, r in runs if r[0].measured_at]
+    given = [f"{name} ({text})" for name, r in runs if (text := parameters_text(r[0].parameters))]
+    metrics = [
+        f"{task} ({metric}, {'higher' if about.higher_is_better else 'lower'} is better)"
+        for task, by_name in info.tasks.items()
+        for metric, about in by_name.items()
+    ]
+    rows = {
+        "tasks": ", ".join(metrics),
+        "weightings": ", ".join(analysis.weightings),
+        "parameters": ", ".join(given) or "the defaults",
+        "each task alone": "yes" if analysis.alone else "no",
+        "gradients measured for": ", ".join(measured) or "none",
+        "seeds": ", ".join(map(str, analysis.planned_seeds)),
+        "epochs": str(info.epochs),
+        "steps an epoch": str(info.steps_per_epoch),
+        "batch size": numbers_text(info.batch_size),
+        "learning rate": _learning_rate(analysis),
+    }
+    rows |= {f"{split} examples": numbers_text(sizes) for split, sizes in info.examples.items()}
+    return _settings(rows | {"digest of the data": info.data})
+
+
+def _settings(rows: Mapping[str, str]) -> Table:
+    return Table(["what", "which"], [[Entry(name), Entry(value)] for name, value in rows.items()])
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Draw tables, pictures and page of finished comparisons again, without training.
+
+    Of several folders together, with the verdicts over all their problems.
+    """
+
+    folders: Annotated[
+        tuple[pathlib.Path, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="FOLDER", help="The folders of comparisons (RUNS_DIR/NAME)."),
+    ]
+    out: pathlib.Path | None = None
+    """The folder that is written into; the first one if not given."""
+    weighting: str | None = None
+    """A weighting to compare with every other one, over all problems."""
+
+
+def report_main(config: Report) -> None:
+    """Run ``mtl-jax report``; exits with status 2 after a message if it cannot."""
+    try:
+        if not config.folders:
+            raise ValueError("Name at least one folder of a comparison.")
+        results = Results.combine([Results.read(folder) for folder in config.folders])
+        folder = config.folders[0] if config.out is None else config.out
+        # The results of several folders never replace those that one of them goes on from.
+        if folder.resolve() not in [given.resolve() for given in config.folders]:
+            results.write(folder)
+        draw_report(results, folder, weighting=config.weighting)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    console = terminal()
+    for problem in results.problems:
+        print_tables(results, problem, console)
+    over = over_problems_section(results, config.weighting)
+    if over is not None:
+        console.print(f"\n[bold]{over.title}[/bold]: Δm in %")
+        _print(over.table, console)
+    console.print(f"Everything on one page: {folder / 'report.html'}", soft_wrap=True)
+
+
+def terminal() -> rich.console.Console:
+    """The terminal; a file or a pipe does not limit the width of tables."""
+    console = rich.console.Console(highlight=False)
+    return console if console.is_terminal else rich.console.Console(width=180, highlight=False)

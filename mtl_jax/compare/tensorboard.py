@@ -1,5 +1,6 @@
 """The course of the runs for TensorBoard."""
 
+import os
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -7,26 +8,26 @@ from typing import Any, Self
 
 import numpy as np
 
-from mtl_jax.compare.plots import thinned
-from mtl_jax.compare.run import Run, folder_name
+from mtl_jax.compare.results import Run, file_name, thin
 
-POINTS = 50
+_POINTS = 50
 """Points of an epoch in a curve over steps: each is the mean over some of them."""
 
 
 class TensorBoard:
     """Writes event files, a folder for each run; to be used in a ``with`` statement.
 
-    Scalars are ``train_loss``, ``validation`` and ``test`` after every epoch, ``weight`` and
-    ``conflict`` over the steps, each with the task's name (of conflicts ``share`` and ``cosine``).
+    Scalars are ``train_loss/<task>``, ``validation/<task>/<metric>`` and ``test/<task>/<metric>``
+    after every epoch, ``weight/<task>``, ``conflict/share`` and ``conflict/cosine`` over the steps.
     What is not finite, such as the weight of a task that had no labels, is left out.
 
     Args:
-      folder: where the runs' folders are made. A run that is read or resumed is written anew.
+      folder: where the runs' folders are made, ``<problem>/<run>_seed<seed>``. A run that is read
+        or resumed is written anew.
     """
 
-    def __init__(self, folder: pathlib.Path) -> None:
-        self._root = folder
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self._root = pathlib.Path(folder)
         self._folder: pathlib.Path | None = None
         self._writer: Any = None
         self._written = 0
@@ -42,7 +43,8 @@ class TensorBoard:
         """Write what the run found since it was written last. Runs come one after the other."""
         import tensorboardX  # only where events are written
 
-        folder = self._root / f"{folder_name(run.weighting)}_seed{run.seed}"
+        name = f"{file_name(run.weighting)}_seed{run.seed}"
+        folder = self._root / file_name(run.problem) / name
         if folder != self._folder:
             self.__exit__()
             shutil.rmtree(folder, ignore_errors=True)
@@ -57,16 +59,22 @@ class TensorBoard:
 
 def _scalars(run: Run, first: int) -> Iterator[tuple[str, int, float]]:
     """Tag, step and value of all that was found from that epoch on."""
-    over_epochs = {"train_loss": run.train_losses, "validation": run.validation, "test": run.test}
-    over_steps = {"weight": run.weights, "conflict": run.conflict}
-    for kind, by_name in over_epochs.items():
-        for name, values in by_name.items():
-            for epoch in range(first, run.epochs):
-                yield f"{kind}/{name}", epoch + 1, values[epoch]
-    for kind, by_name in over_steps.items():
-        for name, values in by_name.items():
-            steps = len(values) // run.epochs
-            for epoch in range(first, run.epochs):
-                centres, means = thinned(values[epoch * steps : (epoch + 1) * steps], POINTS)
-                for centre, mean in zip(centres, means, strict=True):
-                    yield f"{kind}/{name}", epoch * steps + round(centre), mean
+    by_epoch = {f"train_loss/{task}": values for task, values in run.train_losses.items()}
+    for split, tasks in run.metrics.items():
+        for task, metrics in tasks.items():
+            by_epoch |= {f"{split}/{task}/{name}": values for name, values in metrics.items()}
+    for tag, values in by_epoch.items():
+        for epoch, value in enumerate(values[first:], start=first + 1):
+            yield tag, epoch, value
+    by_step = {f"weight/{task}": values for task, values in run.weights.items()}
+    by_step |= {f"conflict/{kind}": values for kind, values in run.conflict.items()}
+    for tag, values in by_step.items():
+        if run.steps is not None:  # it was read, is thinned already, and is written whole
+            steps, means = run.steps, values
+        else:
+            start = len(values) * first // max(run.epochs, 1)
+            points = _POINTS * (run.epochs - first)
+            steps = thin(np.arange(start, len(values)), points)
+            means = thin(values[start:], points)
+        for step, value in zip(steps, means, strict=True):
+            yield tag, round(step), value

@@ -1,26 +1,60 @@
 """Tuning: the learning rate and the parameters of every weighting, with one budget for all."""
 
-import concurrent.futures
 import contextlib
 import dataclasses
+import functools
+import hashlib
+import json
 import os
 import pathlib
-import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from jax.sharding import Mesh
 
-from mtl_jax._search_space import Space
-from mtl_jax.compare.batches import check_devices
-from mtl_jax.compare.metrics import Evaluator
+from mtl_jax._search_space import Range, Space
+from mtl_jax.compare.checkpoints import check_same
+from mtl_jax.compare.devices import is_first_process
 from mtl_jax.compare.problem import Problem
-from mtl_jax.compare.referee import BASELINE, lone_name, make_weighting, with_baselines
-from mtl_jax.compare.run import Run, folder_name
-from mtl_jax.compare.search import Search, last_metrics
-from mtl_jax.compare.settings import TUNING_SEED, Trial, Tuning
-from mtl_jax.compare.sources import by_source, joined
+from mtl_jax.compare.results import (
+    BASELINE,
+    PRUNED,
+    DamagedFileError,
+    ProblemInfo,
+    Run,
+    Trial,
+    Tuning,
+    alone_name,
+    file_name,
+    write_text,
+)
+from mtl_jax.compare.training import Setting, Trainer, settings_of, single_task
 from mtl_jax.compare.weightings import SPACES, WEIGHTINGS, MakeWeighting
+
+if TYPE_CHECKING:
+    import optuna
+
+TUNING_SEED = 1000
+"""The seed of tuning, which no reported run may have."""
+
+LEARNING_RATE_FACTOR = 10.0
+"""How far the search goes from the default learning rate, downwards and upwards."""
+
+Select = Literal["mean", "worst"]
+"""What is tuned for: the mean change of the tasks' metrics, or the worst task's."""
+
+_LEARNING_RATE = "learning rate"
+_SPREAD = 10
+"""The trials, the default setting included, before the search looks at what was found."""
+
+_Metrics = Mapping[str, Mapping[str, float]]
+
+
+class TuningError(ValueError):
+    """There is nothing that trials can be measured against."""
 
 
 def tune(
@@ -28,28 +62,34 @@ def tune(
     weightings: Mapping[str, MakeWeighting],
     *,
     trials: int,
+    select: Select = "mean",
     seed: int = TUNING_SEED,
     alone: bool = True,
     spaces: Mapping[str, Space] = MappingProxyType({}),
     prune: bool = False,
-    jobs: int = 1,
     folder: str | os.PathLike[str] | None = None,
     mesh: Mesh | None = None,
-    on_epoch: Callable[[Run], None] = lambda run: None,
+    on_steps: Callable[[Run, int, Mapping[str, float]], None] = lambda run, step, losses: None,
     on_trial: Callable[[str, Sequence[Trial]], None] = lambda name, trials: None,
 ) -> Tuning:
     r"""Search for the best setting of every weighting, with the same number of trials for each.
 
     A trial trains the network once with one setting: a learning rate within a factor of 10 of the
-    problem's, and values of the weighting's own parameters. The first trial of each is the setting
-    as shipped, so that what is chosen is never worse than that on the validation split. The next
+    problem's, and values of the weighting's own parameters. The first trial of each is the default
+    setting, so that what is chosen is never worse than that on the validation split. The next
     nine have learning rates that are spread evenly and are the same for all, and parameters drawn
     at random. Then Optuna searches, by the tree-structured Parzen estimator. Equal weights,
     constant weights and each task alone are always tuned besides.
 
-    What is maximised is the mean relative change of the validation metrics after the last epoch,
-    :func:`mtl_jax.evaluation.delta_m`, against equal weights as shipped; for a task alone, of its
-    own metric. The test split is not used.
+    What is maximised is how the validation metrics after the last epoch changed against those of
+    equal weights in their default setting. The relative changes of a task's metrics
+    :math:`m_{kj}`, of which :math:`s_{kj} = \pm 1` says whether higher is better, are averaged
+    first,
+
+    .. math:: c_k = \frac{1}{J_k} \sum_j s_{kj} \frac{m_{kj} - m^0_{kj}}{|m^0_{kj}|},
+
+    and then the mean over the tasks is taken, or the worst task's; for a task alone, its own. A
+    metric that equal weights leave at 0, or undefined, is left out. The test split is not used.
 
     A trial that finds no finite update in a whole epoch, or whose metrics are not finite, has
     failed; the search goes on. The same arguments give the same trials.
@@ -58,6 +98,7 @@ def tune(
       problem: the problem.
       weightings: functions that make the weightings, by name.
       trials: the number of trials for each weighting and each task alone.
+      select: ``"mean"`` for the mean over the tasks, ``"worst"`` for the smallest of their changes.
       seed: of the search, and of the training runs. Not one of the seeds of the comparison, which
         would be chosen for then: :func:`compare` refuses that.
       alone: whether to tune each task alone, too.
@@ -65,13 +106,11 @@ def tune(
         instead of what ``SPACES`` has, for others instead of nothing.
       prune: whether to end trials early whose score after an epoch is below the median of the
         trials before (from the sixth trial and the second epoch on).
-      jobs: how many weightings are searched at once, in threads. The trials are the same for any
-        number. Settings of JAX that were made in a ``with`` statement do not hold in threads.
       folder: where finished trials are kept, in a folder of the problem's name a file for each
         weighting. Those that are there are not trained again.
-      mesh: devices to spread each batch over, as in :func:`compare`; for one job only, since all
-        processes must train in the same order.
-      on_epoch: called with the run after every epoch of it.
+      mesh: devices to spread each batch over, as in :func:`compare`.
+      on_steps: called every now and then with the run of a trial, the number of its steps so far
+        and the mean losses of the last ones.
       on_trial: called with the name and its trials after every trial, and with those that were
         read.
 
@@ -79,110 +118,318 @@ def tune(
       All trials; its ``chosen`` gives the best.
 
     Raises:
-      ValueError: if ``trials`` or ``jobs`` is not at least 1, there is a space for an unknown
-        weighting, or a weighting cannot run on the problem.
-      TuningError: a ``ValueError``; if equal weights as shipped fail, or score 0 in a task.
-      OtherConfigurationError: a ``ValueError``; if the folder's trials are of another
-        configuration.
+      ValueError: if ``trials`` is not at least 1, there is no such ``select``, there is a space for
+        an unknown weighting, or a weighting cannot run on the problem.
+      TuningError: a ``ValueError``; if equal weights fail in their default setting, or leave all
+        metrics of a task at 0.
+      OtherSettingsError: a ``ValueError``; if the folder's trials are of another search.
     """
-    if trials < 1:
-        raise ValueError(f"`trials` must be at least 1, got {trials}.")
-    if jobs < 1:
-        raise ValueError(f"`jobs` must be at least 1, got {jobs}.")
-    if jobs > 1 and mesh is not None:
-        raise ValueError(
-            f"On a mesh one weighting is tuned at a time: `jobs` must be 1, got {jobs}."
-        )
+    return tune_with(
+        Trainer(problem, mesh=mesh),
+        weightings,
+        trials=trials,
+        select=select,
+        seed=seed,
+        alone=alone,
+        spaces=spaces,
+        prune=prune,
+        folder=folder,
+        on_steps=on_steps,
+        on_trial=on_trial,
+    )
+
+
+def tune_with(
+    trainer: Trainer,
+    weightings: Mapping[str, MakeWeighting],
+    *,
+    trials: int,
+    select: Select,
+    seed: int,
+    alone: bool,
+    spaces: Mapping[str, Space],
+    prune: bool,
+    folder: str | os.PathLike[str] | None,
+    on_steps: Callable[[Run, int, Mapping[str, float]], None],
+    on_trial: Callable[[str, Sequence[Trial]], None],
+) -> Tuning:
+    """As :func:`tune`, with what trains, which keeps what it has compiled."""
+    check_tuning(trials, select)
     weightings = with_baselines(weightings, tuned=True)
     if unknown := set(spaces) - set(weightings):
         raise ValueError(f"There are spaces for {sorted(unknown)}, and no such weightings.")
     known = (name for name in SPACES if weightings.get(name) is WEIGHTINGS[name])
     spaces = {name: SPACES[name] for name in known} | dict(spaces)
-    problem = _without_test_split(problem)
-    for name, make in weightings.items():
-        make_weighting(problem, name, make)
-    check_devices(problem, mesh)
-    evaluate = Evaluator(problem, mesh=mesh)
-    searches = {
-        name: Search(problem, evaluate, seed, name, make, spaces.get(name, {}), mesh=mesh)
-        for name, make in weightings.items()
-    }
-    for task in problem.tasks if alone else ():
-        name = lone_name(task)
-        make = WEIGHTINGS[BASELINE]
-        searches[name] = Search(problem, evaluate, seed, name, make, {}, [task], mesh)
-    found: dict[str, list[Trial]] = {name: [] for name in searches}
-    at_once = _AtOnce(jobs)
-
-    def add(name: str, trial: Trial) -> None:
-        found[name].append(trial)
-        on_trial(name, found[name])
-
-    def make_trials(name: str, baseline: Mapping[str, float] | None) -> Iterator[Trial]:
-        file = None
-        if folder is not None:
-            file = pathlib.Path(folder, folder_name(problem.name), f"{folder_name(name)}.json")
-        return searches[name].trials(trials, baseline, prune, file, at_once.guard(on_epoch))
-
+    problem = trainer.problem
+    settings = settings_of(problem, weightings, alone)
+    for setting in settings:
+        trainer.new_run(setting, seed)  # raises where it cannot run
+    found: dict[str, list[Trial]] = {setting.name: [] for setting in settings}
+    baseline: _Metrics | None = None
+    # Equal weights are what all are measured against, and tasks alone what some are made of.
+    order = {BASELINE: 0} | {setting.name: 1 for setting in settings if setting.task}
+    tuning = Tuning(seed, select, found)
     with _quiet_optuna():
-        streams = {BASELINE: make_trials(BASELINE, None)}
-        first = next(streams[BASELINE])
-        add(BASELINE, first)
-        baseline = last_metrics(problem, first)
-        streams |= {name: make_trials(name, baseline) for name in searches if name != BASELINE}
-        at_once.exhaust(streams, add)
-    return Tuning(seed, found)
+        for setting in sorted(settings, key=lambda setting: order.get(setting.name, 2)):
+            if alone and setting.name not in order:
+                chosen = {task: tuning.chosen(alone_name(task)) for task in problem.tasks}
+                setting = dataclasses.replace(setting, single_task=single_task(problem, chosen))
+            file = None
+            if folder is not None:
+                name = f"{file_name(setting.name)}.json"
+                file = pathlib.Path(folder, file_name(problem.name), name)
+            search = _Search(
+                trainer, setting, spaces.get(setting.name, {}), seed, select, prune, baseline, file
+            )
+            for trial in search.trials(trials, on_steps):
+                found[setting.name].append(trial)
+                on_trial(setting.name, found[setting.name])
+            baseline = search.baseline
+    return tuning
 
 
-def _without_test_split(problem: Problem) -> Problem:
-    """The problem with an example of the validation split for its test split, for the form."""
-    examples = {
-        source: {field: values[:1] for field, values in fields.items()}
-        for source, fields in by_source(problem.validation).items()
+def check_tuning(trials: int, select: str) -> None:
+    """Raise a ``ValueError`` for what cannot be tuned with, or for."""
+    if trials < 1:
+        raise ValueError(f"The number of trials must be at least 1, got {trials}.")
+    if select not in ("mean", "worst"):
+        raise ValueError(f"`select` must be 'mean' or 'worst', got {select!r}.")
+
+
+def settings_of_problem(info: ProblemInfo) -> dict[str, Any]:
+    """What of a problem must be the same when a search or a comparison goes on."""
+    return {
+        "epochs": info.epochs,
+        "batch_size": dict(info.batch_size),
+        "learning_rate": info.learning_rate,
+        "tasks": {task: list(metrics) for task, metrics in info.tasks.items()},
+        "data": info.data,
     }
-    return dataclasses.replace(problem, test=joined(examples))
 
 
-class _AtOnce:
-    """Exhausts several streams of trials at once, in threads; what they call is called in turn."""
+def with_baselines(
+    weightings: Mapping[str, MakeWeighting], *, tuned: bool = False
+) -> dict[str, MakeWeighting]:
+    """The weightings after what is always run: equal weights, and constant ones if tuned."""
+    baselines = (BASELINE, "constant") if tuned else (BASELINE,)
+    return {name: WEIGHTINGS[name] for name in baselines} | dict(weightings)
 
-    def __init__(self, jobs: int) -> None:
-        self._jobs, self._lock, self._stopped = jobs, threading.Lock(), threading.Event()
 
-    def guard(self, call: Callable[[Run], None]) -> Callable[[Run], None]:
-        """The function, never called by two threads at once nor after an interruption."""
+@dataclasses.dataclass
+class _Search:
+    """The search for one weighting or one task alone.
 
-        def guarded(run: Run) -> None:
-            with self._lock:
-                if self._stopped.is_set():
-                    raise concurrent.futures.CancelledError
-                call(run)
+    Attributes:
+      trainer: what trains.
+      setting: the default setting.
+      space: what is searched besides the learning rate.
+      seed: of the search and of the training runs.
+      select: what a score is.
+      prune: whether to end trials early that fall behind.
+      baseline: the validation metrics that trials are measured against; those of the first trial
+        if they are not known yet.
+      file: where finished trials are kept.
+    """
 
-        return guarded
+    trainer: Trainer
+    setting: Setting
+    space: Space
+    seed: int
+    select: Select
+    prune: bool
+    baseline: _Metrics | None
+    file: pathlib.Path | None
 
-    def exhaust(
-        self, streams: Mapping[str, Iterator[Trial]], add: Callable[[str, Trial], None]
-    ) -> None:
-        """Call ``add`` with all that the streams yield; the first exception ends all of them."""
+    def trials(
+        self, number: int, on_steps: Callable[[Run, int, Mapping[str, float]], None]
+    ) -> Iterator[Trial]:
+        """Make that many trials, those that are in the file included, one by one."""
+        import optuna
 
-        def follow(name: str) -> None:
-            for trial in streams[name]:
-                with self._lock:
-                    add(name, trial)
+        pruner = optuna.pruners.MedianPruner(5, 1) if self.prune else optuna.pruners.NopPruner()
+        study = optuna.create_study(direction="maximize", pruner=pruner)
+        kept = self._read()
+        for index in range(number):
+            if index < len(kept):
+                trial = Trial(**kept[index]["trial"])
+                study.add_trial(_as_optuna_has_it(kept[index]["optuna"]))
+            else:
+                trial = self._next(study, index, on_steps)
+                of_optuna = _as_json(study.trials[-1])
+                kept.append({"trial": dataclasses.asdict(trial), "optuna": of_optuna})
+                self._write(kept)
+            self.baseline = self.baseline or self._baseline_of(trial)
+            yield trial
 
-        if self._jobs == 1:
-            for name in streams:
-                follow(name)
-            return
-        with concurrent.futures.ThreadPoolExecutor(self._jobs) as pool:
-            try:
-                done = [pool.submit(follow, name) for name in streams]
-                for one in concurrent.futures.as_completed(done):
-                    one.result()
-            except BaseException:  # an interruption, too
-                self._stopped.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    def _next(
+        self,
+        study: "optuna.Study",
+        index: int,
+        on_steps: Callable[[Run, int, Mapping[str, float]], None],
+    ) -> Trial:
+        import optuna
+
+        # Each trial draws from a generator of its own, so that one that goes on after others were
+        # read draws what it would have drawn.
+        draws = int(np.random.SeedSequence((self.seed, index)).generate_state(1)[0])
+        study.sampler = optuna.samplers.TPESampler(n_startup_trials=_SPREAD, seed=draws)
+        if index < _SPREAD:
+            study.enqueue_trial(self._default() if index == 0 else {_LEARNING_RATE: _rate(index)})
+        asked = study.ask()
+        tasks, rate = list(self.trainer.problem.tasks), self.setting.learning_rate
+        factor = Range(1.0, 1 / LEARNING_RATE_FACTOR, LEARNING_RATE_FACTOR, log=True)
+        setting = dataclasses.replace(
+            self.setting,
+            learning_rate=rate * factor.draw(asked, _LEARNING_RATE, tasks),
+            parameters={name: one.draw(asked, name, tasks) for name, one in self.space.items()},
+        )
+        start, run, pruned = time.perf_counter(), Run("", "", 0), False
+        for run in self.trainer.run(setting, self.seed, splits=["validation"], on_steps=on_steps):
+            if self.baseline is not None and run.failure is None:
+                asked.report(self._score(run, self.baseline), run.epochs - 1)
+                if run.epochs < self.trainer.problem.epochs and asked.should_prune():
+                    pruned = True
+                    break
+        score, failure = None, PRUNED if pruned else run.failure
+        if failure is None:
+            score = 0.0 if self.baseline is None else self._score(run, self.baseline)
+            if not np.isfinite(score):
+                score, failure = None, "a metric is not finite"
+        if score is not None:
+            study.tell(asked, score)
+        else:
+            states = optuna.trial.TrialState
+            study.tell(asked, state=states.PRUNED if pruned else states.FAIL)
+        return Trial(
+            setting.learning_rate,
+            setting.parameters,
+            run.metrics.get("validation", {}),
+            score,
+            failure,
+            time.perf_counter() - start,
+            run.compile_seconds,
+            run.compilations,
+            {} if self.setting.task is None else run.train_losses,
+        )
+
+    def _default(self) -> dict[str, Any]:
+        default: dict[str, Any] = {_LEARNING_RATE: 1.0}
+        for name, dimension in self.space.items():
+            default |= dimension.first(name, list(self.trainer.problem.tasks))
+        return default
+
+    def _score(self, run: Run, baseline: _Metrics) -> float:
+        tasks, found = self.trainer.problem.info().tasks, []
+        for task, metrics in run.metrics["validation"].items():
+            changes = [
+                (1 if tasks[task][name].higher_is_better else -1)
+                * (metrics[name][-1] - value)
+                / abs(value)
+                for name, value in baseline[task].items()
+            ]
+            found.append(np.mean(changes))
+        return float(np.mean(found) if self.select == "mean" else np.min(found))
+
+    def _baseline_of(self, first: Trial) -> _Metrics:
+        """What all trials are measured against: those metrics that there can be a change of."""
+        metrics = {
+            task: {
+                name: values[-1]
+                for name, values in by_name.items()
+                if np.isfinite(values[-1]) and values[-1] != 0
+            }
+            for task, by_name in first.validation.items()
+        }
+        nothing = [task for task, by_name in metrics.items() if not by_name]
+        if first.failure is not None or nothing:
+            name, rate = self.trainer.problem.name, self.setting.learning_rate
+            undefined = f"the validation metrics of {', '.join(nothing)} are 0 or undefined"
+            raise TuningError(
+                f"Trials on {name!r} are measured against equal weights at its own learning rate, "
+                f"{rate:g}; but there "
+                + (first.failure or undefined)
+                + ". Give the problem a learning rate at which equal weights train."
+            )
+        return metrics
+
+    # The file
+
+    def _search_settings(self) -> dict[str, Any]:
+        return settings_of_problem(self.trainer.problem.info()) | {
+            "space": {name: repr(dimension) for name, dimension in self.space.items()},
+            "seed": self.seed,
+            "select": self.select,
+            "pruning": self.prune,
+        }
+
+    def _read(self) -> list[dict[str, Any]]:
+        if self.file is None or not self.file.exists():
+            return []
+        try:
+            stored = json.loads(self.file.read_text(encoding="utf-8"))
+            if hashlib.sha256(stored["content"].encode()).hexdigest() != stored["digest"]:
+                raise ValueError("its content and its digest differ")
+            content = json.loads(stored["content"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedFileError(
+                f"{self.file} is damaged: {error}. Remove it to make its trials again."
+            ) from error
+        what = f"The trials in {self.file} are of another search"
+        check_same(self._search_settings(), content["search"], what)
+        return content["trials"]
+
+    def _write(self, kept: list[dict[str, Any]]) -> None:
+        if self.file is not None and is_first_process():
+            content = json.dumps({"search": self._search_settings(), "trials": kept})
+            digest = hashlib.sha256(content.encode()).hexdigest()
+            write_text(self.file, json.dumps({"digest": digest, "content": content}, indent=1))
+
+
+@functools.cache
+def _rates() -> list[float]:
+    """The factors of the learning rate in the first trials but one, the same for every search.
+
+    They are spread evenly: drawn at random, a few could all lie low for one weighting and not for
+    another.
+    """
+    import scipy.stats
+
+    # The sequence begins with the end and the middle of the range, 0 and 1/2.
+    places = scipy.stats.qmc.Halton(1, scramble=False).random(_SPREAD + 1)[2:, 0]
+    return (LEARNING_RATE_FACTOR ** (2 * places - 1)).tolist()
+
+
+def _rate(index: int) -> float:
+    return _rates()[index - 1]
+
+
+def _as_json(trial: "optuna.trial.FrozenTrial") -> dict[str, Any]:
+    from optuna.distributions import distribution_to_json
+
+    return {
+        "state": trial.state.name,
+        "value": trial.value,
+        "params": trial.params,
+        "distributions": {
+            name: distribution_to_json(one) for name, one in trial.distributions.items()
+        },
+        "intermediate_values": trial.intermediate_values,
+    }
+
+
+def _as_optuna_has_it(found: dict[str, Any]) -> "optuna.trial.FrozenTrial":
+    import optuna
+
+    return optuna.trial.create_trial(
+        state=optuna.trial.TrialState[found["state"]],
+        value=found["value"],
+        params=found["params"],
+        distributions={
+            name: optuna.distributions.json_to_distribution(text)
+            for name, text in found["distributions"].items()
+        },
+        intermediate_values={int(e): value for e, value in found["intermediate_values"].items()},
+    )
 
 
 @contextlib.contextmanager

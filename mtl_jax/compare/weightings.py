@@ -1,16 +1,28 @@
 """The weightings that a comparison knows by name, and what tuning searches for each.
 
-Both are made from :data:`mtl_jax.methods.METHODS`.
+Both are made from :data:`mtl_jax.methods.METHODS`; those that need what each task reaches alone,
+which a comparison knows, are made here.
 """
 
 import difflib
 import functools
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
+
+import jax.numpy as jnp
+from jaxtyping import Array
 
 from mtl_jax._base import Aggregator, Weighting
-from mtl_jax._search_space import Space
-from mtl_jax.methods import METHODS, RunSettings, constant, equal
+from mtl_jax._search_space import Choice, Space
+from mtl_jax.methods import (
+    METHODS,
+    RunSettings,
+    SingleTask,
+    achievement,
+    adaptive,
+    constant,
+    equal,
+)
 
 T = TypeVar("T")
 
@@ -22,23 +34,68 @@ def _constant(settings: RunSettings, weights: Mapping[str, float] | None = None)
     return equal() if weights is None else constant(dict(weights))
 
 
+def _adaptive_alone(
+    settings: RunSettings, reference: Literal["end", "curve"] = "end", **parameters: Any
+) -> Weighting:
+    """Weights that grow with how far a task is behind the loss that it reaches alone.
+
+    At the ``"end"`` of its own training, or at the same point of it (``"curve"``).
+    """
+    curves = _single_task(settings, "adaptive_alone").losses
+    curves = {task: jnp.asarray(curve) for task, curve in curves.items()}
+    if reference == "end":
+        ends = {task: curve[-1] for task, curve in curves.items()}
+        return adaptive(relative_to=ends, **parameters)
+
+    def at(step: Array) -> dict[str, Array]:
+        epoch = jnp.minimum(step // settings.steps_per_epoch, settings.epochs - 1)
+        return {task: curve[epoch] for task, curve in curves.items()}
+
+    return adaptive(relative_to=at, **parameters)
+
+
+def _achievement(settings: RunSettings, **parameters: Any) -> Weighting:
+    alone = _single_task(settings, "achievement")
+    return achievement(
+        single_task=alone.metrics, higher_is_better=alone.higher_is_better, **parameters
+    )
+
+
+def _single_task(settings: RunSettings, name: str) -> SingleTask:
+    if settings.single_task is None:
+        raise ValueError(
+            f"{name} needs what each task reaches alone: leave `alone` (--alone) at its default."
+        )
+    return settings.single_task
+
+
+_MADE_HERE: dict[str, MakeWeighting] = {
+    "constant": _constant,
+    "achievement": _achievement,
+    "adaptive_alone": _adaptive_alone,
+}
+
+
 def _all_weightings() -> dict[str, MakeWeighting]:
     found: dict[str, MakeWeighting] = {}
     for name, method in METHODS.items():
-        found[name] = _constant if name == "constant" else method.make
+        found[name] = method.make
         for variant, own in method.variants.items():
             found[variant] = functools.partial(method.make, **own)
-    return found
+    return found | _MADE_HERE
 
 
 def _all_spaces() -> dict[str, Space]:
     found = (item for method in METHODS.values() for item in method.spaces.items())
-    return {name: space for name, space in found if space}
+    alone = {"reference": Choice("end", "curve"), **METHODS["adaptive"].search}
+    return {name: space for name, space in found if space} | {"adaptive_alone": alone}
 
 
 WEIGHTINGS: Mapping[str, MakeWeighting] = _all_weightings()
 """The ``make`` of each method's record in :data:`mtl_jax.methods.METHODS`, and of its variants, by
-name. ``constant`` is equal weights until it is tuned."""
+name. ``constant`` is equal weights until it is tuned. ``adaptive_alone`` is ``adaptive`` relative
+to the loss that each task reaches alone, and ``achievement`` knows the metric that each reaches
+alone; so both need these runs."""
 
 SPACES: Mapping[str, Space] = _all_spaces()
 """What tuning searches besides the learning rate, the ``spaces`` of each record, for the weightings

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from mtl_jax._base import Signal, Weighting
 from mtl_jax._checks import check_numbers
 from mtl_jax._lift import vector_weighting
-from mtl_jax._typing import PyTree
+from mtl_jax._typing import Gramian, PyTree, Vector
 from mtl_jax.gramian_weightings._spectral import cosines, gradient_norms, rounding, spectrum
 from mtl_jax.solvers._precision import in_float64
 
@@ -40,7 +40,8 @@ def conflict_free(preference: PyTree | None = None) -> Weighting:
 
     Where :math:`U^+ p` is zero up to rounding, as for two opposite gradients or if all are
     zero, no such direction exists, and all weights are 0: a step that stands still. The losses are
-    not read: they may be 0 or negative.
+    not read: they may be 0 or negative. For one task gradient a step, averaged over time:
+    :func:`mtl_jax.conflict_free_momentum`.
 
     Args:
       preference: p, a pytree like the losses of numbers that are not negative; by default 1 for
@@ -74,21 +75,27 @@ def conflict_free(preference: PyTree | None = None) -> Weighting:
         values = 1.0 if preference is None else preference
         return ConflictFreeState(tasks.vector(values, "conflict_free: `preference`"))
 
-    def weights(gramian, chosen, *, eps):
-        norms, eigen = gradient_norms(gramian), spectrum(cosines(gramian), eps)
-        p = jnp.where(norms > 0, chosen, 0)
-        v = eigen.apply(1 / eigen.values, p)
-        size = jnp.sum(p * v)  # = |U^+ p|^2
-        unit_products = eigen.apply(jnp.ones_like(eigen.values), p)  # = U U^+ p
-        length = jnp.sum(norms * unit_products)
-        # The same sum without cancellation; a square, so its rounding is one too.
-        sizes = eigen._replace(vectors=jnp.abs(eigen.vectors)).apply(1 / eigen.values, p)
-        exists = size > rounding(gramian, eps) ** 2 * jnp.sum(p * sizes)
-        scale = jnp.where(exists, size, 1) * jnp.where(norms > 0, norms, 1)
-        return jnp.where(exists, v * (length / scale), 0)
-
     def update(losses, state, present, steps, gramian):
         chosen = jnp.where(present, state.preference, 0)
-        return in_float64(weights, gramian, chosen), state
+        return conflict_free_weights(gramian, chosen), state
 
     return vector_weighting(update, init, needs=Signal.GRAMIAN)
+
+
+def conflict_free_weights(gramian: Gramian, preference: Vector) -> Vector:
+    """The weights of a Gramian and preferences; 0 for a task gradient of 0."""
+    return in_float64(_weights, gramian, preference)
+
+
+def _weights(gramian: Gramian, preference: Vector, *, eps: float) -> Vector:
+    norms, eigen = gradient_norms(gramian), spectrum(cosines(gramian), eps)
+    p = jnp.where(norms > 0, preference, 0)
+    v = eigen.apply(1 / eigen.values, p)
+    size = jnp.sum(p * v)  # = |U^+ p|^2
+    unit_products = eigen.apply(jnp.ones_like(eigen.values), p)  # = U U^+ p
+    length = jnp.sum(norms * unit_products)
+    # The same sum without cancellation; a square, so its rounding is one too.
+    sizes = eigen._replace(vectors=jnp.abs(eigen.vectors)).apply(1 / eigen.values, p)
+    exists = size > rounding(gramian, eps) ** 2 * jnp.sum(p * sizes)
+    scale = jnp.where(exists, size, 1) * jnp.where(norms > 0, norms, 1)
+    return jnp.where(exists, v * (length / scale), 0)

@@ -1,5 +1,6 @@
 """FairGrad."""
 
+import jax
 import jax.numpy as jnp
 
 from mtl_jax._base import Weighting
@@ -57,8 +58,9 @@ def fair_grad(alpha: float = 1.0) -> Weighting:
     alpha = read_number(alpha, "fair_grad: `alpha`", "[0, inf)")
 
     def solve(gramian, losses, present):
-        if alpha == 0:
-            return Solution(jnp.ones_like(losses), jnp.zeros((), losses.dtype))
-        return fair_point(gramian, alpha, present)
+        found = fair_point(gramian, jnp.where(alpha == 0, 1.0, alpha), present)
+        plain = Solution(jnp.ones_like(found.x), jnp.zeros_like(found.residual))
+        # A select, not a branch: alpha may be traced.
+        return jax.tree.map(lambda one, other: jnp.where(alpha == 0, one, other), plain, found)
 
     return solved(solve)

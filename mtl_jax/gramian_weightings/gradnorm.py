@@ -50,6 +50,8 @@ def gradnorm(optimizer: optax.GradientTransformation, alpha: float = 1.5) -> Wei
     :math:`\pm \lVert g_k \rVert` has the scale of the gradients, so plain gradient descent needs a
     learning rate that suits it, and Adam does not. The gradient norms are those of the Gramian: at
     the representation, or over the parameters of ``shared``; the paper takes the last shared layer.
+    (Physics-informed codes call "grad norm" what nothing is learned in, weights inverse to the
+    norms: that is :func:`mtl_jax.norm_balance`.)
     :math:`L_k(0)` is the loss of the task's first step, the paper's choice for a known one aside. A
     first loss that is not positive, or a later one that is negative, is outside the domain: the
     weights are then NaN and the state stays as it was. Where all losses are 0, r is 1.

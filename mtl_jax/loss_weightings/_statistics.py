@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from mtl_jax._checks import is_traced
 from mtl_jax._tasks import Tasks
 
 
@@ -38,7 +39,9 @@ class WindowMeans(NamedTuple):
         )
 
 
-def ema_rate(decay: float, steps: Int32[Array, "tasks"], dtype: Any) -> Float[Array, "tasks"]:
+def ema_rate(
+    decay: float | Float[Array, ""], steps: Int32[Array, "tasks"], dtype: Any
+) -> Float[Array, "tasks"]:
     r"""The rate :math:`(1 - d) / (1 - d^{t})` of an exponential moving average's step t.
 
     ``(1 - rate) * average + rate * new`` is then the average with weights :math:`d^{t-s}`,
@@ -49,7 +52,7 @@ def ema_rate(decay: float, steps: Int32[Array, "tasks"], dtype: Any) -> Float[Ar
       steps: the steps taken before this one, t - 1.
       dtype: the dtype of the rate.
     """
-    if decay == 0:
-        return jnp.ones(steps.shape, dtype)
-    later = (1 - decay) / -jnp.expm1((steps + 1).astype(dtype) * math.log(decay))
+    # A Python number keeps its double precision. For d = 0 the logarithm is -inf and the rate 1.
+    log = jnp.log if is_traced(decay) else lambda d: math.log(d) if d > 0 else -math.inf
+    later = (1 - decay) / -jnp.expm1((steps + 1).astype(dtype) * log(decay))
     return jnp.where(steps == 0, 1, later)

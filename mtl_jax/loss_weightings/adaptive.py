@@ -150,11 +150,10 @@ def adaptive(
         if rule == "softmax":
             difficulty = jnp.minimum(average / reference, jnp.finfo(losses.dtype).max)
             scores = emphasis * (difficulty - jnp.max(difficulty, where=present, initial=-jnp.inf))
-        elif emphasis == 0:
-            scores = 0 * reference
         else:
-            all_zero = jnp.all(average == 0, where=present)
-            scores = emphasis * jnp.where(all_zero, 0 * reference, _log_ratio(average, reference))
+            # Equal weights without emphasis, or if all losses are 0: not 0 times infinity.
+            alike = (emphasis == 0) | jnp.all(average == 0, where=present)
+            scores = emphasis * jnp.where(alike, 0 * reference, _log_ratio(average, reference))
         shares = jax.nn.softmax(scores, where=present)
         weights = jnp.sum(present, dtype=losses.dtype) * shares
         return weights, AdaptiveState(average, reference)

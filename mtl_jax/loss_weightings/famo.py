@@ -111,10 +111,11 @@ def famo(
     def observe(losses, state, present):
         progress = state.log_losses - jnp.log(above_minimum(losses, state))
         progress = jnp.where(present, progress, 0)
-        _, pullback = jax.vjp(lambda logits: jax.nn.softmax(logits, where=present), state.logits)
+        logits = state.logits.astype(progress.dtype)  # a state may have been cast
+        _, pullback = jax.vjp(lambda logits: jax.nn.softmax(logits, where=present), logits)
         (gradient,) = pullback(progress)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.logits)
-        logits = optax.apply_updates(state.logits, updates)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, logits)
+        logits = optax.apply_updates(logits, updates)
         return state._replace(logits=logits, opt_state=opt_state)
 
     at_zero = not any(jax.tree.leaves(min_losses))

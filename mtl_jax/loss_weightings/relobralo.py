@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from mtl_jax._base import Weighting
-from mtl_jax._checks import read_number, require_key
+from mtl_jax._checks import is_traced, read_number, require_key
 from mtl_jax._lift import vector_weighting
 
 
@@ -18,7 +18,7 @@ class RelobraloState(NamedTuple):
       weights: the weights of the step before.
       previous: the losses of the step before.
       initial: the losses of the first step.
-      key: the key from which the lookback is drawn, or ``None`` where it is never drawn.
+      key: the key from which the lookback is drawn, or ``None`` if none was given.
     """
 
     weights: Float[Array, "tasks"]
@@ -80,7 +80,8 @@ def relobralo(alpha: float = 0.999, temperature: float = 1.0, rho: float = 1.0) 
             weights=tasks.full(1),
             previous=tasks.full(1),
             initial=tasks.full(1),
-            key=require_key(key, "relobralo with rho < 1") if rho < 1 else None,
+            # The state has the same structure for all rho, of which one may be traced.
+            key=require_key(key, "relobralo with rho < 1") if is_traced(rho) or rho < 1 else key,
         )
 
     def update(losses, state, present, steps):

@@ -4,11 +4,10 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from mtl_jax._checks import leaf_type, read_array
+from mtl_jax._checks import is_traced, leaf_type, read_array
 
 
 class Solution(NamedTuple):
@@ -83,7 +82,7 @@ def check_at_least_zero(
         raise ValueError(f"`{name}` must be a scalar, got an array of shape {shape}.")
     if not _is_real(dtype):
         raise TypeError(f"`{name}` must be a real number, got {dtype}.")
-    if isinstance(value, Tracer):
+    if is_traced(value):
         return
     if not (float(value) > 0 if strictly else float(value) >= 0):
         bound = "more than 0" if strictly else "at least 0"

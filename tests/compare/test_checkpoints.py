@@ -14,9 +14,9 @@ import pytest
 from toy_problem import IN_PARTS, THREE_TARGETS, make_problem
 
 from mtl_jax._train import TrainState
-from mtl_jax.compare import WEIGHTINGS, Checkpoints, OtherConfigurationError, Run, digest
-from mtl_jax.compare.referee import make_weightings
-from mtl_jax.compare.training import Evaluator, Trainer
+from mtl_jax.compare import WEIGHTINGS, OtherSettingsError, Run, digest
+from mtl_jax.compare.checkpoints import Epoch, RunCheckpoints
+from mtl_jax.compare.training import Setting, Trainer
 
 # What Orbax leaves behind when it fails warns when it is collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -26,9 +26,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 def collect():
     yield
     gc.collect()
-
-
-FINGERPRINT = {"learning_rate": 0.1, "data": "a digest"}
 
 
 class Statistics(NamedTuple):
@@ -54,32 +51,37 @@ def make_state(epoch):
     )
 
 
-def make_run(epochs, **changes):
+ROWS = np.random.default_rng(9).normal(size=(3, 4)).astype(np.float32)
+NEW = {"measured_at": "parameters", "learning_rate": 0.1, "parameters": {"c": 0.3, "w": {"b": 2.0}}}
+
+
+def new_run(**changes):
+    """A run before its first step."""
+    return Run("toy", "the name / of it", 3, **(NEW | changes))
+
+
+def make_run(epochs):
     steps = np.random.default_rng(epochs).normal(size=(2, 4 * epochs)).astype(np.float32)
-    found = {
-        "train_losses": {"b": [0.1] * epochs, "a": [float("nan")] * epochs},
-        "test": {"b": [1 / 3] * epochs, "a": [1e-300] * epochs},
-        "weights": {"b": steps[0], "a": steps[1]},
-        "epoch_seconds": [0.25] * epochs,
-        "measured_at": "parameters",
-    }
-    return Run("the name / of it", 3, **(found | changes))
+    return new_run(
+        train_losses={"b": [0.1] * epochs, "a": [float("nan")] * epochs},
+        metrics={"test": {"b": {"error": [1 / 3] * epochs}, "a": {"error": [1e-300] * epochs}}},
+        weights={"b": steps[0], "a": steps[1]},
+        epoch_seconds=[0.25] * epochs,
+    )
 
 
-def of_run(folder, **options):
-    return Checkpoints(folder, **({"seconds": 0} | options)).of_run("toy", "the name / of it", 3)
-
-
-def save(folder, *epochs, finished=False, **options):
+def save(folder, *epochs, seconds=0):
+    """Checkpoints three steps after the ends of these epochs, which have ten each."""
     for epoch in epochs:
-        with of_run(folder, **options) as checkpoints:
-            checkpoints.restore(FINGERPRINT, make_state(0))
-            checkpoints.save(make_run(epoch), make_state(epoch), finished)
+        with RunCheckpoints(folder / "run", seconds) as checkpoints:
+            checkpoints.restore(new_run(), make_state(0))
+            current = Epoch([ROWS[:1], ROWS[1:]], 0.125)
+            checkpoints.save(10 * epoch + 3, make_run(epoch), current, make_state(epoch))
 
 
-def restore(folder, fingerprint=FINGERPRINT):
-    with of_run(folder) as checkpoints:
-        return checkpoints.restore(fingerprint, make_state(0))
+def restore(folder, **changes):
+    with RunCheckpoints(folder / "run", 0) as checkpoints:
+        return checkpoints.restore(new_run(**changes), make_state(0))
 
 
 def assert_same(run, other):
@@ -92,11 +94,35 @@ def assert_same(run, other):
 def test_all_comes_back_bit_for_bit(tmp_path):
     assert restore(tmp_path) is None
     save(tmp_path, 1, 2)
-    run, state = restore(tmp_path)
+    run, epoch, state = restore(tmp_path)
     assert_same(run, make_run(2))
+    assert epoch.seconds == 0.125
+    np.testing.assert_array_equal(np.concatenate(epoch.rows), ROWS)
     assert jax.tree.structure(state) == jax.tree.structure(make_state(2))
     assert digest(state) == digest(make_state(2)) != digest(make_state(1))
     np.testing.assert_array_equal(state.params["kernel"], make_state(2).params["kernel"])
+
+
+def test_before_anything_is_found(tmp_path):
+    """At the end of an epoch of a run without curves there are no arrays but the state."""
+    with RunCheckpoints(tmp_path / "run", 0) as checkpoints:
+        checkpoints.save(1, new_run(), Epoch(), make_state(1))
+    run, epoch, state = restore(tmp_path)
+    assert_same(run, new_run())
+    assert epoch.rows == []
+    assert digest(state) == digest(make_state(1))
+
+
+def test_other_versions_go_on_and_are_remembered(tmp_path):
+    old, now = {"versions": {"jax": "0.4.1"}}, {"versions": {"jax": "9.9"}}
+    with RunCheckpoints(tmp_path / "run", 0) as checkpoints:
+        run = make_run(1)
+        run.provenance, run.compile_seconds = old, 2.0
+        checkpoints.save(10, run, Epoch(), make_state(1))
+    run, *_ = restore(tmp_path, provenance=now, compile_seconds=1.0)
+    assert run.provenance == now | {"begun with": old}
+    assert run.compile_seconds == 3.0
+    assert restore(tmp_path, provenance=old)[0].provenance == old
 
 
 def other(leaf):
@@ -107,67 +133,64 @@ def other(leaf):
 
 def test_a_run_goes_on_while_it_is_saved(tmp_path, monkeypatch):
     run = make_run(1)
-    with of_run(tmp_path) as checkpoints:
+    with RunCheckpoints(tmp_path / "run", 0) as checkpoints:
         write, later = checkpoints._manager.save, []
         monkeypatch.setattr(
             checkpoints._manager,
             "save",
             lambda *args, **options: later.append(lambda: write(*args, **options)),
         )
-        checkpoints.save(run, make_state(1), finished=False)
+        checkpoints.save(1, run, Epoch(), make_state(1))
         run.epoch_seconds.append(0.5)
-        run.test["a"].append(0.5)
+        run.metrics["test"]["a"]["error"].append(0.5)
         later[0]()
-    assert_same(restore(tmp_path, {})[0], make_run(1))
+    assert_same(restore(tmp_path)[0], make_run(1))
 
 
 def test_state_of_every_known_weighting_comes_back(tmp_path):
     problem = make_problem(THREE_TARGETS, **IN_PARTS)
-    params, model_state = problem.init(jax.random.key(0))
+    trainer, (params, model_state) = Trainer(problem), problem.init(jax.random.key(0))
+    batch = {field: values[:32] for field, values in problem.train.items()}
     states = {}
-    for name, weighting in make_weightings(problem, WEIGHTINGS).items():
-        step = Trainer(problem, Evaluator(problem), weighting, name).train_step
-        arguments = {"model_state": model_state, "rng": jax.random.key(0)}
+    for name, make in WEIGHTINGS.items():
+        step = trainer.train_step(Setting(name, make, 0.01), 0.01, {})
         states[name] = step.init(
-            params, problem.train, **arguments, weighting_key=jax.random.key(1)
+            params,
+            batch,
+            model_state=model_state,
+            rng=jax.random.key(0),
+            weighting_key=jax.random.key(1),
         )
     changed = jax.tree.map(other, states)
-    with of_run(tmp_path) as checkpoints:
-        checkpoints.save(make_run(1), changed, finished=False)
-    with of_run(tmp_path) as checkpoints:
-        _, restored = checkpoints.restore({}, states)
+    with RunCheckpoints(tmp_path / "run", 0) as checkpoints:
+        checkpoints.save(1, new_run(), Epoch(), changed)
+    with RunCheckpoints(tmp_path / "run", 0) as checkpoints:
+        *_, restored = checkpoints.restore(new_run(), states)
     assert digest(restored) == digest(changed) != digest(states)
 
 
-def test_the_last_few_are_kept_and_of_a_finished_run_what_it_found(tmp_path):
-    def epochs():
-        return {int(path.name) for path in (tmp_path / "toy").glob("*/*") if path.name.isdigit()}
+def test_the_last_few_are_kept_and_none_of_a_finished_run(tmp_path):
+    def steps():
+        return {int(path.name) for path in (tmp_path / "run").iterdir() if path.name.isdigit()}
 
-    save(tmp_path, *range(1, 7), keep=2)
-    assert epochs() == {5, 6}
-    save(tmp_path, 7, finished=True, keep=2, seconds=1000)
-    assert epochs() == {7}
-    (folder,) = (tmp_path / "toy").iterdir()
-    shutil.copytree(folder / "7", folder / "6")  # killed before it could remove that
-    shutil.copytree(folder / "7", folder / "8.orbax-checkpoint-tmp")  # while it wrote this
-    run, state = restore(tmp_path)
-    assert_same(run, make_run(7))
-    assert digest(state) == digest(make_state(0))  # as given
-    assert [path.name for path in folder.iterdir()] == ["7"]
-    assert not list(tmp_path.rglob("7/state"))
+    save(tmp_path, *range(1, 7))
+    assert steps() == {43, 53, 63}
+    folder = tmp_path / "run"
+    shutil.copytree(folder / "63", folder / "73.orbax-checkpoint-tmp")  # killed while it wrote this
+    assert_same(restore(tmp_path)[0], make_run(6))
+    assert {path.name for path in folder.iterdir()} == {"43", "53", "63"}
+    RunCheckpoints(folder, 0).remove()
+    assert not folder.exists()
 
 
-def test_not_more_often_than_asked_for(tmp_path):
-    for epoch in (1, 2, 3):
-        with of_run(tmp_path, seconds=1000) as checkpoints:
-            checkpoints.save(make_run(epoch), make_state(epoch), finished=False)
-    assert restore(tmp_path, {})[0].epochs == 1
-    for options, message in (
-        ({"seconds": -1}, "`seconds` .* at least 0, got -1"),
-        ({"keep": 0}, "`keep` .* at least 1, got 0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            Checkpoints(tmp_path, **options)
+def test_not_more_often_than_asked_for(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    with RunCheckpoints(tmp_path / "run", 100) as checkpoints:
+        for step, clock[0] in ((1, 99.0), (2, 101.0), (3, 200.0), (4, 202.0), (5, 301.0)):
+            checkpoints.save(step, new_run(), Epoch(), make_state(step))
+        checkpoints._manager.wait_until_finished()
+        assert checkpoints._manager.all_steps() == [2, 4]
 
 
 def cut(content):
@@ -183,7 +206,7 @@ def flipped(content):
 def test_a_damaged_checkpoint_is_left_out_with_a_warning(damage, tmp_path):
     """Whatever file is damaged: what is restored is the last state or the one before, exactly."""
     save(tmp_path / "good", 1, 2)
-    (newest,) = (tmp_path / "good" / "toy").glob("*/2")
+    newest = tmp_path / "good" / "run" / "23"
     good = {epoch: (make_run(epoch), digest(make_state(epoch))) for epoch in (1, 2)}
     found = {}
     for number, file in enumerate(path for path in newest.rglob("*") if path.is_file()):
@@ -193,10 +216,10 @@ def test_a_damaged_checkpoint_is_left_out_with_a_warning(damage, tmp_path):
         damaged.write_bytes(damage(damaged.read_bytes()))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            run, state = restore(folder)
+            run, _, state = restore(folder)
         messages = [str(warning.message) for warning in caught]
-        found[file.relative_to(newest).as_posix()] = " ".join(m for m in messages if "epoch 2" in m)
-        expected_run, expected_digest = good[1 if any("epoch 2" in m for m in messages) else 2]
+        found[file.relative_to(newest).as_posix()] = " ".join(m for m in messages if "step 23" in m)
+        expected_run, expected_digest = good[1 if any("step 23" in m for m in messages) else 2]
         assert_same(run, expected_run)
         assert digest(state) == expected_digest, file
     warned = {file for file, message in found.items() if "is damaged and left out" in message}
@@ -206,9 +229,8 @@ def test_a_damaged_checkpoint_is_left_out_with_a_warning(damage, tmp_path):
     if damage is flipped:
         assert any("its state is not what was written" in message for message in found.values())
     # It goes on from the one before as from any other.
-    (folder,) = newest.parents[1].glob("*")
-    (folder / "2" / "record" / "metadata").write_bytes(b"{")
-    with pytest.warns(UserWarning, match="epoch 2 in .* is damaged"):
+    (newest / "record" / "metadata").write_bytes(b"{")
+    with pytest.warns(UserWarning, match="step 23 in .* is damaged"):
         save(tmp_path / "good", 2)
     assert_same(restore(tmp_path / "good")[0], make_run(2))
 
@@ -217,17 +239,23 @@ def test_nothing_good_left_is_a_new_start(tmp_path):
     save(tmp_path, 1)
     for path in tmp_path.rglob("record/*"):
         path.write_bytes(b"{}")
-    with pytest.warns(UserWarning, match="epoch 1 .* is damaged"):
+    with pytest.warns(UserWarning, match="step 13 .* is damaged"):
         assert restore(tmp_path) is None
     assert restore(tmp_path) is None
 
 
-def test_another_configuration_is_an_error_and_leaves_all_there(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 0.2}, r"learning_rate is 0.2 and was 0.1\. Go on with the old ones"),
+        ({"parameters": {"c": 0.5}}, r"parameters is \{'c': 0.5\} and was \{'c': 0.3, 'w'"),
+        ({"measured_at": None, "task": "b"}, "task is 'b' and was None; measured_at is None and"),
+    ],
+)
+def test_other_settings_are_an_error_and_leave_all_there(changes, message, tmp_path):
     save(tmp_path, 1)
-    with pytest.raises(
-        OtherConfigurationError, match=r"learning_rate is 0.2 and was 0.1; the data"
-    ):
-        restore(tmp_path, {"learning_rate": 0.2, "data": "another digest"})
+    with pytest.raises(OtherSettingsError, match=message):
+        restore(tmp_path, **changes)
     assert_same(restore(tmp_path)[0], make_run(1))
 
 
@@ -241,7 +269,7 @@ def test_a_full_disk_is_an_error_and_the_last_good_checkpoint_stays(tmp_path):
             save(tmp_path, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    run, state = restore(tmp_path)
+    run, _, state = restore(tmp_path)
     assert_same(run, make_run(1))
     assert digest(state) == digest(make_state(1))
     save(tmp_path, 2)

@@ -5,64 +5,75 @@ import functools
 import jax
 import numpy as np
 import pytest
-from toy_problem import IN_PARTS, make_problem, make_two_sources
+from toy_problem import IN_PARTS, make_problem, make_two_datasets, split
 
-from mtl_jax.compare import Checkpoints, compare, named_weightings
+from mtl_jax.compare import compare, training
+from mtl_jax.compare.comparison import _Progress
 from mtl_jax.compare.devices import all_devices
-from mtl_jax.compare.fingerprint import OtherConfigurationError
 
 NAMES = ["adaptive", "upgrad", "db_mtl"]
+
+
+def one_by_one():
+    train = split(200, 0)
+    return [{field: values[i] for field, values in train.items()} for i in range(200)]
+
+
 PROBLEMS = {
     "in parts": make_problem(**IN_PARTS, epochs=2),
-    "two sources": make_two_sources(batch_size=8),
+    "two datasets": make_two_datasets(batch_size=8),
+    "read one by one": make_problem(train=one_by_one(), epochs=2),
 }
 
 
 def found(runs):
-    return [(run.train_losses, run.validation, run.test, run.weights) for run in runs]
-
-
-def of_all(comparison):
-    return found([run for runs in comparison.runs.values() for run in runs])
+    return [(run.train_losses, run.metrics, run.weights, run.conflict) for run in runs]
 
 
 @functools.cache
 def compared(kind, mesh):
-    return compare(PROBLEMS[kind], named_weightings(NAMES), seeds=[0], alone=False, mesh=mesh)
+    names = NAMES if kind == "in parts" else NAMES[1:2]
+    return compare(PROBLEMS[kind], names, seeds=[0], alone=kind == "in parts", mesh=mesh)
 
 
 @pytest.mark.parametrize("kind", PROBLEMS)
 def test_eight_devices_find_what_one_finds(kind):
     one, eight = compared(kind, None), compared(kind, all_devices())
     assert jax.device_count() == 8
-    pairs = zip(jax.tree.leaves(of_all(eight)), jax.tree.leaves(of_all(one)), strict=True)
+    assert all(run.provenance["devices of a batch"] == 8 for run in eight.runs)
+    pairs = zip(jax.tree.leaves(found(eight.runs)), jax.tree.leaves(found(one.runs)), strict=True)
     for ours, expected in pairs:
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_checkpoints_on_several_devices(tmp_path):
-    """Resumed it is as it was; one device cannot go on, for it would round differently."""
+def test_checkpoints_on_several_devices(tmp_path, monkeypatch):
+    """Resumed on them it is as it was, bit for bit; one device goes on, too, and rounds its way."""
     problem, mesh = PROBLEMS["in parts"], all_devices()
-    stop = []
+    monkeypatch.setattr(training, "STEPS", 4)
+    options = {"seeds": [0], "alone": False, "checkpoint_seconds": 0}
+    look = _Progress.steps
 
-    def on_epoch(run):
-        stop.append(run)
-        if len(stop) == 1:
+    def stop(self, run, step, losses):
+        look(self, run, step, losses)
+        if step == 8:  # in the second epoch
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        folder = Checkpoints(tmp_path, seconds=0)
-        compare(
-            problem, {}, seeds=[0], alone=False, mesh=mesh, checkpoints=folder, on_epoch=on_epoch
-        )
-    again = Checkpoints(tmp_path, seconds=0, resume=True)
-    with pytest.raises(OtherConfigurationError, match="devices is 1 and was 8"):
-        compare(problem, {}, seeds=[0], alone=False, checkpoints=again)
-    resumed = compare(problem, {}, seeds=[0], alone=False, mesh=mesh, checkpoints=again)
-    ours, undisturbed = resumed.runs["equal"], compared("in parts", mesh).runs["equal"]
-    pairs = zip(jax.tree.leaves(found(ours)), jax.tree.leaves(found(undisturbed)), strict=True)
-    for same, expected in pairs:
-        np.testing.assert_array_equal(same, expected)
+    expected = compared("in parts", mesh).of("toy")["equal"]
+    for resumed_on in (mesh, None):
+        folder = tmp_path / str(resumed_on is None)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(_Progress, "steps", stop)
+            compare(problem, {}, folder, mesh=mesh, **options)
+        results = compare(problem, {}, folder, mesh=resumed_on, resume=True, **options)
+        (run,) = results.runs
+        pairs = zip(jax.tree.leaves(found([run])), jax.tree.leaves(found(expected)), strict=True)
+        for ours, theirs in pairs:
+            if resumed_on is None:
+                np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+            else:
+                np.testing.assert_array_equal(ours, theirs)
+        begun = run.provenance.get("begun with", {}).get("devices of a batch")
+        assert begun == (8 if resumed_on is None else None)
 
 
 def test_a_batch_that_cannot_be_spread_is_an_error():

@@ -1,175 +1,204 @@
+import io
 import json
 
-import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
-from toy_problem import make_problem
+import rich.console
+from made_runs import ACCURACY, EQUAL, made_results, made_tuning, shifted
 
-import mtl_jax
-from mtl_jax.compare import Comparison, Task, compare, compare_and_report, named_weightings
-from mtl_jax.compare.findings import Findings
-from mtl_jax.compare.numbers import results
-from mtl_jax.compare.sections import markdown_report
-from mtl_jax.compare.tables import main_table
-from mtl_jax.evaluation import mean_interval
+from mtl_jax.compare import Results
+from mtl_jax.compare.analysis import Analysis
+from mtl_jax.compare.figures import CAPTIONS, losses_figure
+from mtl_jax.compare.report import (
+    Report,
+    markdown_report,
+    print_tables,
+    report_main,
+    settings_text,
+    warnings_of,
+    write_report,
+)
+
+GAIN = {"topic": [0.100, 0.110, 0.090, 0.105], "depth": [0.1, -0.1, 0.2, -0.3]}
+ROWS = {"equal": EQUAL, "gains": shifted(GAIN)}
 
 
-def nothing_finite(settings):
-    return mtl_jax.vector_weighting(lambda losses, *rest: (losses * jnp.nan, rest[0]))
-
-
-@pytest.fixture(scope="module")
-def stages():
-    """A comparison after each of its runs, as far as it had come."""
-    weightings = named_weightings(["adaptive"]) | {"bad": nothing_finite}
-    found = []
-    whole = compare(make_problem(), weightings, seeds=[0, 1], on_run=found.append)
-    assert len(found) == 10
-    assert found[-1] == whole
-    return found
+def made(name="made", **options):
+    return made_results(ROWS, name=name, alone=EQUAL, **options)
 
 
 @pytest.fixture(scope="module")
-def comparison(stages):
-    return stages[-1]
+def written(tmp_path_factory):
+    """The report of a problem whose name is no name of a file."""
+    folder = tmp_path_factory.mktemp("runs")
+    results = made("my/own")
+    for run in results.of("my/own")["gains"]:
+        run.measured_at = "parameters"
+        run.conflict = {"share": np.ones(18), "cosine": np.ones(18)}
+    write_report(results, folder / "report")
+    return folder / "report"
 
 
-def table_of(comparison, **options):
-    table = main_table(Findings(comparison), **options)
-    return [table.headers, *table.rows]
+@pytest.fixture
+def one_picture(monkeypatch):
+    """Drawing takes time: of all pictures only one is made."""
+    monkeypatch.setattr(
+        "mtl_jax.compare.report.figures", lambda analysis: {"losses": losses_figure(analysis)}
+    )
+    monkeypatch.setattr("mtl_jax.compare.report.FORMATS", ("png",))
 
 
-def test_table_holds_means_and_intervals(comparison):
-    header, *rows = table_of(comparison)
-    assert header[0] == "weighting"
-    assert header[1].startswith("line squared error")
-    assert "lower is better" in header[1]
-    assert [row[0] for row in rows] == ["equal", "adaptive", "bad", "each task alone"]
-    mean, half_width = mean_interval([run.test["line"][-1] for run in comparison.runs["adaptive"]])
-    assert rows[1][1] == f"{mean:.4f} ± {half_width:.4f}"
-    changes = [100 * comparison.change_from_alone(run) for run in comparison.runs["adaptive"]]
-    mean, half_width = mean_interval(changes)
-    assert header[4] == "Δm vs alone, %"
-    assert rows[1][4] == f"{mean:+.2f} ± {half_width:.2f}"
-    assert header[6] == "step time"
-    assert rows[0][6] == "1.00"
-    assert rows[2][1] == "failed (2 of 2 seeds)"
-    assert rows[2][-1] == "12"
-    alone = mean_interval([run.test["square"][-1] for run in comparison.alone["square"]])
-    assert rows[3][2] == f"{alone[0]:.4f} ± {alone[1]:.4f}"
-
-
-def test_table_at_the_best_epoch(comparison):
-    found = main_table(Findings(comparison, best=True), timing=False)
-    values = [run.test["line"][comparison.best_epoch(run)] for run in comparison.runs["equal"]]
-    assert found.rows[0][1].startswith(f"{np.mean(values):.4f} ±")
-    assert "step time" not in found.headers
-    text = markdown_report(comparison)
-    assert text.index("## After the last epoch") < text.index("## At the epoch that is best")
-    assert "|           equal |" in text
-
-
-def test_tables_of_an_interrupted_comparison(stages):
-    for number, stage in enumerate(stages, start=1):
-        assert stage.unfinished == 10 - number
-        assert ("Interrupted" in markdown_report(stage)) == (number < 10)
-        assert results(stage).get("unfinished_runs", 0) == 10 - number
-        json.dumps(results(stage), allow_nan=False)
-    assert "**Interrupted: 1 run not finished.**" in markdown_report(stages[8])
-    assert [row[0] for row in table_of(stages[0])[1:]] == ["equal"]
-    # After three weightings and one task alone; after both tasks; with a second seed of equal.
-    tables = [table_of(stages[number - 1]) for number in (4, 5, 6)]
-    for table in tables:
-        assert table[0][4] == "Δm vs alone, %"
-        assert table[3][:2] == ["bad", "failed (1 of 1 seeds)"]
-        assert table[4][1]
-    runs = stages[4].runs["equal"]
-    change = f"{100 * stages[4].change_from_alone(runs[0]):+.2f}"
-    assert [table[1][4] for table in tables] == ["", change, change]
-    assert [table[4][2] == "" for table in tables] == [True, False, False]
-    assert "±" in tables[2][1][1]
-    assert np.isnan(stages[5].change_from_alone(stages[5].runs["equal"][1]))
-
-
-def test_one_seed_has_no_interval_and_shares_are_percentages(comparison):
-    tasks = {"line": Task(), "square": Task("error", higher_is_better=False, percent=False)}
-    (run, *_), problem = comparison.runs["equal"], make_problem(tasks=tasks)
-    comparison = Comparison(problem=problem, seeds=(0,), runs={"equal": [run]}, alone={})
-    header, row = table_of(comparison)
-    assert header[1] == "line accuracy, %"
-    assert row[1:3] == [f"{100 * run.test['line'][-1]:.2f}", f"{run.test['square'][-1]:.4f}"]
-    assert not any("alone" in cell for cell in header)
-    assert "skipped steps" not in header
-    report = markdown_report(comparison, command="python -m experiments.compare")
-    assert "1 seed;" in report or "1 seed." in report
-    assert "    python -m experiments.compare" in report
-
-
-def test_folder_of_results(tmp_path, capsys, monkeypatch):
-    weightings = named_weightings(["adaptive", "graddrop"]) | {"bad": nothing_finite}
-    compare_and_report([make_problem()], weightings, tmp_path / "first", seeds=[0, 1])
-    printed = capsys.readouterr().out
-    assert "each task alone" in printed
-    assert "Everything on one page" in printed
-    assert "not reached" in printed
-    assert "2 seeds: too few to tell" in printed
-    pictures = {
-        f"toy_{name}.png"
-        for name in ("conflict", "difficulty", "front", "losses", "metrics", "weights")
-    }
-    names = {path.name for path in (tmp_path / "first").iterdir()}
-    assert names - pictures == {
-        "checkpoints",
-        "report.html",
-        "results.json",
-        "timing.json",
-        "toy.md",
-    }
-    assert pictures < names
-    # Everything in results.json is the same when it is run again.
-    with monkeypatch.context() as patch:
-        patch.setattr("mtl_jax.compare.report.figures", lambda comparison: {})
-        compare_and_report([make_problem()], weightings, tmp_path / "second", seeds=[0, 1])
-    first, second = (tmp_path / run / "results.json" for run in ("first", "second"))
-    assert first.read_bytes() == second.read_bytes()
-    found = json.loads(first.read_text())["toy"]
-    assert found["settings"]["examples"] == {"train": 200, "validation": 50, "test": 70}
-    assert found["weightings"]["bad"][0]["failure"] == "no finite update in epoch 1"
-    assert found["weightings"]["bad"][0]["weights"]["line"] == [None] * 6
-    weights = found["weightings"]["adaptive"][0]["weights"]
-    np.testing.assert_allclose(np.add(weights["line"], weights["square"]), 2, rtol=1e-5)
-    assert found["weightings"]["adaptive"][0]["conflict"] == {"measured_at": None}
-    aggregated = found["weightings"]["graddrop"][0]
-    assert aggregated["weights"] == {}
-    assert aggregated["conflict"]["measured_at"] == "parameters"
-    assert aggregated["conflict"]["step"] == list(range(18))
-    assert set(aggregated["conflict"]["share"]) <= {0, 1}
-    assert all(-1 <= cosine <= 1 for cosine in aggregated["conflict"]["cosine"])
-    against = found["against_equal"]["adaptive"]["line"]
-    values = [
-        [run["test"]["line"][-1] for run in found["weightings"][name]]
-        for name in ("adaptive", "equal")
-    ]
-    assert against["difference"] == pytest.approx(np.subtract(*values).mean(), rel=1e-4)
-    assert against["verdict"] == "undecided: too few seeds"
-    timing = json.loads((tmp_path / "first" / "timing.json").read_text())
-    assert timing["problems"]["toy"]["step_time_relative_to_equal"]["equal"] == 1
-    assert timing["versions"]["jax"]
-    ends = timing["problems"]["toy"]["time_to_reach_equal"]["equal"]
-    assert all(1 <= end["epoch"] <= 3 and end["seconds"] > 0 for end in ends)
-    data = sum(values.nbytes for values in make_problem().train.values())
-    for run in timing["problems"]["toy"]["runs"]:
-        assert data < run["memory_bytes"] < 100 * data
-    page = (tmp_path / "first" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == len(pictures)
-    for picture in pictures:
-        image = np.asarray(PIL.Image.open(tmp_path / "first" / picture).convert("L"))
-        assert image.shape[1] > 600
+def test_a_folder_has_all_of_it(written):
+    kinds = set(CAPTIONS) - {"difficulty"}  # of two tasks it says nothing
+    pictures = {f"my%2Fown_{kind}.{end}" for kind in kinds for end in ("png", "pdf", "svg")}
+    names = {path.name for path in written.iterdir()}
+    assert names == pictures | {"results.json", "timing.json", "report.html", "my%2Fown.md"}
+    for kind in kinds:
+        image = np.asarray(PIL.Image.open(written / f"my%2Fown_{kind}.png").convert("L"))
+        assert image.shape[1] > 500
         assert (image < 128).mean() > 0.001
+        assert (written / f"my%2Fown_{kind}.pdf").read_bytes().startswith(b"%PDF")
+        assert "<svg" in (written / f"my%2Fown_{kind}.svg").read_text()
+    page = (written / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(kinds)
+    assert page.count("<figcaption>") == len(kinds)
+    timing = json.loads((written / "timing.json").read_text())
+    assert timing["runs"][0]["provenance"]["versions"]["jax"] == "0.10.0"
 
 
-def test_what_cannot_be_logged_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="'tensorboard' or None, got 'wandb'"):
-        compare_and_report([make_problem()], {}, tmp_path, log="wandb")
-    assert not any(tmp_path.iterdir())
+def test_a_report_is_drawn_again_without_training(written, capsys):
+    before = {path.name: path.read_bytes() for path in written.iterdir()}
+    # Another version of JAX made them.
+    timing = written / "timing.json"
+    other = before["timing.json"].replace(b'"jax": "0.10.0"', b'"jax": "0.4.1"')
+    timing.write_bytes(other)
+    for path in (*written.glob("my*"), written / "report.html"):
+        path.unlink()
+    report_main(Report((written,)))
+    printed = capsys.readouterr().out
+    assert "gains: better in topic by 10, undecided in depth; mean +" in printed
+    assert "Everything on one page" in printed
+    after = {path.name: path.read_bytes() for path in written.iterdir()}
+    page = before["report.html"].replace(b"0.10.0", b"0.4.1")
+    assert after == before | {"timing.json": other, "report.html": page}
+    timing.write_bytes(before["timing.json"])
+
+
+def test_verdicts_over_several_folders(one_picture, tmp_path, capsys):
+    for name in ("one", "two"):
+        write_report(made(name), tmp_path / name, pictures=())
+    numbers = (tmp_path / "one" / "results.json").read_bytes()
+    folders = (tmp_path / "one", tmp_path / "two")
+    report_main(Report(folders, out=tmp_path / "both", weighting="gains"))
+    printed = capsys.readouterr().out
+    assert "Over all problems" in printed
+    assert "one: test metrics" in printed
+    assert list(Results.read(tmp_path / "both").problems) == ["one", "two"]
+    verdicts = (tmp_path / "both" / "verdicts.md").read_text()
+    assert "| gains against |" in verdicts.replace("  ", "").replace("|gains", "| gains")
+    assert "one (4 seeds)" in verdicts
+    page = (tmp_path / "both" / "report.html").read_text()
+    assert page.index("Over all problems") < page.index("The problem one.")
+    # Into the first folder, its results stay its own: a comparison may go on from them.
+    report_main(Report(folders))
+    assert (tmp_path / "one" / "results.json").read_bytes() == numbers
+    assert "The problem two." in (tmp_path / "one" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("folders", "options", "message"),
+    [
+        ((), {}, "Name at least one folder"),
+        (("nowhere",), {}, "nowhere holds no results of a comparison"),
+        (("here",), {"weighting": "famo"}, "'famo' with: it, or another"),
+        (("here", "other"), {}, "'made' differs between the folders in its epochs, 3 and 4"),
+        (("broken",), {}, "results.json is damaged"),
+    ],
+)
+def test_what_cannot_be_reported_is_said_plainly(folders, options, message, tmp_path, capsys):
+    made().write(tmp_path / "here")
+    made(epochs=4).write(tmp_path / "other")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "results.json").write_text("{")
+    with pytest.raises(SystemExit) as error:
+        report_main(Report(tuple(tmp_path / folder for folder in folders), **options))
+    assert error.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_verdicts_come_first():
+    results = made(tuning=made_tuning("equal", "gains", select="worst"))
+    text = markdown_report(Analysis(results, "made"))
+    titles = [line[3:] for line in text.splitlines() if line.startswith("## ")]
+    assert titles[:2] == ["Verdicts", "After the last epoch"]
+    assert titles[-1] == "Chosen by tuning"
+    assert "- gains: better in topic by 10, undecided in depth; mean +9.9 %." in text
+    assert "relative change of the worst task from equal weights" in text
+    assert "learning rate as tuned (default: 0.01); 4 seeds." in text
+    assert "    mtl-jax compare my:problem" in text
+
+
+def test_settings_name_the_datasets():
+    results = made()
+    info = results.problems["made"]
+    examples = {"train": {"news": 9000, "reviews": 20}, "test": {"news": 100, "reviews": 5}}
+    changed = {"examples": examples, "batch_size": {"news": 64, "reviews": 4}}
+    results.problems["made"] = type(info)(**(vars(info) | changed))
+    text = settings_text(Analysis(results, "made"))
+    assert text.startswith("9,000 (news) + 20 (reviews) train, 100 (news) + 5 (reviews) test ex")
+    assert "batch 64 (news) + 4 (reviews), learning rate 0.01; 4 seeds." in text
+
+
+def test_what_the_reader_must_know():
+    results = made()
+    assert warnings_of(Analysis(results, "made")) == []
+    results.planned["made"].append(("dwa", 0))
+    results.runs[0].failure = "it did"
+    results.runs[1].provenance = {"versions": {"jax": "0.9.0"}, "device": "1 x cpu (cpu)"}
+    interrupted, failed, versions = warnings_of(Analysis(results, "made"))
+    assert interrupted == "Interrupted: 1 run not finished."
+    assert failed == "Failed: equal, seed 0: it did."
+    assert "jax 0.10.0 (15 runs), 0.9.0 (1 run)." in versions
+    assert "numpy" not in versions
+    assert "**Interrupted: 1 run not finished.**" in markdown_report(Analysis(results, "made"))
+
+
+def test_a_report_of_an_interrupted_comparison(tmp_path):
+    """After every run of it; without pictures."""
+    results = made()
+    runs = list(results.runs)
+    for number in (0, 1, 3, 5, len(runs)):
+        results.runs = runs[:number]
+        write_report(results, tmp_path, pictures=())
+        page = (tmp_path / "report.html").read_text()
+        assert ("Interrupted" in page) == (number < len(runs))
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_old_pictures_are_shown_or_removed(one_picture, tmp_path):
+    write_report(made(), tmp_path, pictures=["made"])
+    assert "data:image/png" in (tmp_path / "report.html").read_text()
+    write_report(made(), tmp_path, pictures=())
+    assert "data:image/png" in (tmp_path / "report.html").read_text()
+    (tmp_path / "made_conflict.png").write_text("of an older report")
+    write_report(made(), tmp_path, pictures=["made"])
+    assert not (tmp_path / "made_conflict.png").exists()
+
+
+def printed(results, width):
+    console = rich.console.Console(width=width, file=io.StringIO())
+    print_tables(results, "made", console)
+    return console.file.getvalue()
+
+
+def test_what_is_printed_fits_the_terminal():
+    text = printed(made(), 160)
+    assert "gains: better in topic by 10" in text
+    assert "62.38 ± 2.55 better" in text
+    tasks = {f"task {number}": ACCURACY for number in range(8)}
+    row = {task: [0.5, 0.6, 0.7] for task in tasks}
+    wide = made_results({"equal": row, "dwa": row}, tasks)
+    text = printed(wide, 80)
+    assert "│ task 7 accuracy, % ↑ │" in text  # a row a metric
+    assert max(map(len, text.splitlines())) <= 80

@@ -1,27 +1,33 @@
 """A comparison that was interrupted and resumed is the one that never was."""
 
+import contextlib
 import json
 import random
 import shutil
 import signal
 import time
+import warnings
 
 import jax.numpy as jnp
-import numpy as np
+import optax
 import pytest
 from killed_comparison import run_comparison
 from processes import Processes
-from toy_problem import IN_PARTS, make_problem, scores, split
+from toy_problem import IN_PARTS, TARGETS, make_problem, split
 
 import mtl_jax
 from mtl_jax.compare import (
-    Checkpoints,
-    OtherConfigurationError,
+    DamagedFileError,
+    OtherSettingsError,
+    Results,
+    Task,
     compare,
-    compare_and_report,
+    mean_of,
     named_weightings,
 )
-from mtl_jax.compare.report import results
+from mtl_jax.compare.comparison import _Progress
+from mtl_jax.compare.report import draw_report
+from mtl_jax.compare.results import read_run, record_path, write_run
 
 KILLS = 5
 
@@ -30,83 +36,88 @@ def nothing_finite(settings):
     return mtl_jax.vector_weighting(lambda losses, *rest: (losses * jnp.nan, rest[0]))
 
 
-@pytest.fixture
-def problem():
-    return make_problem(epochs=4)
-
-
 WEIGHTINGS = named_weightings(["random_weighting", "graddrop"]) | {"bad": nothing_finite}
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch):
+    def write(results, folder, **options):
+        results.write(folder)
+
+    monkeypatch.setattr("mtl_jax.compare.comparison.write_report", write)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """What is trained: the weighting, the seed and the step, at every look."""
+    seen, look = [], _Progress.steps
+
+    def steps(self, run, step, losses):
+        seen.append((run.weighting, run.seed, step))
+        return look(self, run, step, losses)
+
+    monkeypatch.setattr(_Progress, "steps", steps)
+    return seen
 
 
 class Stop(BaseException):
     """Stands for a signal."""
 
 
-def stop_at(name, seed, epochs):
-    def on_epoch(run):
-        if (run.weighting, run.seed, run.epochs) == (name, seed, epochs):
+@contextlib.contextmanager
+def stopped_at(*place):
+    """A context in which the comparison is interrupted there."""
+    look = _Progress.steps
+
+    def steps(self, run, step, losses):
+        look(self, run, step, losses)
+        if (run.weighting, run.seed, step) == place:
             raise Stop
 
-    return on_epoch
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(_Progress, "steps", steps)
+        yield
 
 
-def all_runs(comparison):
-    runs = (*comparison.runs.values(), *comparison.alone.values())
-    return {(run.weighting, run.seed): run for same in runs for run in same}
+def results_of(folder):
+    return (folder / "results.json").read_bytes()
 
 
-def test_resumed_is_undisturbed_bit_for_bit(problem, tmp_path):
-    undisturbed = compare(problem, WEIGHTINGS, seeds=[0, 1], alone=False)
-    interrupted = []
-    for name, seed, epochs in (("equal", 0, 1), ("graddrop", 0, 3), ("random_weighting", 1, 2)):
-        with pytest.raises(Stop):
-            compare(
-                problem,
-                WEIGHTINGS,
-                seeds=[0, 1],
-                alone=False,
-                checkpoints=Checkpoints(tmp_path, seconds=0, resume=True),
-                on_epoch=stop_at(name, seed, epochs),
-                on_run=interrupted.append,
-            )
-    trained = []
-    resumed = compare(
-        problem,
-        WEIGHTINGS,
-        seeds=[0, 1],
-        alone=False,
-        checkpoints=Checkpoints(tmp_path, seconds=0, resume=True),
-        on_epoch=lambda run: trained.append((run.weighting, run.seed, run.epochs)),
-    )
-    assert json.dumps(results(resumed)) == json.dumps(results(undisturbed))
-    for key, run in all_runs(resumed).items():
-        expected = all_runs(undisturbed)[key]
-        assert run.test == expected.test
-        for task, weights in expected.weights.items():
-            np.testing.assert_array_equal(run.weights[task], weights)
-    # What was finished was read, and the run that was not went on after its second epoch.
-    done = [("equal", 0, 4), ("random_weighting", 0, 4), ("graddrop", 0, 4), ("bad", 0, 1)]
-    done += [("equal", 1, 4)]
-    went_on = [("random_weighting", 1, 3), ("random_weighting", 1, 4)]
-    anew = [("graddrop", 1, epoch) for epoch in (1, 2, 3, 4)] + [("bad", 1, 1)]
-    assert trained == done + went_on + anew
-    before = all_runs(interrupted[-1])
-    assert len(before) == len(done)
-    assert interrupted[-1].unfinished == 3
-    for key, run in before.items():
-        assert all_runs(resumed)[key].epoch_seconds == run.epoch_seconds
+def test_resumed_is_undisturbed_bit_for_bit(tmp_path, trained, monkeypatch):
+    """Interrupted at the end of an epoch and within one, before, in and after other runs."""
+    monkeypatch.setattr("mtl_jax.compare.training.STEPS", 4)
+    problem = make_problem(epochs=3)  # of 6 steps, looked at after 4, 6, 8, 12, 16, 18
+    options = {"seeds": [0, 1], "alone": False, "checkpoint_seconds": 0}
+    compare(problem, WEIGHTINGS, tmp_path / "undisturbed", **options)
+    folder = tmp_path / "interrupted"
+    for place in (("equal", 0, 4), ("graddrop", 0, 18), ("random_weighting", 1, 12)):
+        with stopped_at(*place):
+            compare(problem, WEIGHTINGS, folder, resume=True, **options)
+    before = {(run.weighting, run.seed): run for run in Results.read(folder).runs}
+    assert len(before) == 5
+    assert len(Results.read(folder).unfinished("toy")) == 3
+    trained.clear()
+    compare(problem, WEIGHTINGS, folder, resume=True, **options)
+    assert results_of(folder) == results_of(tmp_path / "undisturbed")
+    # What was finished was read, and the run that was not went on after its eighth step.
+    went_on = [("random_weighting", 1, step) for step in (12, 16, 18)]
+    anew = [("graddrop", 1, step) for step in (4, 6, 8, 12, 16, 18)]
+    assert trained == [*went_on, *anew, ("bad", 1, 4), ("bad", 1, 6)]
+    for run in Results.read(folder).runs:
+        if (run.weighting, run.seed) in before:
+            assert run.epoch_seconds == before[run.weighting, run.seed].epoch_seconds
+    assert not list(folder.glob("checkpoints/*/*"))
 
 
-def test_weightings_and_seeds_can_be_added(problem, tmp_path):
-    problem = problem.with_settings(epochs=1)
-    weightings = named_weightings(["adaptive"])
-    compare(problem, {}, seeds=[0], alone=False, checkpoints=tmp_path)
-    with pytest.raises(FileExistsError, match=r"'toy'. Continue it with resume=True, or choose"):
-        compare(problem, weightings, seeds=[0, 1], alone=False, checkpoints=tmp_path)
-    more = Checkpoints(tmp_path, resume=True)
-    extended = compare(problem, weightings, seeds=[0, 1], alone=False, checkpoints=more)
-    at_once = compare(problem, weightings, seeds=[0, 1], alone=False)
-    assert results(extended) == results(at_once)
+def test_weightings_and_seeds_can_be_added(tmp_path, trained):
+    problem = make_problem(epochs=1)
+    compare(problem, {}, tmp_path / "more", seeds=[0], alone=False)
+    trained.clear()
+    options = {"seeds": [0, 1], "alone": False}
+    compare(problem, ["adaptive"], tmp_path / "more", resume=True, **options)
+    assert [run[:2] for run in trained] == [("adaptive", 0), ("equal", 1), ("adaptive", 1)]
+    compare(problem, ["adaptive"], tmp_path / "at once", **options)
+    assert results_of(tmp_path / "more") == results_of(tmp_path / "at once")
 
 
 def another_example():
@@ -115,86 +126,118 @@ def another_example():
     return train
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"learning_rate": 0.02}, r"learning_rate is 0.02 and was 0.01; the training program"),
-        ({"epochs": 2}, r"epochs is 2 and was 1"),
-        ({"train": another_example()}, r"configuration: the data differ\. "),
-        (
-            {"scores": lambda *args: {t: s + 1 for t, s in scores(*args).items()}},
-            r"configuration: the metrics are computed differently\. ",
-        ),
-    ],
-)
-def test_another_problem_is_an_error_before_anything_is_trained(changes, message, once):
-    folder, weightings = once
-    compare_again(folder, weightings, message, make_problem(**({"epochs": 1} | IN_PARTS | changes)))
-
-
-@pytest.mark.parametrize(
-    ("weighting", "message"),
-    [
-        (
-            lambda settings: mtl_jax.cagrad(c=0.4),
-            r"configuration: the training program \(network, losses, weighting, opt",
-        ),
-        (
-            lambda settings: mtl_jax.uncertainty(settings.optimizer, initial_log_variance=0.5),
-            r"the parameters or states that it starts from differ",
-        ),
-    ],
-)
-def test_another_parameter_of_a_weighting_is_an_error(weighting, message, once):
-    folder, weightings = once
-    name = "uncertainty" if "starts" in message else "cagrad"
-    changed = dict(weightings) | {name: weighting}
-    compare_again(folder, changed, message, make_problem(**IN_PARTS, epochs=1))
-
-
 @pytest.fixture(scope="module")
 def once(tmp_path_factory):
-    """A folder with the checkpoints of a comparison, and its weightings."""
+    """A folder with the results of a comparison."""
     folder = tmp_path_factory.mktemp("once")
-    weightings = named_weightings(["cagrad", "uncertainty"])
-    compare(
-        make_problem(**IN_PARTS, epochs=1), weightings, seeds=[0], alone=False, checkpoints=folder
-    )
-    return folder, weightings
-
-
-def compare_again(folder, weightings, message, problem):
-    trained = []
-    with pytest.raises(OtherConfigurationError, match=message):
-        compare(
-            problem,
-            weightings,
-            seeds=[0, 1],
-            alone=False,
-            checkpoints=Checkpoints(folder, resume=True),
-            on_epoch=lambda run: trained.append(run.seed),
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "mtl_jax.compare.comparison.write_report",
+            lambda results, folder, **options: results.write(folder),
         )
-    assert 1 not in trained
+        compare(make_problem(**IN_PARTS, epochs=1), ["cagrad"], folder, seeds=[0], alone=False)
+    return folder
 
 
-def test_a_folder_holds_one_comparison(tmp_path, capsys):
-    problem = make_problem(epochs=1)
-    compare_and_report([problem], {}, tmp_path / "mine", seeds=[0], alone=False)
-    before = (tmp_path / "mine" / "results.json").read_bytes()
+OTHER_METRIC = Task(mean_of(optax.squared_error, "another error", higher_is_better=False))
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"learning_rate": 0.02}, {}, r"learning_rate is 0.02 and was 0.01\. Go on"),
+        ({"epochs": 2}, {}, r"epochs is 2 and was 1"),
+        ({"batch_size": 16}, {}, r"batch_size is \{'': 16\} and was \{'': 32\}"),
+        ({"train": another_example()}, {}, r"other settings: the data differ\. "),
+        ({"tasks": dict.fromkeys(TARGETS, OTHER_METRIC)}, {}, "another error"),
+        ({}, {"conflict": True}, r"equal_seed0.json is .*measured_at is 'representation' and was"),
+    ],
+)
+def test_other_settings_are_an_error_before_anything_is_trained(
+    changes, options, message, once, tmp_path, trained
+):
+    folder = tmp_path / "folder"
+    shutil.copytree(once, folder)
+    problem = make_problem(**({"epochs": 1} | IN_PARTS | changes))
+    with pytest.raises(OtherSettingsError, match=message):
+        compare(problem, ["cagrad"], folder, seeds=[0, 1], alone=False, resume=True, **options)
+    assert trained == []
+    assert results_of(folder) == results_of(once)
+
+
+def test_what_another_version_made_is_kept_and_said(once, tmp_path, trained):
+    """The provenance of the record is written by hand."""
+    folder = tmp_path / "folder"
+    shutil.copytree(once, folder)
+    old = read_run(record_path(folder, "toy", "cagrad", 0))
+    old.provenance |= {
+        "versions": old.provenance["versions"] | {"jax": "0.4.1"},
+        "device": "1 x TPU v9 (tpu)",
+    }
+    write_run(folder, old)
+    problem = make_problem(**IN_PARTS, epochs=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        options = {"seeds": [0, 1], "alone": False, "resume": True}
+        results = compare(problem, ["cagrad"], folder, **options)
+    assert [run[:2] for run in trained] == [("equal", 1), ("cagrad", 1)]
+    assert results.of("toy")["cagrad"][0].metrics == old.metrics
+    draw_report(Results.read(folder), folder, pictures=[])
+    report = (folder / "toy.md").read_text()
+    assert "jax 0.4.1 (1 run)" in report or "0.4.1 (1 run)" in report
+    assert "TPU v9 (tpu) (1 run)" in report
+
+
+def test_another_network_is_said(once, tmp_path):
+    folder = tmp_path / "folder"
+    shutil.copytree(once, folder)
+    problem = make_problem(epochs=1)  # not in parts
+    with pytest.warns(UserWarning, match="losses of 'toy' are not those that its finished runs"):
+        compare(problem, {}, folder, seeds=[0, 1], alone=False, resume=True)
+
+
+def test_a_damaged_record_is_an_error_that_names_it(once, tmp_path, trained):
+    folder = tmp_path / "folder"
+    shutil.copytree(once, folder)
+    path = record_path(folder, "toy", "cagrad", 0)
+    path.write_text(path.read_text().replace('"skipped": 0', '"skipped": 1'))
+    problem = make_problem(**IN_PARTS, epochs=1)
+    with pytest.raises(DamagedFileError, match=r"cagrad_seed0.json is damaged.*Remove it to train"):
+        compare(problem, ["cagrad"], folder, seeds=[0], alone=False, resume=True)
+    assert trained == []
+    path.unlink()
+    compare(problem, ["cagrad"], folder, seeds=[0], alone=False, resume=True)
+    assert [run[:2] for run in trained] == [("cagrad", 0)]
+    assert results_of(folder) == results_of(once)
+
+
+def test_a_folder_holds_one_comparison(once, tmp_path):
+    folder = tmp_path / "mine"
+    shutil.copytree(once, folder)
+    problem, options = make_problem(**IN_PARTS, epochs=1), {"seeds": [0], "alone": False}
     with pytest.raises(FileExistsError, match=r"mine holds a comparison already.*--resume.*--name"):
-        compare_and_report([problem], {}, tmp_path / "mine", seeds=[0], alone=False)
+        compare(problem, {}, folder, **options)
     other = make_problem(name="other", epochs=1)
     with pytest.raises(FileExistsError, match=r"holds a comparison on toy, too"):
-        compare_and_report([other], {}, tmp_path / "mine", seeds=[0], alone=False, resume=True)
-    with pytest.raises(OtherConfigurationError):
-        changed = problem.with_settings(learning_rate=0.3)
-        compare_and_report([changed], {}, tmp_path / "mine", seeds=[0], alone=False, resume=True)
-    assert (tmp_path / "mine" / "results.json").read_bytes() == before
-    shutil.rmtree(tmp_path / "mine" / "checkpoints")
-    with pytest.raises(FileExistsError, match=r"no checkpoints to resume from"):
-        compare_and_report([problem], {}, tmp_path / "mine", seeds=[0], alone=False, resume=True)
-    with pytest.raises(ValueError, match="To resume, `checkpoint_seconds` must be a number"):
-        compare_and_report([problem], {}, tmp_path, checkpoint_seconds=None, resume=True)
+        compare(other, {}, folder, resume=True, **options)
+    assert results_of(folder) == results_of(once)
+    for part in ("results.json", "records", "checkpoints"):
+        empty = tmp_path / part
+        empty.mkdir()
+        (empty / part).mkdir()
+        with pytest.raises(FileExistsError, match="holds a comparison already"):
+            compare(problem, {}, empty, **options)
+
+
+def test_without_checkpoints_finished_runs_are_kept_all_the_same(tmp_path, trained):
+    options = {"seeds": [0], "alone": False, "checkpoint_seconds": None}
+    problem = make_problem(epochs=2)
+    with stopped_at("adaptive", 0, 6):
+        compare(problem, ["adaptive"], tmp_path, **options)
+    assert not (tmp_path / "checkpoints").exists()
+    trained.clear()
+    compare(problem, ["adaptive"], tmp_path, resume=True, **options)
+    assert trained == [("adaptive", 0, 6), ("adaptive", 0, 12)]
 
 
 def test_killed_again_and_again(tmp_path):
@@ -202,7 +245,7 @@ def test_killed_again_and_again(tmp_path):
     begin = time.monotonic()
     run_comparison(tmp_path / "undisturbed", resume=False)
     duration = time.monotonic() - begin
-    expected = (tmp_path / "undisturbed" / "results.json").read_bytes()
+    expected = results_of(tmp_path / "undisturbed")
 
     kills, seed = 0, random.randrange(10**6)
     moments = random.Random(seed)
@@ -220,8 +263,10 @@ def test_killed_again_and_again(tmp_path):
                 kills += 1
                 continue
             assert process.returncode == 0, errors
-            assert (folder / "results.json").read_bytes() == expected, f"random seed {seed}"
+            assert results_of(folder) == expected, f"random seed {seed}"
             if kills == KILLS:
                 break
             shutil.rmtree(folder)  # it was faster than its killer
-    assert json.loads(expected)["toy"]["weightings"]["random_weighting"][0]["failure"] is None
+    runs = json.loads(expected)["runs"]
+    assert [run["failure"] for run in runs] == [None, None]
+    assert len(runs[1]["train_losses"]["line"]) == 20

@@ -2,12 +2,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-from made_runs import made_run
+from made_runs import made_problem, made_run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from toy_problem import make_problem
 
-from mtl_jax.__main__ import main
-from mtl_jax.compare import compare_and_report
+from mtl_jax.compare.results import read_run, write_run
 from mtl_jax.compare.tensorboard import TensorBoard
 
 
@@ -22,15 +20,19 @@ def read(folder):
 
 def upto(run, epochs):
     """The run as it was after so many epochs."""
-    steps = 6 * epochs
+    steps = len(run.weights["topic"]) // run.epochs * epochs
     return dataclasses.replace(
         run,
-        test={task: values[:epochs] for task, values in run.test.items()},
-        validation={task: values[:epochs] for task, values in run.validation.items()},
+        metrics={
+            split: {
+                task: {metric: values[:epochs] for metric, values in metrics.items()}
+                for task, metrics in tasks.items()
+            }
+            for split, tasks in run.metrics.items()
+        },
         train_losses={task: values[:epochs] for task, values in run.train_losses.items()},
         weights={task: values[:steps] for task, values in run.weights.items()},
         conflict={kind: values[:steps] for kind, values in run.conflict.items()},
-        epoch_seconds=run.epoch_seconds[:epochs],
     )
 
 
@@ -38,29 +40,38 @@ def upto(run, epochs):
 def run():
     weights = {"topic": np.arange(18.0), "depth": np.full(18, 0.5)}
     weights["depth"][4] = np.nan
-    made = made_run("a/b", 1, {"topic": [0.1, 0.2, 0.4], "depth": [3, 2, 1]}, weights=weights)
-    return dataclasses.replace(made, conflict={"share": np.linspace(0, 1, 18)})
+    return made_run(
+        made_problem(name="a problem"),
+        "a/b",
+        1,
+        {"topic": [0.1, 0.2, 0.4], "depth": [3, 2, 1]},
+        weights=weights,
+        conflict={"share": np.linspace(0, 1, 18)},
+    )
 
 
 def test_all_that_a_run_found_can_be_read_back(run, tmp_path):
-    other = made_run("other", 0, {"topic": [1.0] * 3})
+    other = made_run(made_problem(name="a problem"), "other", 0, {"topic": [1.0] * 3})
     with TensorBoard(tmp_path) as events:
         for epochs in (1, 2, 3):
             events.write(upto(run, epochs))
         events.write(other)
-    assert {path.name for path in tmp_path.iterdir()} == {"a%2Fb_seed1", "other_seed0"}
-    found = read(tmp_path / "a%2Fb_seed1")
+    folders = {path.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*")}
+    assert folders == {"a problem/a%2Fb_seed1", "a problem/other_seed0"}
+    found = read(tmp_path / "a problem" / "a%2Fb_seed1")
     assert set(found) == {
-        *(f"{kind}/{task}" for task in ("topic", "depth") for kind in ("validation", "test")),
+        *(f"{split}/topic/accuracy" for split in ("validation", "test")),
+        *(f"{split}/depth/error" for split in ("validation", "test")),
         *(f"{kind}/{task}" for task in ("topic", "depth") for kind in ("train_loss", "weight")),
         "conflict/share",
     }
     expected = [(1, 0.1), (2, 0.2), (3, 0.4)]
-    np.testing.assert_allclose(found["test/topic"], expected, rtol=1e-6)
+    np.testing.assert_allclose(found["test/topic/accuracy"], expected, rtol=1e-6)
     assert found["train_loss/depth"] == [(1, 2.0), (2, 2.0), (3, 1.0)]
     assert found["weight/topic"] == [(step, float(step)) for step in range(18)]
     assert [step for step, _ in found["weight/depth"]] == [s for s in range(18) if s != 4]
-    assert read(tmp_path / "other_seed0")["test/topic"] == [(1, 1.0), (2, 1.0), (3, 1.0)]
+    topic = read(tmp_path / "a problem" / "other_seed0")["test/topic/accuracy"]
+    assert topic == [(1, 1.0), (2, 1.0), (3, 1.0)]
 
 
 def test_a_resumed_run_is_written_anew(run, tmp_path):
@@ -69,29 +80,21 @@ def test_a_resumed_run_is_written_anew(run, tmp_path):
         events.write(upto(run, 2))
     with TensorBoard(tmp_path) as events:
         events.write(run)  # it went on
-    (folder,) = tmp_path.iterdir()
-    assert [step for step, _ in read(folder)["test/topic"]] == [1, 2, 3]
+    (folder,) = tmp_path.glob("*/*")
+    assert [step for step, _ in read(folder)["test/topic/accuracy"]] == [1, 2, 3]
 
 
-def test_a_comparison_is_logged(tmp_path):
-    (comparison,) = compare_and_report(
-        [make_problem(epochs=2)], {}, tmp_path, seeds=[0], alone=False, log="tensorboard"
+def test_a_run_that_was_read_has_its_curves_over_the_same_steps(run, tmp_path):
+    long = dataclasses.replace(run, weights={"topic": np.arange(3000.0)}, conflict={})
+    with TensorBoard(tmp_path / "live") as events:
+        for epochs in (1, 2, 3):
+            events.write(upto(long, epochs))
+    with TensorBoard(tmp_path / "again") as events:
+        events.write(read_run(write_run(tmp_path, long)))
+    live, again = (
+        read(tmp_path / name / "a problem" / "a%2Fb_seed1")["weight/topic"]
+        for name in ("live", "again")
     )
-    (run,) = comparison.runs["equal"]
-    found = read(tmp_path / "tensorboard" / "toy" / "equal_seed0")
-    for task in ("line", "square"):
-        for kind, values in (("test", run.test), ("train_loss", run.train_losses)):
-            expected = list(enumerate(values[task], start=1))
-            np.testing.assert_allclose(found[f"{kind}/{task}"], expected, rtol=1e-6)
-    assert found["weight/line"] == [(step, 1.0) for step in range(12)]
-
-
-def test_the_command_line_has_it(monkeypatch):
-    given = []
-    monkeypatch.setattr(
-        "mtl_jax.compare.command_line.compare_and_report",
-        lambda *args, **options: given.append(options["log"]),
-    )
-    for more in ([], ["--log", "tensorboard"]):
-        main(["compare", "toy_problem:make_problem", "--weightings", "equal", *more])
-    assert given == [None, "tensorboard"]
+    assert (len(live), len(again)) == (150, 200)
+    for points in (live, again):
+        np.testing.assert_allclose(*np.transpose(points), atol=0.5)  # a step's value is its number

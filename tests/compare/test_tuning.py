@@ -5,35 +5,34 @@ import functools
 import inspect
 import json
 import pathlib
-import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optuna
 import pytest
-from toy_problem import THREE_TARGETS, errors_of, make_problem
+from toy_problem import SQUARED_ERROR, THREE_TARGETS, errors_of, make_problem
 
 import mtl_jax
 from mtl_jax.compare import (
     SPACES,
     WEIGHTINGS,
     Choice,
-    OtherConfigurationError,
+    DamagedFileError,
+    OtherSettingsError,
     Range,
     RunSettings,
+    Task,
     TaskWeights,
     TuningError,
     compare,
-    compare_and_report,
+    mean_absolute_error,
     named_weightings,
     tune,
 )
 from mtl_jax.compare.command_line import Options, run
-from mtl_jax.compare.referee import make_weightings
-from mtl_jax.compare.search import Search
-from mtl_jax.compare.settings import TUNING_SEED
-from mtl_jax.compare.tuning_table import tuning_table
+from mtl_jax.compare.training import Setting, Trainer, single_task
+from mtl_jax.compare.tuning import TUNING_SEED, _Search
 
 TASKS = ("right", "wrong")
 
@@ -53,8 +52,8 @@ def predictions(params, batch):
 def linear_problem(**changes):
     """One linear map for two tasks, of which the second has noise for its training labels."""
     return make_problem(
-        TASKS,
         **{
+            "tasks": dict.fromkeys(TASKS, Task([SQUARED_ERROR, mean_absolute_error()])),
             "name": "linear",
             "train": linear_split(128, 0, 1),
             "validation": linear_split(50, 1, 0),
@@ -64,9 +63,7 @@ def linear_problem(**changes):
                 errors_of(predictions(params, batch), batch),
                 state,
             ),
-            "scores": lambda params, state, batch: {
-                task: (predictions(params, batch)[task] - batch[task]) ** 2 for task in TASKS
-            },
+            "predict": lambda params, state, batch: predictions(params, batch),
             "learning_rate": 0.05,
             "epochs": 4,
         }
@@ -75,11 +72,13 @@ def linear_problem(**changes):
 
 
 PROBLEM = linear_problem()
+METRICS = [metric.name for metric in PROBLEM.tasks["right"].metrics]
 
 
-def without_seconds(tuning):
+def without_times(tuning):
+    times = {"seconds": 0.0, "compile_seconds": 0.0, "compilations": 0}
     return {
-        name: [dataclasses.replace(trial, seconds=0.0) for trial in row]
+        name: [dataclasses.replace(trial, **times) for trial in row]
         for name, row in tuning.trials.items()
     }
 
@@ -89,7 +88,7 @@ def tuned():
     return tune(PROBLEM, named_weightings(["adaptive"]), trials=3)
 
 
-def test_the_same_budget_for_all_from_the_shipped_setting_on():
+def test_the_same_budget_for_all_from_the_default_setting_on():
     tuning = tuned()
     assert list(tuning.trials) == ["equal", "constant", "adaptive", "right alone", "wrong alone"]
     for name, trials in tuning.trials.items():
@@ -102,7 +101,12 @@ def test_the_same_budget_for_all_from_the_shipped_setting_on():
         assert tuning.chosen(name).score == max(trial.score for trial in trials)
     assert tuning.trials["equal"][0].score == 0
     assert tuning.trials["constant"][0].parameters == {"weights": {"right": 1.0, "wrong": 1.0}}
-    assert tuning.trials["constant"][0].validation == tuning.trials["equal"][0].validation
+    for task in TASKS:
+        np.testing.assert_allclose(
+            tuning.trials["constant"][0].validation[task][METRICS[1]],
+            tuning.trials["equal"][0].validation[task][METRICS[1]],
+            rtol=1e-6,
+        )
     assert tuning.trials["adaptive"][0].parameters == {
         "emphasis": 1.0,
         "rule": "proportional",
@@ -111,15 +115,52 @@ def test_the_same_budget_for_all_from_the_shipped_setting_on():
     assert tuning.trials["equal"][1].parameters == {}
 
 
-def test_score_is_the_change_from_equal_weights_as_shipped():
-    shipped = tuned().trials["equal"][0].validation
+def test_a_weighting_is_compiled_once_for_all_its_trials():
+    """Numbers are arguments of a program; only another rule, a text, is another program."""
+    for name, trials in tuned().trials.items():
+        compiled = [trial.compilations > 0 for trial in trials]
+        rules = [trial.parameters.get("rule") for trial in trials]
+        new = [rule not in rules[:number] for number, rule in enumerate(rules)]
+        assert compiled == (new if name != "wrong alone" else [False] * 3)
+        assert all(trial.compilations < 12 for trial in trials)
+
+
+def change(trial, task):
+    """The mean over a task's metrics of the relative change from equal weights by default."""
+    default = tuned().trials["equal"][0].validation[task]
+    found = [1 - trial.validation[task][name][-1] / default[name][-1] for name in METRICS]
+    return np.mean(found)
+
+
+def test_score_is_the_change_from_equal_weights_by_default():
     trial = tuned().trials["adaptive"][2]
-    changes = [1 - trial.validation[task][-1] / shipped[task][-1] for task in TASKS]
-    assert trial.score == pytest.approx(np.mean(changes), rel=1e-12)
+    assert trial.score == pytest.approx(np.mean([change(trial, t) for t in TASKS]), rel=1e-12)
     alone = tuned().trials["right alone"][1]
     assert list(alone.validation) == ["right"]
-    expected = 1 - alone.validation["right"][-1] / shipped["right"][-1]
-    assert alone.score == pytest.approx(expected, rel=1e-12)
+    assert alone.score == pytest.approx(change(alone, "right"), rel=1e-12)
+
+
+def test_the_worst_task_can_be_tuned_for():
+    """The same trials, as long as nothing is searched by what was found; another score."""
+    tuning = tune(PROBLEM, {}, trials=3, alone=False, select="worst")
+    assert tuning.select == "worst"
+    for trial, other in zip(tuning.trials["equal"], tuned().trials["equal"], strict=True):
+        assert trial.validation == other.validation
+        assert trial.score == pytest.approx(min(change(trial, task) for task in TASKS), rel=1e-12)
+
+
+def test_a_metric_that_equal_weights_leave_at_0_is_left_out():
+    zero = dataclasses.replace(
+        mean_absolute_error(), name="nothing", compute=lambda sums: 0.0, higher_is_better=True
+    )
+    problem = linear_problem(tasks=dict.fromkeys(TASKS, Task([zero, SQUARED_ERROR])), epochs=1)
+    (_, trial), *_ = tune(problem, {}, trials=2, alone=False).trials.values()
+    first = tune(problem, {}, trials=1, alone=False).trials["equal"][0].validation
+    changes = [
+        1 - trial.validation[task]["squared error"][-1] / first[task]["squared error"][-1]
+        for task in TASKS
+    ]
+    assert trial.score == pytest.approx(np.mean(changes), rel=1e-12)
 
 
 FLIPPED = {"x": PROBLEM.test["x"]} | {task: -PROBLEM.test[task] for task in TASKS}
@@ -133,8 +174,8 @@ def tuned_again():
 
 
 def test_search_repeats_itself_and_does_not_see_the_test_split():
-    expected = without_seconds(tuned())
-    again = without_seconds(tuned_again())
+    expected = without_times(tuned())
+    again = without_times(tuned_again())
     assert again == {name: expected[name] for name in again}
 
 
@@ -178,8 +219,6 @@ def test_failing_trials_are_counted_and_not_chosen():
     assert all((trial.score is None) == (trial in failed) for trial in trials)
     assert tuning.chosen("brittle").parameters == {"broken": "no"}
     assert tuning.chosen("bad") == tuning.trials["bad"][0]
-    assert f"4 ({len(failed)} failed)" in tuning_table(tuning).markdown()
-    assert "4 (4 failed)" in tuning_table(tuning).markdown()
 
 
 def test_without_a_baseline_there_is_an_error():
@@ -192,12 +231,10 @@ def test_without_a_baseline_there_is_an_error():
     )
     with pytest.raises(TuningError, match="learning rate, 0.05; but there no finite update"):
         tune(nothing, {}, trials=2, alone=False)
-    zero = PROBLEM.with_settings(
-        epochs=1,
-        scores=lambda params, state, batch: dict.fromkeys(TASKS, jnp.zeros(len(batch["x"]))),
-    )
-    with pytest.raises(TuningError, match="metric of right, wrong is 0"):
-        tune(zero, {}, trials=2, alone=False)
+    wrong = dataclasses.replace(mean_absolute_error(), compute=lambda sums: float("nan"))
+    undefined = PROBLEM.with_settings(epochs=1, tasks=dict.fromkeys(TASKS, Task(wrong)))
+    with pytest.raises(TuningError, match="metrics of right, wrong are 0 or undefined"):
+        tune(undefined, {}, trials=2, alone=False)
 
 
 def test_interrupted_and_resumed_with_pruning(tmp_path):
@@ -206,7 +243,6 @@ def test_interrupted_and_resumed_with_pruning(tmp_path):
     pruned = [trial for trial in undisturbed.trials["constant"] if trial.failure == "pruned"]
     assert pruned
     assert all(2 <= trial.epochs < PROBLEM.epochs and trial.score is None for trial in pruned)
-    assert f"9 ({len(pruned)} pruned)" in tuning_table(undisturbed).markdown()
 
     class StopError(Exception):
         pass
@@ -222,8 +258,14 @@ def test_interrupted_and_resumed_with_pruning(tmp_path):
         with pytest.raises(StopError):
             tune(PROBLEM, {}, folder=tmp_path, on_trial=stop_at(*place), **options)
     trained = []
-    resumed = tune(PROBLEM, {}, folder=tmp_path, on_epoch=trained.append, **options)
-    assert without_seconds(resumed) == without_seconds(undisturbed)
+    resumed = tune(
+        PROBLEM,
+        {},
+        folder=tmp_path,
+        on_steps=lambda run, step, losses: trained.append(run.epochs),
+        **options,
+    )
+    assert without_times(resumed) == without_times(undisturbed)
     assert len(trained) == undisturbed.trials["constant"][-1].epochs
     again = tune(PROBLEM, {}, folder=tmp_path, **options)
     assert again == resumed
@@ -231,62 +273,40 @@ def test_interrupted_and_resumed_with_pruning(tmp_path):
         (PROBLEM.with_settings(batch_size=16), "batch_size is .*16.* and was .*32"),
         (PROBLEM.with_settings(validation=PROBLEM.test), "the data differ"),
     ):
-        with pytest.raises(OtherConfigurationError, match=message):
+        with pytest.raises(OtherSettingsError, match=message):
             tune(changed, {}, folder=tmp_path, **options)
     spaces = {"constant": {"weights": TaskWeights(limit=1.0)}}
-    with pytest.raises(OtherConfigurationError, match="what is searched differs"):
+    with pytest.raises(OtherSettingsError, match="space is .*limit=1.0.* and was .*limit=2.5"):
         tune(PROBLEM, {}, folder=tmp_path, spaces=spaces, **options)
+    with pytest.raises(OtherSettingsError, match="select is 'worst' and was 'mean'"):
+        tune(PROBLEM, {}, folder=tmp_path, select="worst", **options)
+    file = tmp_path / "linear" / "equal.json"
+    file.write_text(file.read_text().replace("COMPLETE", "FAIL"))
+    with pytest.raises(DamagedFileError, match=r"equal.json is damaged.*Remove it"):
+        tune(PROBLEM, {}, folder=tmp_path, **options)
 
 
-def test_several_at_once_find_the_same_and_end_together(tmp_path):
-    weightings = named_weightings(["adaptive"])
-    seen = []
-    at_once = tune(
-        PROBLEM, weightings, trials=3, jobs=3, on_trial=lambda name, trials: seen.append(name)
-    )
-    assert without_seconds(at_once) == without_seconds(tuned())
-    assert list(at_once.trials) == list(tuned().trials)
-    assert seen[0] == "equal"
-    assert sorted(seen) == sorted(list(tuned().trials) * 3)
-
-    class StopError(BaseException):
-        """Stands for a signal."""
-
-    def stop(name, trials):
-        if name == "constant":
-            raise StopError
-
-    before = threading.active_count()
-    with pytest.raises(StopError):
-        tune(PROBLEM, weightings, trials=1000, jobs=2, on_trial=stop)
-    assert threading.active_count() == before
-
-
-def test_comparison_runs_with_what_was_chosen():
-    weightings = named_weightings(["adaptive"])
-    comparison = compare(PROBLEM, weightings, tuning=tuned(), seeds=[0])
-    assert list(comparison.runs) == ["equal", "constant", "adaptive"]
-    for name in ("equal", "adaptive"):
+def test_comparison_runs_with_what_was_chosen(tmp_path):
+    results = compare(PROBLEM, ["adaptive"], tune=3, seeds=[0], alone=True)
+    assert list(results.of("linear")) == [*tuned().trials]
+    assert without_times(results.tunings["linear"]) == without_times(tuned())
+    trainer = Trainer(PROBLEM)
+    for name, (found,) in results.of("linear").items():
         chosen = tuned().chosen(name)
-        assert chosen.learning_rate != PROBLEM.learning_rate
-        problem = PROBLEM.with_settings(learning_rate=chosen.learning_rate)
-        make = functools.partial(WEIGHTINGS[name], **chosen.parameters)
-        expected = compare(problem, {name: make}, seeds=[0], alone=False)
-        assert comparison.runs[name][0].test == expected.runs[name][0].test
-    lone = tuned().chosen("right alone").learning_rate
-    expected = compare(PROBLEM.with_settings(learning_rate=lone), {}, seeds=[0])
-    assert comparison.alone["right"][0].test == expected.alone["right"][0].test
-    with pytest.raises(ValueError, match="Seed 1000 is the one of the tuning"):
-        compare(PROBLEM, weightings, tuning=tuned(), seeds=[0, TUNING_SEED])
-    with pytest.raises(ValueError, match="'dwa' was not tuned"):
-        compare(PROBLEM, named_weightings(["dwa"]), tuning=tuned())
+        assert (found.learning_rate, found.parameters) == (chosen.learning_rate, chosen.parameters)
+        assert found.compilations == 0 or name == "equal"  # for which the test split is new
+        if found.task is None:
+            setting = Setting(name, WEIGHTINGS[name], chosen.learning_rate, chosen.parameters)
+            *_, expected = trainer.run(setting, 0)
+            assert found.metrics == expected.metrics
+    assert tuned().chosen("equal").learning_rate != PROBLEM.learning_rate
 
 
 def test_arguments_are_checked():
-    with pytest.raises(ValueError, match="`trials` must be at least 1"):
+    with pytest.raises(ValueError, match="number of trials must be at least 1, got 0"):
         tune(PROBLEM, {}, trials=0)
-    with pytest.raises(ValueError, match="`jobs` must be at least 1"):
-        tune(PROBLEM, {}, trials=1, jobs=0)
+    with pytest.raises(ValueError, match="`select` must be 'mean' or 'worst', got 'best'"):
+        tune(PROBLEM, {}, trials=1, select="best")
     with pytest.raises(ValueError, match="spaces for \\['dwa'\\]"):
         tune(PROBLEM, {}, trials=1, spaces={"dwa": {}})
     with pytest.raises(ValueError, match="'krum' cannot run on 'linear'"):
@@ -308,22 +328,26 @@ def test_optuna_logs_no_trials_and_is_left_as_it_was(capfd):
 
 @pytest.mark.parametrize("name", SPACES)
 def test_spaces_begin_at_the_defaults_and_hold_valid_parameters(name):
-    settings = RunSettings(4, 5, PROBLEM.optimizer(0.1, 20))
     problem = make_problem(THREE_TARGETS)
+    settings = RunSettings(4, 5, PROBLEM.optimizer(0.1, 20), single_task(problem, {}))
+    trainer = Trainer(problem)
     for parameter, dimension in SPACES[name].items():
         if isinstance(dimension, TaskWeights):
             continue
         first = dimension.first(parameter, [])[parameter]
-        (method,) = (one for one in mtl_jax.METHODS.values() if name in one.spaces)
-        default = inspect.signature(method.factory).parameters[parameter].default
+        methods = [one for one in mtl_jax.METHODS.values() if name in one.spaces]
+        factory = methods[0].factory if methods else mtl_jax.adaptive  # adaptive_alone
+        parameters = inspect.signature(factory).parameters
+        default = "end" if parameter == "reference" else parameters[parameter].default
         required = {"dynamic_task_priority": {"gamma": 1.0}, "uw_so": {"temperature": 1.0}}
-        assert first == required.get(name, {}).get(parameter, default)
+        assert first == required.get(name.removesuffix("_metrics"), {}).get(parameter, default)
         extremes = (
             dimension.values if isinstance(dimension, Choice) else (dimension.low, dimension.high)
         )
         for value in extremes:
             make = functools.partial(WEIGHTINGS[name], **{parameter: value})
-            make_weightings(problem, {name: make})
+            setting = Setting(name, make, 0.1, single_task=settings.single_task)
+            trainer.new_run(setting, 0)
             assert make(settings).update is not None
 
 
@@ -358,67 +382,53 @@ def test_page_lists_what_is_searched():
     assert f"All trials have one seed, {TUNING_SEED}," in text
 
 
-def test_report_tells_what_was_chosen_and_resumes(tmp_path):
-    weightings = named_weightings(["equal"])
-    options = {"seeds": [0, 1], "alone": False, "tune_trials": 3}
-    (comparison,) = compare_and_report([PROBLEM], weightings, tmp_path / "whole", **options)
+def test_report_tells_what_was_chosen_and_resumes(tmp_path, monkeypatch):
+    options = {"seeds": [0, 1], "alone": False, "tune": 3}
+    results = compare(PROBLEM, {}, tmp_path / "whole", **options)
 
     class StopError(Exception):
         pass
 
-    written = json.loads((tmp_path / "whole" / "results.json").read_text())["linear"]
-    chosen = comparison.tuning.chosen("constant")
-    found = written["tuning"]["chosen"]["constant"]
-    assert found["learning_rate"] == chosen.learning_rate
-    assert found["parameters"] == chosen.parameters
-    assert found["validation_change"] == chosen.score
-    assert len(written["tuning"]["trials"]["equal"]) == 3
-    assert written["tuning"]["seed"] == TUNING_SEED
+    written = json.loads((tmp_path / "whole" / "results.json").read_text())
+    chosen = results.tunings["linear"].chosen("constant")
+    tuning = written["tunings"]["linear"]
+    assert (tuning["seed"], tuning["select"]) == (TUNING_SEED, "mean")
+    assert len(tuning["trials"]["equal"]) == 3
+    found = max(tuning["trials"]["constant"], key=lambda trial: trial["score"])
+    assert found["learning_rate"] == pytest.approx(chosen.learning_rate, rel=1e-5)
     report = (tmp_path / "whole" / "linear.md").read_text()
-    section = report[report.index("## Chosen by tuning") :]
-    assert f"{chosen.learning_rate:.3g}" in section
-    assert f"{100 * chosen.score:+.2f}" in section
-    assert "learning rate as tuned (shipped: 0.05)" in report
-    assert "Chosen by tuning" in (tmp_path / "whole" / "report.html").read_text()
+    assert f"{chosen.learning_rate:.3g}" in report
+    assert "learning rate as tuned (default: 0.05)" in report
 
-    with pytest.MonkeyPatch.context() as patch:
-        # Killed in the fifth trial, which is the second of constant weights.
-        trained = []
+    # Killed in the fifth trial, which is the second of constant weights.
+    trained, original = [], _Search._next
 
-        def train(self, *args, original=Search._train):
-            trained.append(self.name)
-            if len(trained) == 5:
-                raise StopError
-            return original(self, *args)
+    def train(self, *args):
+        trained.append(self.setting.name)
+        if len(trained) == 5:
+            raise StopError
+        return original(self, *args)
 
-        patch.setattr(Search, "_train", train)
-        patch.setattr("mtl_jax.compare.report.figures", lambda comparison: {})
-        with pytest.raises(StopError):
-            compare_and_report([PROBLEM], weightings, tmp_path / "killed", **options)
-        with pytest.raises(FileExistsError, match="holds a comparison already"):
-            compare_and_report([PROBLEM], weightings, tmp_path / "killed", **options)
-        compare_and_report([PROBLEM], weightings, tmp_path / "killed", resume=True, **options)
-        assert trained == ["equal"] * 3 + ["constant"] * 4
-    results = [(tmp_path / name / "results.json").read_bytes() for name in ("whole", "killed")]
-    assert results[0] == results[1]
-    with pytest.raises(OtherConfigurationError, match="learning_rate is 0.05 and was"):
-        compare_and_report(
-            [PROBLEM], weightings, tmp_path / "killed", resume=True, seeds=[0, 1], alone=False
-        )
-    with pytest.raises(ValueError, match="Seed 1000 is the one of the tuning"):
-        compare_and_report(
-            [PROBLEM], weightings, tmp_path / "new", tune_trials=1, seeds=[TUNING_SEED]
-        )
+    monkeypatch.setattr(_Search, "_next", train)
+    folder = tmp_path / "killed"
+    with pytest.raises(StopError):
+        compare(PROBLEM, {}, folder, **options)
+    with pytest.raises(FileExistsError, match="holds a comparison already"):
+        compare(PROBLEM, {}, folder, **options)
+    compare(PROBLEM, {}, folder, resume=True, **options)
+    assert trained == ["equal"] * 3 + ["constant"] * 4
+    found = [(tmp_path / name / "results.json").read_bytes() for name in ("whole", "killed")]
+    assert found[0] == found[1]
+    with pytest.raises(OtherSettingsError, match="learning_rate is 0.05 and was"):
+        compare(PROBLEM, {}, folder, seeds=[0, 1], alone=False, resume=True)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"tune": 0}, "--tune must be at least 1, got 0"),
-        ({"tune": 2, "jobs": 0}, "--jobs must be at least 1, got 0"),
-        ({"prune": True}, "--prune and --jobs are about the trials of --tune"),
-        ({"jobs": 2}, "--prune and --jobs are about the trials of --tune"),
-        ({"tune": 2, "jobs": 2, "data_parallel": True}, "--jobs must be 1"),
+        ({"prune": True}, "--prune and --select are about the trials of --tune"),
+        ({"select": "worst"}, "--prune and --select are about the trials of --tune"),
         ({"tune": 2, "seeds": 1001}, "--seeds must be at most 1000 with --tune"),
         ({"tune": 1, "epochs": 1, "learning_rate": 1e30}, "measured against equal weights"),
     ],
@@ -434,9 +444,9 @@ def test_command_line_says_what_is_wrong(options, message, tmp_path, capsys):
 def test_command_line_passes_the_options_on(tmp_path, monkeypatch):
     given = {}
     monkeypatch.setattr(
-        "mtl_jax.compare.command_line.compare_and_report",
+        "mtl_jax.compare.command_line.compare",
         lambda *args, **options: given.update(options),
     )
-    options = Options(runs_dir=tmp_path, tune=3, jobs=2, prune=True)
+    options = Options(runs_dir=tmp_path, tune=3, select="worst", prune=True)
     run(options, ["linear"], lambda name, data_dir: PROBLEM, ["mtl-jax"])
-    assert (given["tune_trials"], given["jobs"], given["prune"]) == (3, 2, True)
+    assert (given["tune"], given["select"], given["prune"]) == (3, "worst", True)

@@ -43,7 +43,7 @@ def parsed(function):
 def check_python(words, monkeypatch):
     """The command line's own parser takes the flags; problems and weightings are known."""
     if words[0] == "mtl-jax":
-        name, program, arguments = "mtl_jax.compare.console", None, words[1:]
+        name, program, arguments = "mtl_jax.compare.command_line", None, words[1:]
     elif words[1] == "-m":
         name, program, arguments = words[2], None, words[3:]
     else:

@@ -47,10 +47,15 @@ def _check_problem(problem, steps=12, learning_rate=None):
         assert np.isfinite(values).all()
         assert values[-1] < 0.9 * values[0], task
 
-    scores = jax.jit(problem.scores)(trained, model_state, problem.test)
-    for task, values in scores.items():
-        assert values.shape == (problem.size("test"),)
-        assert set(np.unique(values)) <= {0.0, 1.0}, task
+    outputs = jax.jit(problem.predict)(trained, model_state, problem.test)
+    assert set(outputs) == set(problem.tasks)
+    for name, task in problem.tasks.items():
+        (metric,) = task.metrics
+        answers, labels = np.argmax(outputs[name], axis=-1), problem.labels(problem.test)[name]
+        counted = problem.counted(problem.test, {"": np.full(len(labels), True)})[name]
+        statistics = metric.statistics(outputs[name], labels, counted)
+        expected = np.mean((answers == labels)[np.asarray(counted)])
+        np.testing.assert_allclose(metric.over([(statistics, counted)]), expected, rtol=1e-6)
 
     few = {field: values[:4] for field, values in batch.items()}
     seeds = jax.random.split(key, 2)

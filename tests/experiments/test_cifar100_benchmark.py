@@ -1,5 +1,7 @@
 """The networks and the recipe of the CIFAR literature, and the program that runs the benchmark."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from experiments.problems.cifar100_benchmark import STANDARDISED
 from experiments.problems.classification import classification, sgd_cosine
 from experiments.problems.pictures import flip_and_shift
 from experiments.recipes import cifar100_benchmark
-from mtl_jax.compare.training import Trainer
+from mtl_jax.compare import Task, compare, mean_of
 from tests.experiments.tfds_folders import write_cifar
 
 SMALL = ResNet(blocks=1, channels=(4,))
@@ -79,7 +81,7 @@ def small():
     )
 
 
-def test_training_uses_the_batch_and_scores_the_running_statistics(small):
+def test_training_uses_the_batch_and_metrics_the_running_statistics(small):
     params, state = jax.jit(small.init)(jax.random.key(0))
     other = jax.tree.map(lambda leaf: leaf + 3 * jnp.arange(leaf.size)[::-1], state)
     batch = {field: jnp.asarray(values) for field, values in small.train.items()}
@@ -90,43 +92,34 @@ def test_training_uses_the_batch_and_scores_the_running_statistics(small):
     moved = jax.tree.map(lambda old, new: float(jnp.abs(new - old).max()), state, new_state)
     assert all(change > 0 for change in jax.tree.leaves(moved))
 
-    scores_fn = jax.jit(small.scores)
-
-    def predictions(state, batch):
-        of_each_class = [
-            scores_fn(params, state, batch | {"fine": jnp.full(len(batch["fine"]), k)})["fine"]
-            for k in range(20)
-        ]
-        return np.argmax(of_each_class, axis=0)
-
+    predict = jax.jit(small.predict)
     shifted = batch | {"image": batch["image"].at[4:].set(0)}
-    np.testing.assert_array_equal(predictions(state, batch)[:4], predictions(state, shifted)[:4])
-    assert (predictions(state, batch) != predictions(other, batch)).any()
+    found = predict(params, state, batch)["fine"]
+    np.testing.assert_allclose(predict(params, state, shifted)["fine"][:4], found[:4], rtol=1e-5)
+    assert not np.allclose(predict(params, other, batch)["fine"], found, atol=0.1)
 
 
-def test_the_referee_carries_the_running_statistics(small):
+def test_the_comparison_carries_the_running_statistics(small):
     """With a learning rate of 0 and one batch n times over they are 1 - 0.9^n of the batch's."""
-    problem = small.with_settings(learning_rate=0.0)
-    params, state = jax.jit(problem.init)(jax.random.split(jax.random.key(0), 4)[0])
-    _, once = jax.jit(problem.losses)(params, state, jax.random.key(1), problem.train)
-    seen = []
 
-    def evaluate(params, model_state, part):
-        seen.append(jax.device_get(model_state))
-        return dict.fromkeys(problem.tasks, 0.0)
+    def total(model_state):
+        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(model_state))
 
-    for weighting in (mtl_jax.equal(), mtl_jax.upgrad()):
-        seen.clear()
-        *_, run = Trainer(problem, evaluate, weighting, "any").run(seed=0)
+    def predict(params, model_state, batch):
+        return dict.fromkeys(small.tasks, jnp.full(len(batch["fine"]), total(model_state)))
+
+    statistic = Task(mean_of(lambda output, label: output, "sum of the statistics"))
+    problem = dataclasses.replace(
+        small, learning_rate=0.0, predict=predict, tasks=dict.fromkeys(small.tasks, statistic)
+    )
+    start = total(jax.jit(problem.init)(jax.random.key(0))[1])  # 0 and 1, whatever the key
+    weightings = {"upgrad": lambda settings: mtl_jax.upgrad()}
+    for run in compare(problem, weightings, seeds=[0], alone=False).runs:
         assert run.skipped == 0
-        jax.tree.map(
-            lambda old, new, last: np.testing.assert_allclose(
-                last - old, (new - old) * (1 - 0.9**3) / 0.1, rtol=1e-3, atol=1e-5
-            ),
-            state,
-            once,
-            seen[-1],
-        )
+        found = np.array(run.metrics["test"]["fine"]["sum of the statistics"]) - start
+        assert abs(found[0]) > 0.1
+        expected = (1 - 0.9 ** np.arange(1, 4)) / 0.1
+        np.testing.assert_allclose(found / found[0], expected, rtol=1e-3)
 
 
 def test_recipe_against_its_definition():

@@ -64,6 +64,6 @@ def test_problem(problem):
     assert state == {}
     batch = {field: values[:6] for field, values in problem.train.items()}
     losses, _ = jax.eval_shape(problem.losses, params, state, jax.random.key(0), batch)
-    scores = jax.eval_shape(problem.scores, params, state, batch)
-    assert set(losses) == set(scores) == set(SUPERCLASSES)
+    outputs = jax.eval_shape(problem.predict, params, state, batch)
+    assert set(losses) == set(outputs) == set(SUPERCLASSES)
     assert {kernel["kernel"].shape for kernel in params["heads"].values()} == {(128, 5)}

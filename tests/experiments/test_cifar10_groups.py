@@ -43,7 +43,7 @@ def test_problem(problem):
     assert problem.labelled is None
     params, state = jax.eval_shape(problem.init, jax.random.key(0))
     losses, _ = jax.eval_shape(problem.losses, params, state, jax.random.key(0), problem.train)
-    scores = jax.eval_shape(problem.scores, params, state, problem.test)
-    assert set(losses) == set(scores) == set(problem.tasks)
+    outputs = jax.eval_shape(problem.predict, params, state, problem.test)
+    assert set(losses) == set(outputs) == set(problem.tasks)
     classes = {task: params["heads"][task]["bias"].size for task in problem.tasks}
     assert classes == {"class": 10, "animal": 2, "above_5": 2}

@@ -1,4 +1,3 @@
-import json
 import os
 import pathlib
 import re
@@ -11,10 +10,12 @@ import time
 import pytest
 
 from experiments.compare import main
+from mtl_jax.compare import Results
 from tests.experiments.tfds_folders import write_stories
 
 ROOT = pathlib.Path(__file__).parents[2]
 EPOCHS = 6
+PICTURES = ("changes", "conflict", "front", "losses", "metrics", "weights")  # of two tasks
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,6 @@ EPOCHS = 6
         (["--problem", "utterances", "--epochs", "0"], r"`epochs` must be at least 1, got 0"),
         (["--problem", "utterances", "--batch-size", "99999"], r"batch size, 99999, is larger"),
         (["--checkpoint-seconds", "-1"], r"--checkpoint-seconds must be at least 0, got -1"),
-        (["--checkpoint-seconds", "None", "--resume"], r"--resume needs checkpoints"),
         (["--problem", "ag_news", "--data-dir", "{tmp}"], r"ag_news_subset.*download_and_prepare"),
     ],
 )
@@ -93,54 +93,53 @@ def test_the_program_as_a_user_runs_interrupts_and_resumes_it(tmp_path):
     assert process.returncode == 130, errors
     assert errors == f"Interrupted. To continue:\n\n    {shlex.join(command)} --resume\n\n"
     assert "equal" in printed
-    partial = json.loads((folder / "results.json").read_text())["ag_news"]
-    assert list(partial["weightings"]) == ["equal"]
-    assert partial["unfinished_runs"] == 9
+    partial = Results.read(folder)
+    assert list(partial.of("ag_news")) == ["equal"]
+    assert len(partial.unfinished("ag_news")) == 9
     assert "**Interrupted: 9 runs not finished.**" in (folder / "ag_news.md").read_text()
     page = (folder / "report.html").read_text()
     assert "Interrupted: 9 runs not finished." in page
     assert "data:image" not in page
-    times = json.loads((folder / "timing.json").read_text())["problems"]["ag_news"]["runs"]
 
     done = start(shlex.split(errors.splitlines()[2]))
     printed, errors = done.communicate()
     assert done.returncode == 0, errors
     assert errors == ""
-    again = json.loads((folder / "timing.json").read_text())["problems"]["ag_news"]["runs"]
-    assert again[0] == times[0]  # it was not run again
+    results = Results.read(folder)
+    equal = [found.of("ag_news")["equal"][0] for found in (partial, results)]
+    assert equal[0].epoch_seconds == equal[1].epoch_seconds  # it was not run again
     for word in ("adaptive", "equal", "each task alone", "topic accuracy, %", "step time"):
         assert word in printed
     assert {path.name for path in folder.iterdir()} == {
         "checkpoints",
+        "records",
         "report.html",
         "results.json",
         "tensorboard",
         "timing.json",
         "ag_news.md",
-        *(
-            f"ag_news_{picture}.png"
-            for picture in ("conflict", "difficulty", "front", "losses", "metrics", "weights")
-        ),
+        *(f"ag_news_{picture}.{end}" for picture in PICTURES for end in ("png", "pdf", "svg")),
     }
-    results = json.loads((folder / "results.json").read_text())["ag_news"]
-    assert list(results["weightings"]) == ["equal", "adaptive", "upgrad"]
-    assert "unfinished_runs" not in results
-    assert len(results["weightings"]["adaptive"][1]["test"]["topic"]) == EPOCHS
-    conflict = results["weightings"]["upgrad"][0]["conflict"]
-    assert conflict["measured_at"] == "representation"
-    assert all(0 <= share <= 1 for share in conflict["share"])
+    assert list(results.of("ag_news")) == [
+        *("equal", "adaptive", "upgrad", "topic alone", "agency alone")
+    ]
+    assert results.unfinished("ag_news") == []
+    adaptive, upgrad = (results.of("ag_news")[name] for name in ("adaptive", "upgrad"))
+    assert len(adaptive[1].metrics["test"]["topic"]["accuracy"]) == EPOCHS
+    assert upgrad[0].measured_at == "representation"
+    assert all(0 <= share <= 1 for share in upgrad[0].conflict["share"])
     report = (folder / "ag_news.md").read_text()
     assert f"    {shlex.join(command)}\n" in report
-    assert (folder / "report.html").read_text().count("data:image/png;base64,") == 6
+    assert (folder / "report.html").read_text().count("data:image/png;base64,") == len(PICTURES)
     assert "Interrupted" not in report
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_both_signals_end_it_alike(number, status, tmp_path, capsys, monkeypatch):
-    def compare_and_report(*args, **kwargs):
+    def compare(*args, **kwargs):
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr("mtl_jax.compare.command_line.compare_and_report", compare_and_report)
+    monkeypatch.setattr("mtl_jax.compare.command_line.compare", compare)
     monkeypatch.setattr("os._exit", sys.exit)
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     arguments = ["--problem", "utterances", "--name", "my own", "--resume"]
@@ -157,10 +156,10 @@ def test_both_signals_end_it_alike(number, status, tmp_path, capsys, monkeypatch
     [(OSError("no space left"), 1, True), (FileExistsError("it is there"), 2, False)],
 )
 def test_what_cannot_be_written_is_said_plainly(error, status, hint, capsys, monkeypatch):
-    def compare_and_report(*args, **kwargs):
+    def compare(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("mtl_jax.compare.command_line.compare_and_report", compare_and_report)
+    monkeypatch.setattr("mtl_jax.compare.command_line.compare", compare)
     with pytest.raises(SystemExit) as ended:
         main(["--problem", "utterances"])
     assert ended.value.code == status

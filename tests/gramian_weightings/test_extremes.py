@@ -14,7 +14,7 @@ MOST = 128
 each_method = pytest.mark.parametrize("name", GRAMIAN_METHODS)
 # Those that harm no task; the last three only where a direction exists that serves all.
 HARMLESS = ("mgda", "upgrad", "dual_proj", "nash_mtl", "fair_grad", "conflict_free")
-READS_LOSSES = ("gradnorm", "mgda[loss]", "mgda[loss+]")
+READS_LOSSES = ("gradnorm", "norm_balance[root_loss]", "mgda[loss]", "mgda[loss+]")
 
 
 def most(name):
@@ -131,7 +131,7 @@ def test_tasks_that_come_and_go(name):
 
 @each_method
 def test_losses_of_any_size_and_sign(name):
-    """They are not looked at but by three methods, whose domain is what their docstrings say."""
+    """They are not looked at but by some methods, whose domain is what their docstrings say."""
     J = gradients(6, 4)
     expected, state = weights_of(name, J)
     for losses in (np.logspace(-30, 30, 6), np.logspace(30, -30, 6), np.full(6, 1e30)):

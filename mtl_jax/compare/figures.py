@@ -1,0 +1,476 @@
+"""The pictures of a comparison: changes, curves over the training, trade-offs, difficulty."""
+
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+
+import matplotlib.figure
+import matplotlib.ticker
+import numpy as np
+import scipy.stats
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
+
+from mtl_jax.compare.analysis import ALONE, Analysis, Estimate
+from mtl_jax.compare.results import BASELINE, POINTS, Place, Run
+
+PLACES: dict[Place, str] = {
+    "representation": "at the representation",
+    "parameters": "over the shared parameters",
+}
+CONFLICT = (("share", "conflicting pairs (%)", 100), ("cosine", "mean cosine", 1))
+"""What is shown of a run's conflicts: name, label and scale."""
+CONFLICT_POINTS = 25
+"""Points of a curve of conflicts, which are noisier than weights: of two tasks, 0 or 1 a step."""
+LEGEND_LINE = 0.24
+"""The height of a line of the legend, in inches."""
+LONGEST_STEP = 0.05
+"""Between known points farther apart than this share of the axis, unless all are, is a gap."""
+SMALL = 6
+"""With more panels they are small, and more of them in a row."""
+
+Figure = matplotlib.figure.Figure
+
+
+CAPTIONS = {
+    "changes": (
+        "What every task gains (right of 0) or loses from being trained alone, or from equal "
+        "weights where that was not done: mean over the seeds with its 95 % interval; the "
+        "weighting with the best mean is on top."
+    ),
+    "metrics": "Every test metric after every epoch: which weighting learns faster, and how far.",
+    "losses": "The mean training loss in every epoch: whether a task still learns at the end.",
+    "weights": "The weight of each task over the training steps.",
+    "difficulty": (
+        "Whether a weighting gives harder tasks more weight: to the right are the tasks of which "
+        "more of the first epoch's training loss is left in the last one; in parentheses is the "
+        "rank correlation of the two."
+    ),
+    "front": (
+        "What one metric gains and the other one loses: on the Pareto front no other weighting is "
+        "better in one and as good in the other."
+    ),
+    "conflict": (
+        "How the tasks' gradients lie to each other over the training steps: two of them conflict "
+        "where their cosine is negative."
+    ),
+}
+"""What is to be seen in each picture, in the order of the page."""
+
+
+def figures(analysis: Analysis) -> dict[str, Figure]:
+    """All pictures that there is something to show in, by name."""
+    makers: dict[str, Callable[[Analysis], Figure | None]] = {
+        "changes": changes_figure,
+        "metrics": metrics_figure,
+        "losses": losses_figure,
+        "weights": weights_figure,
+        "difficulty": difficulty_figure,
+        "front": front_figure,
+        "conflict": conflict_figure,
+    }
+    made = {name: make(analysis) for name, make in makers.items()}
+    return {name: figure for name, figure in made.items() if figure is not None}
+
+
+def changes_figure(analysis: Analysis) -> Figure | None:
+    """The relative change of every task from being trained alone, or from equal weights.
+
+    A row for each weighting, the best mean on top; ``None`` if there is nothing to compare with.
+    """
+    reference = ALONE if ALONE in analysis.values else BASELINE
+    rows: dict[str, tuple[Estimate, dict[str, Estimate]]] = {}
+    for name in analysis.weightings:
+        mean, tasks = analysis.mean_change(name, reference), analysis.task_changes(name, reference)
+        if mean is not None and not math.isnan(mean.mean):
+            rows[name] = mean, {task: Estimate.from_values(v) for task, v in tasks.items()}
+    if not rows:
+        return None
+    names = sorted(rows, key=lambda name: -rows[name][0].mean)
+    tasks = list(rows[names[0]][1])
+    few = len(tasks) <= SMALL
+    figure = Figure(figsize=(5.0, 1.2 + 0.42 * len(names)), layout="constrained")
+    axis = figure.subplots()
+    for place, name in enumerate(names):
+        mean, of_tasks = rows[name]
+        # The mean above a few tasks, so that it hides none of them, and among many.
+        offsets = np.linspace(-0.3, 0.3, len(tasks) + 1)
+        offsets[0] = offsets[0] if 1 < len(tasks) <= SMALL else 0
+        for number, task in enumerate(tasks if len(tasks) > 1 else []):
+            found = of_tasks[task]
+            axis.errorbar(
+                100 * found.mean,
+                place + offsets[number + 1],
+                xerr=100 * np.nan_to_num(found.half_width) if few else None,
+                fmt="o",
+                markersize=4 if few else 3,
+                elinewidth=1,
+                color=style(number)[0] if few else "0.6",
+                label=task if few else "a task",
+            )
+        axis.errorbar(
+            100 * mean.mean,
+            place + offsets[0],
+            xerr=100 * np.nan_to_num(mean.half_width),
+            fmt="D",
+            markersize=6,
+            capsize=3,
+            color="black",
+            label="mean of the tasks" if len(tasks) > 1 else tasks[0],
+            zorder=3,
+        )
+    axis.axvline(0, color="gray", linewidth=0.8, zorder=0)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    against = "each task alone" if reference == ALONE else "equal weights"
+    axis.set_xlabel(f"change from {against} (%), more is better")
+    finish(
+        figure, [axis], f"{analysis.problem}: change of every task", analysis, "95 % intervals over"
+    )
+    return figure
+
+
+def metrics_figure(analysis: Analysis) -> Figure | None:
+    """Every test metric after every epoch: mean over seeds, band of one deviation."""
+    columns = analysis.columns
+    if not columns:
+        return None
+    figure, axes = panels(len(columns))
+    several = any(len(metrics) > 1 for metrics in analysis.info.tasks.values())
+    for axis, column in zip(axes, columns, strict=True):
+        _over_epochs(
+            analysis,
+            axis,
+            column.task,
+            lambda run, column=column: (
+                column.scale * np.array(run.metrics["test"][column.task][column.metric])
+            ),
+        )
+        unit = column.info.unit
+        axis.set_title(column.name)
+        if several:  # the title names the metric
+            axis.set_ylabel(unit)
+        else:
+            axis.set_ylabel(f"test {column.metric}" + f" ({unit})" * bool(unit))
+    finish(figure, axes, f"{analysis.problem}: test metrics", analysis)
+    return figure
+
+
+def losses_figure(analysis: Analysis) -> Figure | None:
+    """Mean training loss of each task in every epoch: mean over seeds, band of one deviation."""
+    tasks = list(analysis.info.tasks)
+    figure, axes = panels(len(tasks))
+    for axis, task in zip(axes, tasks, strict=True):
+        _over_epochs(analysis, axis, task, lambda run, task=task: np.array(run.train_losses[task]))
+        axis.set_title(task)
+        axis.set_ylabel("training loss")
+        _log_if_wide(axis)
+    finish(figure, axes, f"{analysis.problem}: training losses", analysis)
+    return figure
+
+
+def weights_figure(analysis: Analysis) -> Figure | None:
+    """Weight of each task over the steps: mean over seeds, band of one deviation.
+
+    A panel for each weighting, and for more than six tasks a panel for each task. Aggregators,
+    which have no weights, are left out; ``None`` if there are aggregators only.
+    """
+    weighted = _weighted(analysis)
+    if not weighted:
+        return None
+    tasks, names = list(analysis.info.tasks), list(analysis.weightings)
+    many = len(tasks) > SMALL
+    figure, axes = panels(len(tasks) if many else len(weighted))
+    for column, (name, runs) in enumerate(weighted.items()):
+        for number, task in enumerate(tasks):
+            steps, thin = _steps(runs, POINTS)
+            values = over_seeds([run.weights[task] for run in thin])
+            axis, label = (axes[number], name) if many else (axes[column], task)
+            color, kind = style(names.index(name)) if many else style(number)
+            line(axis, steps, values, label, color, kind)
+            axis.set_title(task if many else name)
+    for axis in axes:
+        axis.set_xlabel("step")
+        axis.set_ylabel("weight")
+        if not any((np.asarray(curve.get_ydata()) < 0).any() for curve in axis.lines):
+            axis.set_ylim(bottom=0)
+    finish(figure, axes, f"{analysis.problem}: weight of each task", analysis)
+    return figure
+
+
+def conflict_figure(analysis: Analysis) -> Figure | None:
+    """Share of conflicting pairs of tasks, and their mean cosine, over the steps.
+
+    A row of panels for each place where task gradients were measured, since those at the
+    representation and those over the parameters are not the same; a line for each weighting that
+    measured them: mean over seeds, band. ``None`` if no weighting measured them.
+    """
+    names = list(analysis.weightings)
+    rows = []
+    for place, where in PLACES.items():
+        measured = {n: r for n, r in analysis.weightings.items() if r[0].measured_at == place}
+        if measured:
+            rows.append((where, measured))
+    if not rows:
+        return None
+    figure, axes = panels(2 * len(rows), 4.2, columns=2)
+    for row, (where, measured) in enumerate(rows):
+        for axis, (kind, label, scale) in zip(axes[2 * row :], CONFLICT, strict=False):
+            for name, runs in measured.items():
+                steps, thin = _steps(runs, CONFLICT_POINTS)
+                values = over_seeds([run.conflict[kind] for run in thin])
+                line(axis, steps, scale * values, name, *style(names.index(name)))
+            axis.set_title(where)
+            axis.set_xlabel("step")
+            axis.set_ylabel(label)
+        axes[2 * row].set_ylim(0, 100)
+        axes[2 * row + 1].axhline(0, color="black", linewidth=0.8)
+    finish(figure, axes, f"{analysis.problem}: conflicts of the tasks", analysis)
+    return figure
+
+
+def front_figure(analysis: Analysis) -> Figure | None:
+    """Two test metrics against each other after the last epoch.
+
+    A small point for each seed and a large one for their mean; a line joins the means on the
+    Pareto front. ``None`` if there are not two metrics, or every weighting failed.
+    """
+    columns = analysis.columns
+    scales = np.array([[column.scale] for column in columns])
+    rows = {name: scales * values for name, values in analysis.values.items() if columns}
+    rows = {name: row for name, row in rows.items() if np.isfinite(row).any(axis=1).all()}
+    if len(columns) != 2 or not rows:
+        return None
+    figure, (axis,) = panels(1, 4.8, height=4.2)
+    for number, (name, points) in enumerate(rows.items()):
+        color, marker = style(number)[0], "os^"[number // 10 % 3]
+        if name == ALONE:
+            color, marker = "black", "x"
+        axis.scatter(*points, s=14, color=color, alpha=0.45, marker=marker, linewidths=1)
+        axis.scatter(*np.nanmean(points, axis=1), s=80, color=color, label=name, marker=marker)
+    front = np.array([rows[row.name].mean(axis=1) for row in analysis.rows if row.on_front])
+    if len(front):
+        x, y = front[np.argsort(front[:, 0])].T
+        ring = {"markersize": 13, "markerfacecolor": "none", "markeredgecolor": "gray"}
+        axis.plot(x, y, "o--", color="gray", linewidth=1, label="Pareto front", zorder=0, **ring)
+    for column, label in zip(columns, (axis.set_xlabel, axis.set_ylabel), strict=True):
+        direction = "higher" if column.info.higher_is_better else "lower"
+        unit = f", {column.info.unit}" if column.info.unit else ""
+        label(f"{column.task}: test {column.metric}{unit} ({direction} is better)")
+    title = f"{analysis.problem}: one metric against the other"
+    finish(figure, [axis], title, analysis, "small: each seed, large: mean of")
+    return figure
+
+
+def difficulty_figure(analysis: Analysis) -> Figure | None:
+    """How hard each task is against the weight that it got: whether harder tasks got more.
+
+    A task is the harder, the more of its first epoch's training loss is left in the last epoch:
+    where it was trained alone, since a weighting changes what is left, or with equal weights if
+    that was not done. Its weight is the mean over all steps, relative to the mean of the tasks. The
+    titles have the rank correlation of the two, Spearman's.
+
+    ``None`` for less than three tasks, of which it would say nothing, for one epoch, without
+    weights, and for losses that are not positive.
+    """
+    tasks = list(analysis.info.tasks)
+    weighted = _weighted(analysis)
+    of_task = analysis.alone or dict.fromkeys(tasks, analysis.weightings.get(BASELINE, []))
+    left = {task: _left(of_task.get(task, ()), task) for task in tasks}
+    if len(tasks) < 3 or not weighted or not all(len(shares) for shares in left.values()):
+        return None
+    figure, axes = panels(len(weighted))
+    for axis, (name, runs) in zip(axes, weighted.items(), strict=True):
+        weights = {task: _relative_weights(complete(runs), tasks, task) for task in tasks}
+        for number, (task, found) in enumerate(weights.items()):
+            if not found.size:
+                continue
+            few = len(tasks) <= SMALL
+            axis.errorbar(
+                left[task].mean(),
+                found.mean(),
+                xerr=left[task].std(),
+                yerr=found.std(),
+                fmt="o",
+                color=style(number)[0] if few else "C0",
+                label=task if few else None,
+                elinewidth=1,
+            )
+        axis.axhline(1, color="gray", linewidth=0.8, zorder=0)
+        axis.set_title(name + _correlation(left, weights))
+        axis.set_xlabel("share of the first loss left")
+        axis.set_ylabel("relative weight")
+        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
+        low, high = axis.get_ylim()
+        axis.set_ylim(min(0, low), 1.1 * max(1, high))
+    how = "trained alone" if analysis.alone else "with equal weights"
+    title = f"{analysis.problem}: weight against difficulty, {how}"
+    finish(figure, axes, title, analysis)
+    return figure
+
+
+def panels(
+    number: int, width: float = 3.2, height: float = 2.7, columns: int = 3
+) -> tuple[Figure, list[Axes]]:
+    """A figure with so many panels; above six they are small."""
+    if number > SMALL:
+        columns, width, height = 4, 2.5, 2.0
+    rows = -(-number // columns)
+    columns = -(-number // rows)  # as many in each row as can be
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[number:]:
+        axis.remove()
+    return figure, axes[:number]
+
+
+def style(number: int) -> tuple[str, str]:
+    """Color and line style of a weighting: ten colors, then again with other lines."""
+    return f"C{number % 10}", ("-", "-.", ":")[number // 10 % 3]
+
+
+def line(
+    axis: Axes,
+    x: Float[np.ndarray, "points"],
+    values: Float[np.ndarray, "seeds points"],
+    label: str,
+    color: str,
+    kind: str,
+) -> None:
+    """The mean over the seeds, with a band of one standard deviation.
+
+    Points of which nothing is known are left out, and a long row of them is a gap.
+    """
+    known = np.isfinite(values).any(axis=0)
+    if not known.any():
+        return
+    x, values = x[: known.size][known].astype(float), values[:, known]
+    mean, deviation = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
+    steps = np.diff(x)
+    if steps.size:
+        longest = max(LONGEST_STEP * (x[-1] - x[0]), 3 * np.median(steps))
+        gaps = np.flatnonzero(steps > longest) + 1
+        x, mean, deviation = (np.insert(curve, gaps, np.nan) for curve in (x, mean, deviation))
+    marker = "." if len(x) == 1 else ""
+    axis.plot(x, mean, kind, color=color, label=label, linewidth=1.5, marker=marker)
+    axis.fill_between(x, mean - deviation, mean + deviation, color=color, linewidth=0)
+
+
+def complete(runs: Sequence[Run]) -> list[Run]:
+    """The runs that did not fail, or all if all failed."""
+    return [run for run in runs if run.failure is None] or list(runs)
+
+
+def over_seeds(values: Sequence[np.ndarray]) -> Float[np.ndarray, "seeds points"]:
+    """The values of all seeds, cut to the shortest; empty if there are none."""
+    length = min((len(row) for row in values), default=0)
+    return np.array([row[:length] for row in values], float).reshape(len(values), length)
+
+
+def finish(
+    figure: Figure,
+    axes: Sequence[Axes],
+    title: str,
+    analysis: Analysis,
+    shown: str = "mean and standard deviation over",
+) -> None:
+    """Title, grid, and one legend for all panels, for which the figure is made wider."""
+    small = len(axes) > SMALL
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        if small:
+            axis.tick_params(labelsize=8)
+            axis.set_title(textwrap.fill(axis.get_title(), 32), fontsize=9)
+            axis.set_xlabel(axis.get_xlabel(), fontsize=8)
+            axis.set_ylabel(axis.get_ylabel(), fontsize=8)
+        bands = [drawn for drawn in axis.collections if isinstance(drawn, PolyCollection)]
+        for band in bands:  # many bands over each other would hide the lines
+            band.set_alpha(min(0.15, 0.6 / len(bands)))
+    labelled = {}
+    for axis in axes:
+        handles, labels = axis.get_legend_handles_labels()
+        labelled |= dict(zip(labels, handles, strict=True))
+    if labelled:
+        columns = -(-len(labelled) // int(figure.get_figheight() / LEGEND_LINE))
+        width = columns * (0.8 + 0.085 * max(map(len, labelled)))
+        figure.set_figwidth(figure.get_figwidth() + width)
+        figure.legend(
+            labelled.values(), labelled, loc="outside right center", frameon=False, ncols=columns
+        )
+    number = len(analysis.planned_seeds)
+    seeds = "one seed" if number == 1 else f"{shown} {number} seeds"
+    whole = f"{title} ({seeds})"
+    # About 0.1 inches a letter; a narrow figure has the title in two lines.
+    narrow = 0.1 * len(whole) > figure.get_figwidth()
+    figure.suptitle(f"{title}\n({seeds})" if narrow else whole)
+
+
+def _over_epochs(
+    analysis: Analysis, axis: Axes, task: str, values_of: Callable[[Run], np.ndarray]
+) -> None:
+    """A line for each weighting and for the task alone."""
+    lines = [
+        (name, runs, *style(number))
+        for number, (name, runs) in enumerate(analysis.weightings.items())
+    ]
+    if analysis.alone:
+        lines.append(("task alone", analysis.alone.get(task, []), "black", "--"))
+    for name, runs, color, kind in lines:
+        values = over_seeds([values_of(run) for run in runs if run.failure is None])
+        line(axis, np.arange(1, values.shape[1] + 1), values, name, color, kind)
+    axis.set_xlabel("epoch")
+    axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+
+
+def _log_if_wide(axis: Axes) -> None:
+    """A logarithmic axis where all curves are positive and span more than a factor of 20."""
+    values = np.concatenate([np.asarray(curve.get_ydata(), float) for curve in axis.lines] or [[]])
+    values = values[np.isfinite(values)]
+    if values.size and values.min() > 0 and math.log(values.max() / values.min()) > math.log(20):
+        axis.set_yscale("log")
+
+
+def _weighted(analysis: Analysis) -> dict[str, list[Run]]:
+    return {name: runs for name, runs in analysis.weightings.items() if runs[0].weights}
+
+
+def _steps(runs: Sequence[Run], points: int) -> tuple[Float[np.ndarray, "points"], list[Run]]:
+    """So many steps, and the runs that did not fail, or ended like the first, at these."""
+    thin = [run.thinned(points) for run in complete(runs)]
+    steps = np.asarray(thin[0].steps)
+    return steps, [run for run in thin if np.array_equal(np.asarray(run.steps), steps)]
+
+
+def _left(runs: Sequence[Run], task: str) -> Float[np.ndarray, "seeds"]:
+    """The share of the first epoch's loss that is left in the last one, of each run."""
+    losses = [run.train_losses[task] for run in runs if run.failure is None and run.epochs > 1]
+    shares = [loss[-1] / loss[0] for loss in losses if min(loss[0], loss[-1]) > 0]
+    return np.array([share for share in shares if math.isfinite(share)])
+
+
+def _relative_weights(
+    runs: Sequence[Run], tasks: Sequence[str], task: str
+) -> Float[np.ndarray, "seeds"]:
+    """The mean weight of a task over the steps that have it, relative to all tasks', of each run.
+
+    Runs that never gave it a weight are left out.
+    """
+    found = []
+    for run in runs:
+        finite = {name: run.weights[name][np.isfinite(run.weights[name])] for name in tasks}
+        means = {name: float(weights.mean()) for name, weights in finite.items() if weights.size}
+        if task in means and sum(means.values()):
+            found.append(means[task] / np.mean(list(means.values())))
+    return np.array(found)
+
+
+def _correlation(difficulty: Mapping[str, np.ndarray], weights: Mapping[str, np.ndarray]) -> str:
+    """Spearman's correlation of the means, for a title; empty where it says nothing."""
+    known = [task for task, found in weights.items() if found.size]
+    pairs = np.array([(difficulty[task].mean(), weights[task].mean()) for task in known])
+    if len(pairs) < 3 or (np.ptp(pairs, axis=0) < 1e-6).any():
+        return ""
+    correlation, _ = scipy.stats.spearmanr(*pairs.T)
+    return f" ({correlation:+.2f})"

@@ -1,0 +1,241 @@
+import numpy as np
+import pytest
+from made_runs import ACCURACY, EQUAL, TASKS, made_problem, made_results, made_run, shifted
+
+from mtl_jax.compare import MetricInfo, Results
+from mtl_jax.compare.analysis import ALONE, Analysis
+from mtl_jax.compare.figures import (
+    CAPTIONS,
+    changes_figure,
+    conflict_figure,
+    difficulty_figure,
+    figures,
+    front_figure,
+    losses_figure,
+    metrics_figure,
+    weights_figure,
+)
+
+
+def analysed(rows, tasks=TASKS, **options):
+    return Analysis(made_results(rows, tasks, **options), "made")
+
+
+@pytest.fixture(scope="module")
+def analysis():
+    """Of two weightings with noisy weights, and one that failed."""
+    gain = {"topic": [0.1, 0.2, 0.1, 0.0], "depth": [0.1, -0.1, 0.2, -0.3]}
+    made = analysed({"equal": EQUAL, "adaptive": shifted(gain), "bad": EQUAL}, alone=EQUAL)
+    for run in made.results.of("made")["bad"]:
+        run.failure = "no finite update in epoch 3"
+    for seed, run in enumerate(made.results.of("made")["adaptive"]):
+        topic = np.random.default_rng(seed).uniform(0, 2, 18)
+        run.weights = {"topic": topic, "depth": 2 - topic}
+        run.train_losses = {"topic": [2.0, 1.0, 0.5 + seed], "depth": [40.0, 4.0, 0.4]}
+    return made
+
+
+def titles(figure):
+    return [axis.get_title() for axis in figure.axes]
+
+
+def labels(axis):
+    return [line.get_label() for line in axis.lines]
+
+
+def legend(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def drawn(figure, path):
+    """Lay it out and draw it: a layout that does not fit is a warning, and so an error."""
+    figure.savefig(path)
+    return path.stat().st_size > 1000
+
+
+def test_pictures_show_every_task_and_weighting(analysis):
+    figure = metrics_figure(analysis)
+    assert titles(figure) == ["topic", "depth"]
+    assert labels(figure.axes[0]) == ["equal", "adaptive", "task alone"]  # "bad" has no curve
+    runs = analysis.weightings["equal"]
+    values = 100 * np.array([run.metrics["test"]["topic"]["accuracy"] for run in runs])
+    both, spread = values.mean(axis=0), values.std(axis=0)
+    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), both)
+    band = figure.axes[0].collections[0].get_paths()[0].vertices
+    assert band[:, 1].max() == pytest.approx((both + spread).max())
+    assert band[:, 1].min() == pytest.approx((both - spread).min())
+
+    figure = losses_figure(analysis)
+    assert titles(figure) == ["topic", "depth"]
+    np.testing.assert_allclose(figure.axes[0].lines[1].get_ydata(), [2.0, 1.0, 2.0])
+    assert [axis.get_yscale() for axis in figure.axes] == ["linear", "log"]
+
+    figure = weights_figure(analysis)
+    assert titles(figure) == ["equal", "adaptive", "bad"]
+    assert labels(figure.axes[1]) == ["topic", "depth"]
+    total = sum(line.get_ydata() for line in figure.axes[1].lines)
+    np.testing.assert_allclose(total, 2, rtol=1e-5)
+    assert len(total) == 18
+
+
+def test_every_metric_of_a_task_has_a_panel():
+    tasks = {"depth": {"error": MetricInfo(False, "m"), "within 10 %": MetricInfo(True, "%")}}
+    rows = {"equal": {"depth": {"error": [0.5, 0.6], "within 10 %": [0.7, 0.8]}}}
+    figure = metrics_figure(analysed(rows, tasks))
+    assert titles(figure) == ["depth error", "depth within 10 %"]
+    assert [axis.get_ylabel() for axis in figure.axes] == ["m", "%"]
+    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata()[-1], 0.55)
+    assert titles(losses_figure(analysed(rows, tasks))) == ["depth"]
+
+
+def test_change_of_every_task(analysis):
+    (axis,) = changes_figure(analysis).axes
+    names = [tick.get_text() for tick in axis.get_yticklabels()]
+    assert names == ["adaptive", "equal"]  # the best on top; "bad" has none
+    rows = {row.name: row for row in analysis.rows}
+    for place, name in enumerate(names):
+        topic, depth, mean = axis.containers[3 * place : 3 * place + 3]
+        assert mean.lines[0].get_xdata()[0] == pytest.approx(100 * rows[name].against_alone.mean)
+        heights = [one.lines[0].get_ydata()[0] for one in (mean, topic, depth)]
+        np.testing.assert_allclose(heights, [place - 0.3, place, place + 0.3])
+        changes = analysis.task_changes(name, ALONE)
+        for task, container in (("topic", topic), ("depth", depth)):
+            shown = container.lines[0].get_xdata()[0]
+            assert shown == pytest.approx(100 * changes[task].mean())
+    without = analysed({"equal": EQUAL, "other": shifted(EQUAL)})
+    (axis,) = changes_figure(without).axes
+    assert "from equal weights" in axis.get_xlabel()
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["other"]
+    assert changes_figure(analysed({"equal": EQUAL})) is None
+
+
+def made_weights(*weights):
+    """The results of a run of equal weights for each of these."""
+    info = made_problem()
+    runs = [
+        made_run(info, "equal", seed, {"topic": 0.5, "depth": 1.0}, weights=of_run)
+        for seed, of_run in enumerate(weights)
+    ]
+    planned = {"made": [("equal", seed) for seed in range(len(runs))]}
+    return Analysis(Results({"made": info}, runs, planned=planned), "made")
+
+
+def test_an_absent_task_is_a_gap_and_not_a_weight_of_0():
+    weights = {"topic": np.ones(1000), "depth": np.full(1000, 2.0)}
+    weights["depth"][::2] = np.nan  # not there in every second step
+    weights["depth"][300:600] = np.nan  # and never in these
+    (axis,) = weights_figure(made_weights(weights)).axes
+    line = axis.lines[1]
+    known = np.isfinite(line.get_ydata())
+    assert set(line.get_ydata()[known]) == {2.0}
+    assert (~known).sum() == 1
+    assert not ((line.get_xdata() > 300) & (line.get_xdata() < 599)).any()
+
+
+def test_a_run_that_ended_early_has_other_steps():
+    long, short = ({task: np.full(n, 2.0) for task in TASKS} for n in (1000, 300))
+    analysis = made_weights(long, short)
+    for run in analysis.results.runs:
+        run.failure = "it did"
+    (axis,) = weights_figure(analysis).axes
+    assert axis.lines[0].get_xdata().max() > 990
+
+
+def test_picture_of_conflicts(analysis, tmp_path):
+    assert conflict_figure(analysis) is None  # nothing was measured
+    made = analysed({"equal": EQUAL, "mgda": EQUAL, "sometimes": EQUAL, "graddrop": EQUAL})
+    rng = np.random.default_rng(0)
+    for run in made.results.runs:
+        if run.weighting == "equal":
+            continue
+        run.measured_at = "parameters" if run.weighting == "graddrop" else "representation"
+        run.conflict = {"share": rng.uniform(0, 1, 18), "cosine": rng.uniform(-1, 1, 18)}
+        if run.weighting == "sometimes":
+            for values in run.conflict.values():
+                values[np.arange(18) % 4 != 0] = np.nan
+        if run.weighting == "graddrop":
+            run.weights = {}
+    figure = conflict_figure(made)
+    places = ["at the representation"] * 2 + ["over the shared parameters"] * 2
+    assert titles(figure) == places
+    lines = [
+        {line.get_label(): line for line in axis.lines if line.get_label()[0] != "_"}
+        for axis in figure.axes
+    ]
+    assert [list(by_name) for by_name in lines] == [["mgda", "sometimes"]] * 2 + [["graddrop"]] * 2
+    for name, share, cosine in (("mgda", *lines[:2]), ("graddrop", *lines[2:])):
+        for kind, scale, line in (("share", 100, share[name]), ("cosine", 1, cosine[name])):
+            mean = np.mean([run.conflict[kind] for run in made.weightings[name]], axis=0)
+            np.testing.assert_allclose(line.get_ydata(), scale * mean)
+    # The steps that were not measured are not shown.
+    np.testing.assert_array_equal(lines[0]["sometimes"].get_xdata(), [0, 4, 8, 12, 16])
+    assert drawn(figure, tmp_path / "conflict.png")
+    # An aggregator has no weights to show.
+    assert titles(weights_figure(made)) == ["equal", "mgda", "sometimes"]
+    for run in made.results.runs:
+        run.weights = {}
+    assert weights_figure(Analysis(made.results, "made")) is None
+
+
+def test_two_metrics_against_each_other():
+    gain = {"topic": [0.1] * 4, "depth": [0.3] * 4}
+    loss = {"topic": [-0.1] * 4, "depth": [0.2] * 4}
+    rows = {"equal": EQUAL, "other": shifted(gain), "worst": shifted(loss)}
+    (axis,) = front_figure(analysed(rows)).axes
+    seeds, mean = axis.collections[2:4]
+    points = np.stack([100 * np.add(EQUAL["topic"], 0.1), np.add(EQUAL["depth"], 0.3)], axis=1)
+    np.testing.assert_allclose(seeds.get_offsets(), points)
+    np.testing.assert_allclose(mean.get_offsets(), [points.mean(axis=0)])
+    (front,) = [line for line in axis.lines if line.get_label() == "Pareto front"]
+    np.testing.assert_allclose(front.get_xdata(), [52.25, 62.25])
+    assert "higher is better" in axis.get_xlabel()
+    assert "lower is better" in axis.get_ylabel()
+    three = {"equal": EQUAL | {"third": [0.1] * 4}}
+    assert front_figure(analysed(three, TASKS | {"third": ACCURACY})) is None
+
+
+def test_difficulty_against_weight():
+    tasks = dict.fromkeys(("easy", "middle", "hard"), ACCURACY)
+    row = {task: [0.5] for task in tasks}
+    made = analysed({"equal": row, "other": row}, tasks, alone=row)
+    for task, left in zip(tasks, (0.1, 0.4, 0.9), strict=True):
+        made.alone[task][0].train_losses = {task: [2.0, 1.0, 2.0 * left]}
+    weights = zip(tasks, (2.0, 4.0, 6.0), strict=True)
+    steps = {task: np.array([weight, np.nan, weight]) for task, weight in weights}
+    made.weightings["other"][0].weights = steps
+    figure = difficulty_figure(made)
+    assert titles(figure) == ["equal", "other (+1.00)"]
+    points = [container.lines[0].get_xydata()[0] for container in figure.axes[1].containers]
+    np.testing.assert_allclose(points, [[0.1, 0.5], [0.4, 1.0], [0.9, 1.5]])
+    made.weightings["other"][0].weights = dict(zip(tasks, reversed(steps.values()), strict=True))
+    assert titles(difficulty_figure(made))[1] == "other (-1.00)"
+    made.alone["hard"][0].train_losses["hard"][0] = -1.0  # no share of that is left
+    assert difficulty_figure(made) is None
+    assert "difficulty" not in figures(made)
+    assert difficulty_figure(analysed({"equal": EQUAL}, alone=EQUAL)) is None  # two tasks
+
+
+def test_twenty_tasks_have_a_small_panel_each(tmp_path):
+    tasks = {f"a superclass with a long name {number}": ACCURACY for number in range(20)}
+    row = {task: [0.5, 0.6] for task in tasks}
+    rows = dict.fromkeys(("equal", "adaptive", "uncertainty"), row)
+    made = figures(analysed(rows, tasks, alone=row))
+    assert list(made) == ["changes", "metrics", "losses", "weights", "difficulty"]
+    assert set(made) < set(CAPTIONS)
+    assert len(made["weights"].axes) == 20
+    assert labels(made["weights"].axes[7]) == list(rows)
+    assert legend(made["metrics"]) == [*rows, "task alone"]
+    assert legend(made["weights"]) == list(rows)
+    assert legend(made["changes"]) == ["a task", "mean of the tasks"]
+    assert not made["difficulty"].legends
+    assert drawn(made["weights"], tmp_path / "weights.png")
+
+
+def test_a_long_legend_leaves_room_for_a_single_panel(tmp_path):
+    tasks = {"the only task there is": ACCURACY}
+    names = ["equal", *(f"a weighting with a long name {number}" for number in range(45))]
+    made = analysed({name: {task: [0.5] for task in tasks} for name in names}, tasks)
+    figure = metrics_figure(made)
+    assert legend(figure) == names
+    assert drawn(figure, tmp_path / "metrics.png")
+    assert figure.axes[0].get_position().width * figure.get_figwidth() > 2

@@ -1,0 +1,123 @@
+"""Weightings that are made of what each task reaches alone, or are told the metrics."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy_problem import IN_PARTS, THREE_TARGETS, make_problem
+
+import mtl_jax
+from mtl_jax._metrics import Metrics
+from mtl_jax.compare import SPACES, WEIGHTINGS, compare, tune
+
+PROBLEM = make_problem(THREE_TARGETS, **IN_PARTS)
+TASKS = list(PROBLEM.tasks)
+
+
+def first_metric(run, task, epoch=-1):
+    return run.metrics["validation"][task][PROBLEM.tasks[task].metrics[0].name][epoch]
+
+
+def weights_of(select):
+    """A weighting whose weights are numbers of the baselines, to see them."""
+
+    def make(settings):
+        assert settings.single_task is not None
+        values = select(settings.single_task)
+        return mtl_jax.vector_weighting(
+            lambda losses, state, present, steps: (state, state),
+            lambda tasks, key: tasks.vector(values, "the baselines"),
+        )
+
+    return make
+
+
+def told(settings):
+    """A weighting whose weights are the metrics that it was told last, 1 before."""
+
+    def update(losses, state, present, steps):
+        state = state.taken_in()
+        return jnp.where(state.updates > 0, state.latest, 1), state
+
+    return mtl_jax.vector_weighting(update, lambda tasks, key: Metrics.create(tasks))
+
+
+MAKES = {
+    "metrics": weights_of(lambda reached: reached.metrics),
+    "second": weights_of(lambda reached: {t: curve[1] for t, curve in reached.losses.items()}),
+    "told": told,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("compare") / "runs"
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    return compare(PROBLEM, MAKES, folder, seeds=[3, 4])
+
+
+def test_baselines_are_those_of_the_same_seed(results):
+    runs = results.of(PROBLEM.name)
+    assert next(iter(runs)) == "equal"  # the order of the tables
+    for index in range(2):
+        for task in TASKS:
+            alone = runs[f"{task} alone"][index]
+            seen = runs["metrics"][index].weights[task]
+            np.testing.assert_allclose(seen, first_metric(alone, task), rtol=1e-6)
+            seen = runs["second"][index].weights[task]
+            np.testing.assert_allclose(seen, alone.train_losses[task][1], rtol=1e-6)
+    assert runs["metrics"][0].weights[TASKS[0]][0] != runs["metrics"][1].weights[TASKS[0]][0]
+    assert runs["metrics"][1].compilations == 0  # numbers are arguments of one program
+
+
+def test_metrics_are_told_after_every_epoch(results):
+    steps = PROBLEM.steps_per_epoch
+    for run in results.of(PROBLEM.name)["told"]:
+        for task in TASKS:
+            by_epoch = run.weights[task].reshape(PROBLEM.epochs, steps)
+            expected = [1.0] + [first_metric(run, task, e) for e in range(PROBLEM.epochs - 1)]
+            np.testing.assert_allclose(by_epoch, np.repeat([expected], steps, 0).T, rtol=1e-6)
+
+
+def test_a_run_that_is_made_again_is_made_of_the_records(results, folder):
+    (path,) = (folder / "records" / PROBLEM.name).glob("second_seed4*")
+    path.unlink()
+    again = compare(PROBLEM, MAKES, folder, seeds=[3, 4], resume=True)
+    after = {run.weighting: run for run in again.runs if run.seed == 4}["second"]
+    then = {run.weighting: run for run in results.runs if run.seed == 4}["second"]
+    assert after.train_losses == then.train_losses
+    assert path.exists()
+
+
+def test_tuning_makes_them_of_the_chosen_trials_of_each_task_alone():
+    makes = {"adaptive_alone": WEIGHTINGS["adaptive_alone"]}
+    space = {"reference": SPACES["adaptive_alone"]["reference"]}
+    tuning = tune(PROBLEM, makes, trials=2, spaces={"adaptive_alone": space})
+    assert {trial.failure for trial in tuning.trials["adaptive_alone"]} == {None}
+    assert tuning.trials["adaptive_alone"][0].parameters == {"reference": "end"}
+    for task in TASKS:
+        assert len(tuning.chosen(f"{task} alone").train_losses[task]) == PROBLEM.epochs
+    assert list(tuning.trials)[:3] == ["equal", "constant", "adaptive_alone"]
+
+
+@pytest.mark.parametrize("name", ["adaptive_alone", "achievement"])
+def test_without_the_baselines_it_is_an_error_at_once(name):
+    with pytest.raises(ValueError, match=f"{name} needs what each task reaches alone"):
+        compare(PROBLEM, [name], seeds=[0], alone=False)
+
+
+def test_relative_to_the_curve_is_at_the_same_epoch():
+    """Weights by NumPy, for losses that are held."""
+    curves = {"a": np.array([4.0, 2.0], np.float32), "b": np.array([1.0, 0.5], np.float32)}
+    reached = mtl_jax.SingleTask(curves, {"a": 1.0, "b": 1.0}, {"a": True, "b": True})
+    settings = mtl_jax.RunSettings(3, 2, PROBLEM.optimizer(0.1, 6), reached)
+    losses = {"a": 2.0, "b": 1.0}
+    for reference, references in (("end", [1] * 8), ("curve", [0] * 3 + [1] * 5)):
+        weighting = WEIGHTINGS["adaptive_alone"](settings, reference=reference, emphasis=2.0)
+        state = weighting.init(losses)
+        for epoch in references:
+            weights, state = weighting.update(losses, state)
+            behind = np.array([losses[t] / curves[t][epoch] for t in "ab"]) ** 2
+            np.testing.assert_allclose(list(weights.values()), 2 * behind / behind.sum(), rtol=1e-5)

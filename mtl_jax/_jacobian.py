@@ -232,10 +232,9 @@ def linearize(
     # but not evaluated, which JAX finds out only when it compiles.
     if "custom_lin[" in str(jax.make_jaxpr(linear)(params)):
         raise TypeError(
-            "rows='low_memory', and the products with a second batch by default, need the forward "
-            "derivative of what is differentiated, in which there is a function that defines its "
-            "backward pass alone (jax.custom_vjp). Compute the rows in another way, such as "
-            "rows='map'."
+            "rows='low_memory' needs the forward derivative of what it differentiates, in which "
+            "there is a function that defines its backward pass alone (jax.custom_vjp). Compute "
+            "the rows in another way, such as rows='map'."
         )
     return value, linear, jax.linear_transpose(linear, params), aux
 
@@ -509,7 +508,8 @@ class ParameterJacobian:
         below of weights, Gramian and parameters is then so for each: a dictionary by group.
       rows: how the rows are computed.
       axes: the mesh axes of a ``shard_map`` along which the batch is spread.
-      forward: whether the forward derivative is wanted, too, where ``rows`` leaves the choice.
+      forward: whether the forward derivative is wanted, too, where there is one and ``rows`` leaves
+        the choice.
 
     Attributes:
       losses: the losses.
@@ -541,9 +541,16 @@ class ParameterJacobian:
         self.shared = shared_parameters(params, shared, self.groups)
         self.whole = not self._parts.has_rest
         # The one forward pass. Low memory needs the derivative in both directions.
-        if rows == "low_memory" or (forward and rows == "auto"):
-            self.losses, self._linear, self._transpose, self.aux = linearize(losses_fn, params)
-        else:
+        both = rows == "low_memory" or (forward and rows == "auto")
+        if both:
+            try:
+                found = linearize(losses_fn, params)
+                self.losses, self._linear, self._transpose, self.aux = found
+            except TypeError:
+                if rows == "low_memory":
+                    raise
+                both = False
+        if not both:
             self.losses, self._transpose, self.aux = jax.vjp(losses_fn, params, has_aux=True)
         check_global(self.losses, params, axes)
         self.tasks = read_tasks(self.losses)

@@ -115,7 +115,9 @@ def value_and_grad(
         forward derivative more each; not where the task gradients themselves are read. ``"auto"``:
         on CPU ``"unrolled"`` for up to 5 tasks and ``"map"`` for more, and so on several devices
         with Auto mesh axes; on other backends ``"vmap"``. On CPU the gradient of a convolution is
-        slow inside a loop, so ``"unrolled"`` may be better there.
+        slow inside a loop, so ``"unrolled"`` may be better there. For a weighting that reads a
+        second batch ``"auto"`` finds the inner products by forward derivatives, and so without the
+        task gradients, where the losses have them.
       leave_out_zero: whether a task that has nothing to say in a step is left out of its decision,
         as if it had no labels (``mask``): a task whose row of the measured Gramian, or whose task
         gradient, is exactly zero, or whose loss is, for a weighting that needs positive losses. So
@@ -132,18 +134,20 @@ def value_and_grad(
         said, however the arrays are sharded.
 
     Returns:
-      The :class:`MultiTaskGradient`: ``gradient(params, state, *args, mask=None) -> (value,
-      gradient, state)``, with ``init`` for the state. ``mask`` tells which tasks have labels in
-      this batch (see :class:`Weighting`). If a loss, the signal or the squared norm of the gradient
+      The :class:`MultiTaskGradient`: ``gradient(params, state, *args, mask=None, second=None) ->
+      (value, gradient, state)``, with ``init`` for the state. ``mask`` tells which tasks have
+      labels in this batch (see :class:`Weighting`), ``second`` is the tuple of the arguments of a
+      second batch for a weighting that reads one (``Signal.SECOND_BATCH``). If a loss, the signal or the squared norm of the gradient
       is not finite, the state is returned as it was, and ``value.finite`` is False.
 
     Raises:
       ValueError: if there are no losses or no parameters, a loss has two axes or more, the tasks
         are not the state's, ``mask`` has another structure than the losses, ``shared`` selects
-        nothing, ``groups`` is given to a weighting that reads the losses alone, ``rows`` is
-        unknown, or is ``"low_memory"`` where task gradients are read or there are ``groups``;
-        inside ``shard_map``, if ``axis_name`` is not an axis of it, the losses differ along that
-        axis, an aggregator's parameters are spread over devices, or ``check_vma`` is False.
+        nothing, a second batch is missing or is not read, ``groups`` is given to a weighting that
+        reads the losses alone or a second batch, ``rows`` is unknown, or is ``"low_memory"`` where
+        task gradients are read or there are ``groups``; inside ``shard_map``, if ``axis_name`` is
+        not an axis of it, the losses differ along that axis, an aggregator's parameters are spread
+        over devices, or ``check_vma`` is False.
       TypeError: if ``losses_fn`` is not a function, ``weighting`` neither a :class:`Weighting` nor
         an aggregator, ``state`` not its state, a loss or a parameter not floating-point, a leaf of
         ``mask`` not one boolean, the name of a group not a string, or ``losses_fn`` has no forward

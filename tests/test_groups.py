@@ -101,6 +101,7 @@ READ_ROWS = {
     "db_mtl": mtl_jax.db_mtl(),
     "moco": mtl_jax.moco(rho=0.1),
     "graddrop": mtl_jax.graddrop(),
+    "conflict_free_momentum": mtl_jax.conflict_free_momentum(),
     "upgrad": mtl_jax.upgrad(),
 }
 

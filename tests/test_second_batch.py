@@ -132,10 +132,10 @@ def test_a_backward_pass_of_ones_own_needs_rows():
     weighting = mtl_jax.modo(0.1)
     gradient = mtl_jax.value_and_grad(custom_fn, weighting)
     state = gradient.init(params, first)
-    with pytest.raises(TypeError, match="products with a second batch.*such as rows='map'"):
-        gradient(params, state, first, second=(second,))
-    in_rows = mtl_jax.value_and_grad(custom_fn, weighting, rows="map")
-    value, _, _ = in_rows(params, state, first, second=(second,))
+    value, _, _ = gradient(params, state, first, second=(second,))
+    in_low_memory = mtl_jax.value_and_grad(custom_fn, weighting, rows="low_memory")
+    with pytest.raises(TypeError, match="rows='low_memory' needs.*such as rows='map'"):
+        in_low_memory(params, state, first, second=(second,))
     rows = [jax.jacrev(custom_fn)(params, x) for x in (first, second)]
     one, other = (np.stack([row["a"], row["b"]]) for row in rows)
     point = np.full(2, 0.5) - 0.1 * (one @ (other.T @ np.full(2, 0.5)) + 0.05)

@@ -100,6 +100,9 @@ def test_positive_domain_is_what_the_records_say():
     positive = {name for name, method in METHODS.items() if method.domain == "positive"}
     assert found == positive | {"adaptive_initial", "famo", "imtl_l", "uncertainty"}
     assert not mtl_jax.famo(min_losses=-1.0).method.positive_losses
+    of_vectors = {"a": np.zeros(2), "b": 0.0}
+    assert mtl_jax.famo(min_losses=of_vectors).method.positive_losses
+    assert not mtl_jax.famo(min_losses=of_vectors | {"b": -1.0}).method.positive_losses
     assert not mtl_jax.adaptive().method.positive_losses
 
 

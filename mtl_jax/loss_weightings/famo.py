@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 
@@ -118,5 +119,5 @@ def famo(
         logits = optax.apply_updates(logits, updates)
         return state._replace(logits=logits, opt_state=opt_state)
 
-    at_zero = not any(jax.tree.leaves(min_losses))
+    at_zero = not any(np.any(leaf) for leaf in jax.tree.leaves(min_losses))
     return vector_weighting(update, init, observe=observe, positive_losses=at_zero)

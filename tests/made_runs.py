@@ -92,7 +92,14 @@ def made_results(rows, tasks=TASKS, alone=None, name="made", epochs=3, tuning=No
 def made_tuning(*names, select="mean"):
     """A tuning of three trials, the second of which is the best and the last of which failed."""
     trials = [
-        Trial(0.01, {}, {"topic": {"accuracy": [0.4, 0.5]}}, score=0.0, seconds=3.0),
+        Trial(
+            0.01,
+            {},
+            {"topic": {"accuracy": [0.4, 0.5]}},
+            score=0.0,
+            seconds=3.0,
+            train_losses={"topic": [2.0, 1.0]},
+        ),
         Trial(0.03, {"beta": 0.25, "form": "half"}, score=0.0215, seconds=2.0, compilations=1),
         Trial(0.1, {"beta": 0.5}, failure="no finite update in epoch 1", seconds=1.0),
     ]

@@ -323,10 +323,10 @@ def _runs(
     for setting, seed in plan.runs:
         if (setting.name, seed) in finished:
             continue
-        if setting.task is None and setting.single_task is not None:
-            problem = plan.trainer.problem
-            reached = single_task(problem, {task: alone[task, seed] for task in problem.tasks})
-            setting = dataclasses.replace(setting, single_task=reached)
+        reached = {task: run for (task, own), run in alone.items() if own == seed}
+        if setting.task is None and setting.name != BASELINE and reached:
+            known = single_task(plan.trainer.problem, reached)
+            setting = dataclasses.replace(setting, single_task=known)
         checkpoints = None
         if folder is not None and checkpoint_seconds is not None:
             where = folder / "checkpoints" / file_name(plan.name)

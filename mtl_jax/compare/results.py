@@ -615,7 +615,11 @@ def _results(content: dict[str, Any], timing: dict[str, Any]) -> Results:
         for name, of_name in tuning["trials"].items():
             seconds = timing["tunings"].get(problem, {}).get(name) or [{}] * len(of_name)
             trials[name] = [
-                Trial(**trial | took | {"validation": _numbers(trial["validation"])})
+                Trial(
+                    **trial
+                    | took
+                    | {key: _numbers(trial[key]) for key in ("validation", "train_losses")}
+                )
                 for trial, took in zip(of_name, seconds, strict=False)
             ]
         tunings[problem] = Tuning(tuning["seed"], tuning["select"], trials)

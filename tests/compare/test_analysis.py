@@ -440,7 +440,7 @@ def test_the_column_of_the_contributing_page_works(monkeypatch):
         ("                    worst=worst,\n", 20, "best=best,\n"),
     )
     anchor = "_change(row.against_alone) for row in rows]),\n"
-    tables = edited("tables", (anchor, 8, column))
+    tables = edited("tables", (anchor, 8, column.rstrip() + ",\n"))
     found = changed.Analysis(made_results(ROWS, alone=SINGLE), "made")
     table = tables.main_table(found)
     assert table.headers[5:7] == ["best task vs alone, %", "worst task vs alone, %"]

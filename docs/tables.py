@@ -15,17 +15,19 @@ from mtl_jax.compare import SPACES
 from mtl_jax.methods import Method
 
 ROOT = pathlib.Path(__file__).parents[1]
-LOSSES, AFTER, GRAMIAN, ROWS = (
+LOSSES, AFTER, GRAMIAN, ROWS, SECOND = (
     "the losses",
     "the losses after the step, too",
     "the Gramian",
     "the task gradients",
+    "a second batch",
 )
 REFERENCE = {
     LOSSES: "loss_weightings",
     AFTER: "loss_weightings",
     GRAMIAN: "gramian_weightings",
     ROWS: "aggregators",
+    SECOND: "second_batch_weightings",
 }
 """The page of the reference that a method is on, by what it reads."""
 
@@ -34,6 +36,7 @@ README_ROWS = {
     "the losses, again after the step": AFTER,
     "the inner products of the task gradients": GRAMIAN,
     "the task gradients": ROWS,
+    "a second batch": SECOND,
 }
 """What the methods of a row of the README's table read, by the row's first cell."""
 
@@ -184,6 +187,7 @@ PARTS: Mapping[str, list[Part]] = {
         marked("weightings of the losses", lambda old: weightings(LOSSES, AFTER)),
         marked("weightings of the Gramian", lambda old: directions()),
         marked("weightings of the task gradients", lambda old: weightings(ROWS)),
+        marked("weightings of a second batch", lambda old: weightings(SECOND)),
         marked("aggregators", lambda old: aggregators()),
     ],
     "docs/reference/loss_weightings.md": [
@@ -194,6 +198,9 @@ PARTS: Mapping[str, list[Part]] = {
     ],
     "docs/reference/aggregators.md": [
         marked("methods", lambda old: reference(reading(ROWS))),
+    ],
+    "docs/reference/second_batch_weightings.md": [
+        marked("methods", lambda old: reference(reading(SECOND))),
     ],
     "docs/tuning.md": [
         Part("| weighting | searched |\n|---|---|\n", "\n\n", lambda old: searched()),

@@ -28,6 +28,7 @@ FORMS = {  # of a step in the benchmark, the cheapest first
     "losses": ("the losses", "tab:blue"),
     "representation": ("the Gramian, at the representation", "tab:orange"),
     "rows": ("the task gradients", "tab:green"),
+    "second batch": ("a second batch", "tab:red"),
 }
 HARDEST = "topic"  # of utterances
 

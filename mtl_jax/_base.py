@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool
 
 from mtl_jax._checks import check_flags, check_functions
 from mtl_jax._diagnostics import Diagnostics
-from mtl_jax._typing import Gramian, Losses, PyTree, Weights
+from mtl_jax._typing import Gramian, Losses, Products, PyTree, Weights
 
 
 class Signal(enum.Enum):
@@ -22,11 +22,15 @@ class Signal(enum.Enum):
         passes.
       TASK_GRADIENTS: the task gradients themselves: one forward and K backward passes, with K
         gradients held.
+      SECOND_BATCH: the inner products of the task gradients with gradients on a second batch, as
+        many of these as the weighting asks for: one forward pass on that batch, and for each a
+        backward pass there and a forward derivative on the first batch.
     """
 
     LOSSES = "losses"
     GRAMIAN = "gramian"
     TASK_GRADIENTS = "task_gradients"
+    SECOND_BATCH = "second_batch"
 
 
 class InitFn(Protocol):
@@ -50,6 +54,7 @@ class UpdateFn(Protocol):
         mask: PyTree | None = None,
         gramian: Gramian | None = None,
         task_gradients: PyTree | None = None,
+        products: Products | None = None,
     ) -> tuple[Weights, PyTree]:
         """Return the weights and the next state."""
         ...
@@ -84,6 +89,8 @@ class VectorMethod(NamedTuple):
       needs: the signal that ``update`` reads.
       positive_losses: whether a loss of exactly 0 has no answer, or teaches what is not meant: the
         transforms then leave its task out of the step.
+      directions: ``directions(state, present) -> (combinations, step)``, where ``needs`` is
+        ``Signal.SECOND_BATCH``: which gradients are taken on the second batch; else ``None``.
     """
 
     init: Callable[..., Any]
@@ -92,6 +99,7 @@ class VectorMethod(NamedTuple):
     due: Callable[..., Any] | None
     needs: Signal
     positive_losses: bool
+    directions: Callable[..., Any] | None
 
 
 class Weighting(NamedTuple):
@@ -108,13 +116,15 @@ class Weighting(NamedTuple):
         parameters that the tasks share or their shapes, is needed where ``needs`` is
         ``Signal.TASK_GRADIENTS``. Every leaf of the state is a fresh buffer, so a state can be
         donated.
-      update: ``update(losses, state, *, mask=None, gramian=None, task_gradients=None) -> (weights,
-        state)``. ``mask`` is a pytree of booleans with the structure of the losses: ``False`` for
-        a task without labels in this batch, which then has weight 0 and leaves its statistics as
-        they were. The signal that ``needs`` asks for must be given: ``gramian`` holds the inner
-        products of the task gradients, ``float[K, K]`` in the order of the leaves of the losses;
-        ``task_gradients`` is a pytree like the shared parameters, each leaf with the tasks as an
-        additional leading axis. A loss or a signal that is not finite, or for which the method
+      update: ``update(losses, state, *, mask=None, gramian=None, task_gradients=None,
+        products=None) -> (weights, state)``. ``mask`` is a pytree of booleans with the structure of
+        the losses: ``False`` for a task without labels in this batch, which then has weight 0 and
+        leaves its statistics as they were. The signal that ``needs`` asks for must be given:
+        ``gramian`` holds the inner products of the task gradients, ``float[K, K]`` in the order of
+        the leaves of the losses; ``task_gradients`` is a pytree like the shared parameters, each
+        leaf with the tasks as an additional leading axis; ``products`` holds the inner products of
+        the task gradients with the gradients on a second batch that the weighting asks for,
+        ``float[K, m]``. A loss or a signal that is not finite, or for which the method
         has no finite answer, leaves the whole state as it was and gives NaN for the weights of all
         present tasks, so that the step can be recognised and skipped
         (:func:`mtl_jax.make_train_step` does). Outside ``jit`` it is compiled at the first call
@@ -219,6 +229,9 @@ class Aggregator(NamedTuple):
 class MultiTaskValue(NamedTuple):
     """What a step found out.
 
+    With ``groups`` of parameters (:func:`mtl_jax.value_and_grad`) the weights, the present tasks,
+    the Gramian and the diagnostics are dictionaries, by the name of the group.
+
     Attributes:
       losses: the losses, as ``losses_fn`` returned them.
       weights: the weight that each task had in the gradient; the gradient is that of the sum of
@@ -245,10 +258,15 @@ class MultiTaskValue(NamedTuple):
 
 
 class GradientUpdateFn(Protocol):
-    """``gradient(params, state, *args, mask=None) -> (value, gradient, state)``."""
+    """``gradient(params, state, *args, mask=None, second=None) -> (value, gradient, state)``."""
 
     def __call__(
-        self, params: PyTree, state: PyTree, *args: Any, mask: PyTree | None = None
+        self,
+        params: PyTree,
+        state: PyTree,
+        *args: Any,
+        mask: PyTree | None = None,
+        second: tuple[Any, ...] | None = None,
     ) -> tuple[MultiTaskValue, PyTree, PyTree]:
         """Return the value, the gradient and the weighting's next state."""
         ...
@@ -267,9 +285,12 @@ class MultiTaskGradient:
         The tasks are read off the losses of these arguments, which are traced, not computed; so
         arrays and ``jax.ShapeDtypeStruct`` will do. ``key`` is for a weighting that draws random
         numbers.
-      update: ``update(params, state, *args, mask=None) -> (value, gradient, state)``: a
-        :class:`MultiTaskValue`, the gradient, a pytree like ``params``, and the weighting's new
-        state.
+      update: ``update(params, state, *args, mask=None, second=None) -> (value, gradient, state)``:
+        a :class:`MultiTaskValue`, the gradient, a pytree like ``params``, and the weighting's new
+        state. ``second`` holds the arguments of a second batch, as a tuple, for a weighting that
+        reads one (``Signal.SECOND_BATCH``), and for no other; ``mask`` then tells which tasks have
+        labels in both batches. With ``groups`` of parameters the state is a dictionary, by the name
+        of the group.
       losses: ``losses(params, *args) -> losses``: the losses alone.
       observe: ``observe(params, state, *args, mask=None) -> state``, to be called with the updated
         parameters, the arguments of the step and ``mask=value.present``, for a weighting that reads
@@ -282,10 +303,15 @@ class MultiTaskGradient:
     observe: Callable[..., PyTree] | None
 
     def __call__(
-        self, params: PyTree, state: PyTree, *args: Any, mask: PyTree | None = None
+        self,
+        params: PyTree,
+        state: PyTree,
+        *args: Any,
+        mask: PyTree | None = None,
+        second: tuple[Any, ...] | None = None,
     ) -> tuple[MultiTaskValue, PyTree, PyTree]:
         """Return the value, the gradient and the weighting's next state."""
-        return self.update(params, state, *args, mask=mask)
+        return self.update(params, state, *args, mask=mask, second=second)
 
 
 def check_weighting(weighting: Any) -> None:
@@ -294,7 +320,11 @@ def check_weighting(weighting: Any) -> None:
         check_functions("The weighting", init=weighting.init, update=weighting.update)
         method = weighting.method
         if isinstance(method, VectorMethod) and isinstance(method.needs, Signal):
-            optional = {"observe": method.observe, "due": method.due}
+            optional = {
+                "observe": method.observe,
+                "due": method.due,
+                "directions": method.directions,
+            }
             given = {name: function for name, function in optional.items() if function is not None}
             check_functions("The weighting", init=method.init, update=method.update, **given)
             check_flags("The weighting", positive_losses=method.positive_losses)

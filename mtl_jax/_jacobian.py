@@ -31,11 +31,12 @@ from mtl_jax._tasks import (
     read_mask,
     read_tasks,
 )
-from mtl_jax._typing import Gramian, Losses, Mask, PyTree, Vector
+from mtl_jax._typing import Gramian, Losses, Mask, Products, PyTree, Vector
 
 RowsMode = Literal["auto", "unrolled", "map", "vmap", "low_memory"] | int
 _WAYS: tuple[Any, ...] = get_args(get_args(RowsMode)[0])
 Shared = PyTree | Callable[[str], bool] | None
+GroupsOf = PyTree | Callable[[str], str] | None
 Rows = tuple[list[Array], ...] | list[Array]
 """Task gradients: for each task its leaves, or each leaf with the tasks as its leading axis."""
 
@@ -86,28 +87,17 @@ class Partition(NamedTuple):
           TypeError: if it selects by something else than booleans.
         """
         structure = jax.tree.structure(params)
-        paths = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        if shared is None:
-            flags = [True] * len(paths)
-        elif callable(shared):
-            flags = [shared(path) for path in paths]
-        elif jax.tree.structure(shared) == structure:
-            flags = jax.tree.leaves(shared)
-        else:
-            raise ValueError(
-                "`shared` must be a predicate on the path of a parameter, or a pytree of booleans "
-                f"with the structure of the parameters, {describe(structure)}; got "
-                f"{describe(jax.tree.structure(shared))}."
-            )
-        for path, flag in zip(paths, flags, strict=True):
+        said = _said_of_each(params, (lambda path: True) if shared is None else shared, "shared")
+        for path, flag in said:
             if not isinstance(flag, bool | np.bool_):
                 raise TypeError(
                     f"`shared` must say True or False for every parameter; for {path!r} it says "
                     f"{flag!r}."
                 )
-        if paths and not any(flags):
-            raise ValueError(f"`shared` selects none of the parameters: {', '.join(paths)}.")
-        return cls(structure, tuple(map(bool, flags)))
+        if said and not any(flag for _, flag in said):
+            paths = ", ".join(path for path, _ in said)
+            raise ValueError(f"`shared` selects none of the parameters: {paths}.")
+        return cls(structure, tuple(bool(flag) for _, flag in said))
 
     @property
     def has_rest(self) -> bool:
@@ -135,10 +125,98 @@ class Partition(NamedTuple):
         return self.join(self.shared(tree), [jnp.zeros_like(leaf) for leaf in self.rest(tree)])
 
 
-def shared_parameters(params: PyTree, shared: Shared) -> PyTree:
-    """The parameters that all tasks share, ``None`` standing for the others."""
+_KINDS = {"shared": ("a predicate on", "booleans"), "groups": ("a function of", "names")}
+
+
+def _said_of_each(params: PyTree, choice: Any, name: str) -> list[tuple[str, Any]]:
+    """The path of each parameter with what a function of it, or a pytree like them, says of it.
+
+    Raises:
+      ValueError: if it is neither.
+    """
+    structure = jax.tree.structure(params)
+    paths = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    if callable(choice):
+        return [(path, choice(path)) for path in paths]
+    if jax.tree.structure(choice) == structure:
+        return list(zip(paths, jax.tree.leaves(choice), strict=True))
+    function, leaves = _KINDS[name]
+    raise ValueError(
+        f"`{name}` must be {function} the path of a parameter, or a pytree of {leaves} with the "
+        f"structure of the parameters, {describe(structure)}; got "
+        f"{describe(jax.tree.structure(choice))}."
+    )
+
+
+class Groups(NamedTuple):
+    """The shared parameters in groups, for each of which the weights are decided by themselves.
+
+    Attributes:
+      names: the names of the groups, in the order of the parameters.
+      by_leaf: for each leaf of the shared parameters the name of its group.
+    """
+
+    names: tuple[str, ...]
+    by_leaf: tuple[str, ...]
+
+    @classmethod
+    def of(cls, params: PyTree, shared: Shared, groups: GroupsOf) -> "Groups | None":
+        """Read and check what ``groups`` says; ``None`` for ``None``.
+
+        Raises:
+          ValueError: if ``groups`` is neither a function nor a pytree like the parameters.
+          TypeError: if the name of a group is not a string.
+        """
+        if groups is None:
+            return None
+        parts = Partition.of(params, shared)
+        kept = parts.join(parts.shared(params), None)
+        said = _said_of_each(kept if callable(groups) else params, groups, "groups")
+        if not callable(groups):
+            said = [one for one, flag in zip(said, parts.flags, strict=True) if flag]
+        for path, name in said:
+            if not isinstance(name, str):
+                raise TypeError(
+                    f"`groups` must name a group, a string, for every parameter that enters the "
+                    f"Gramian (`shared`); for {path!r} it says {name!r}."
+                )
+        by_leaf = tuple(name for _, name in said)
+        return cls(tuple(dict.fromkeys(by_leaf)), by_leaf)
+
+    def split(self, leaves: list[Any]) -> dict[str, list[Any]]:
+        """The leaves of the shared parameters by group."""
+        found: dict[str, list[Any]] = {name: [] for name in self.names}
+        for name, leaf in zip(self.by_leaf, leaves, strict=True):
+            found[name].append(leaf)
+        return found
+
+    def join(self, parts: dict[str, list[Any]]) -> list[Any]:
+        """The leaves of the shared parameters; ``None`` for those of a group that is missing."""
+        remaining = {name: iter(leaves) for name, leaves in parts.items()}
+        return [next(remaining[name]) if name in remaining else None for name in self.by_leaf]
+
+
+def each(groups: Groups | None, function: Callable[..., Any], *values: Any) -> Any:
+    """A function of something, applied to that of every group, by name, where there are groups."""
+    if groups is None:
+        return function(*values)
+    return {name: function(*(value[name] for value in values)) for name in groups.names}
+
+
+def shared_parameters(params: PyTree, shared: Shared, groups: Groups | None = None) -> PyTree:
+    """The parameters that all tasks share, ``None`` for the others; by group if there are any."""
     parts = Partition.of(params, shared)
-    return parts.join(parts.shared(params), None)
+    return _as_trees(parts, groups, parts.shared(params))
+
+
+def _as_trees(parts: Partition, groups: Groups | None, leaves: list[Any]) -> PyTree:
+    """Leaves of the shared parameters as a tree, ``None`` for the others; by group."""
+    if groups is None:
+        return parts.join(leaves, None)
+    return {
+        name: parts.join(groups.join({name: own}), None)
+        for name, own in groups.split(leaves).items()
+    }
 
 
 def linearize(
@@ -154,9 +232,10 @@ def linearize(
     # but not evaluated, which JAX finds out only when it compiles.
     if "custom_lin[" in str(jax.make_jaxpr(linear)(params)):
         raise TypeError(
-            "rows='low_memory' needs the forward derivative of what it differentiates, in which "
-            "there is a function that defines its backward pass alone (jax.custom_vjp). Compute "
-            "the rows in another way, such as rows='map'."
+            "rows='low_memory', and the products with a second batch by default, need the forward "
+            "derivative of what is differentiated, in which there is a function that defines its "
+            "backward pass alone (jax.custom_vjp). Compute the rows in another way, such as "
+            "rows='map'."
         )
     return value, linear, jax.linear_transpose(linear, params), aux
 
@@ -170,10 +249,13 @@ def stacked(rows: Rows) -> list[Array]:
 
 def unit_cotangents(losses: Losses) -> list[Array]:
     """The K unit vectors as cotangents of the leaves of the losses, along a leading axis."""
-    tasks = read_tasks(losses)
-    units = jax.vmap(tasks.split)(jnp.eye(tasks.number, dtype=bool))
-    leaves = jax.tree.leaves(losses)
-    return [unit.astype(leaf.dtype) for unit, leaf in zip(units, leaves, strict=True)]
+    return stacked_cotangents(jnp.eye(read_tasks(losses).number, dtype=bool), losses)
+
+
+def stacked_cotangents(vectors: Array, losses: Losses) -> list[Array]:
+    """Vectors over the tasks as cotangents of the leaves of the losses, along a leading axis."""
+    parts = zip(jax.vmap(read_tasks(losses).split)(vectors), jax.tree.leaves(losses), strict=True)
+    return [part.astype(leaf.dtype) for part, leaf in parts]
 
 
 def each_row(function: Callable[[list[Array]], list[Array]], rows: Rows, way: Any) -> Rows:
@@ -423,8 +505,11 @@ class ParameterJacobian:
       params: the parameters.
       mask: which tasks have labels, or ``None``.
       shared: the parameters that enter the rows, the others being pulled back for.
+      groups: the groups of these, if each has a Gramian, and weights, of its own. What is said
+        below of weights, Gramian and parameters is then so for each: a dictionary by group.
       rows: how the rows are computed.
       axes: the mesh axes of a ``shard_map`` along which the batch is spread.
+      forward: whether the forward derivative is wanted, too, where ``rows`` leaves the choice.
 
     Attributes:
       losses: the losses.
@@ -432,6 +517,7 @@ class ParameterJacobian:
       tasks: the tasks.
       present: which of them are.
       shared: the parameters that enter the rows, ``None`` standing for the others.
+      groups: their groups, or ``None``.
       whole: whether all parameters enter them.
     """
 
@@ -442,15 +528,20 @@ class ParameterJacobian:
         mask: PyTree | None,
         *,
         shared: Shared,
+        groups: GroupsOf,
         rows: RowsMode,
         axes: tuple[str, ...],
+        forward: bool = False,
     ) -> None:
+        self._params: PyTree = params
+        self._rows_mode: RowsMode = rows
         self._parts = Partition.of(params, shared)
         self._axes, self._linear = axes, None
-        self.shared = self._parts.join(self._parts.shared(params), None)
+        self.groups = Groups.of(params, shared, groups)
+        self.shared = shared_parameters(params, shared, self.groups)
         self.whole = not self._parts.has_rest
         # The one forward pass. Low memory needs the derivative in both directions.
-        if rows == "low_memory":
+        if rows == "low_memory" or (forward and rows == "auto"):
             self.losses, self._linear, self._transpose, self.aux = linearize(losses_fn, params)
         else:
             self.losses, self._transpose, self.aux = jax.vjp(losses_fn, params, has_aux=True)
@@ -459,45 +550,121 @@ class ParameterJacobian:
         self.present: Mask = read_mask(mask, self.tasks)
         self._way = choose_rows(rows, self.tasks.number, params)
 
-    def pull_back(self, weights: Vector) -> PyTree:
-        """The gradient of the weighted sum of the losses, in one backward pass."""
-        (gradient,) = self._transpose(cotangent(weights, self.losses))
-        return gradient
+    def pull_back(self, weights: Any) -> PyTree:
+        """The gradient of the weighted sum of the losses, in one backward pass.
+
+        With groups in as many as there are of them, or of tasks if these are fewer.
+        """
+        if self.groups is None:
+            return self._weighted(weights)
+        names = self.groups.names
+        if len(names) >= self.tasks.number:
+            return self.combine(weights, self.task_gradients())
+        vectors = jnp.stack([weights[name] for name in names])
+        rows = self._rows(stacked_cotangents(vectors, self.losses))
+        shared = {}
+        for place, name in enumerate(names):
+            row = rows[place] if isinstance(rows, tuple) else [leaf[place] for leaf in rows]
+            shared[name] = self.groups.split(row)[name]
+        return self.with_rest(shared, weights)
 
     def task_gradients(self) -> Rows:
         """The rows: for each task the gradient by the shared parameters."""
-        units = unit_cotangents(self.losses)
-        return each_row(lambda unit: self._parts.shared(self._gradient_of(unit)), units, self._way)
+        return self._rows(unit_cotangents(self.losses))
 
     def one_task_gradient(self, chosen: Mask) -> list[Array]:
         """The rows, zero but for that of the one task that is chosen: one backward pass."""
-        gradient = self._parts.shared(self.pull_back(chosen.astype(self.tasks.dtype)))
+        gradient = self._parts.shared(self._weighted(chosen.astype(self.tasks.dtype)))
         return [
             jnp.where(chosen.reshape(-1, *[1] * leaf.ndim), leaf[None], jnp.zeros_like(leaf)[None])
             for leaf in gradient
         ]
 
-    def measure(self) -> tuple[Gramian, Rows | None]:
+    def measure(self) -> tuple[Any, Rows | None]:
         """The Gramian, and the rows where they were held for it."""
         if self._linear is not None:
             return self._low_memory_gramian(self._linear), None
         rows = self.task_gradients()
-        return gramian_of(rows, self._axes), rows
+        return self.gramian_of(rows), rows
 
-    def combine(self, weights: Vector, rows: Rows | None) -> PyTree:
+    def gramian_of(self, rows: Rows) -> Any:
+        """The Gramian of the rows."""
+        return each(self.groups, lambda own: gramian_of(own, self._axes), self.by_group(rows))
+
+    def products(
+        self, second: "Callable[[PyTree], TaskJacobian]", combinations: Array, step: Any
+    ) -> tuple[Products, Rows | None]:
+        """The inner products of the task gradients with gradients on a second batch.
+
+        Args:
+          second: from parameters to the Jacobian of the second batch's losses.
+          combinations: for each of these gradients the weights of that batch's losses.
+          step: the weights of a gradient step on this batch, after which they are taken; or
+            ``None``.
+
+        Returns:
+          The inner products, and the rows of this batch where they were held for them.
+        """
+        start = self._params
+        if step is not None:
+            start = jax.tree.map(jnp.subtract, start, self.pull_back(step))
+        there, linear = second(start), self._linear
+        assert isinstance(there, ParameterJacobian)
+
+        def direction(cotangents: list[Array]) -> list[Array]:
+            found = there._gradient_of(cotangents)
+            if linear is None:
+                return self._parts.shared(found)
+            return [self.tasks.stack(linear(self._parts.without_rest(found)))]
+
+        way = choose_rows(self._rows_mode, len(combinations), self._params)
+        way = "map" if way == "low_memory" else way
+        cotangents = stacked_cotangents(combinations, there.losses)
+        found = stacked(each_row(direction, cotangents, way))
+        if linear is not None:
+            return found[0].T, None
+        rows = self.task_gradients()
+        return gramian_between(stacked(rows), found, self._axes), rows
+
+    def combine(self, weights: Any, rows: Rows | None) -> PyTree:
         """The gradient of the weighted sum of the losses, from the rows."""
         if rows is None:
             return self.pull_back(weights)
-        return self.with_rest(combine(weights, rows), weights)
+        return self.with_rest(each(self.groups, combine, weights, self.by_group(rows)), weights)
 
-    def with_rest(self, shared: list[Array], weights: Vector) -> PyTree:
-        """A gradient of the shared parameters, with that of the weighted sum for the others."""
-        rest = self._parts.rest(self.pull_back(weights)) if self._parts.has_rest else []
+    def with_rest(self, shared: Any, weights: Any) -> PyTree:
+        """A gradient of the shared parameters, with that of the weighted sum for the others.
+
+        With groups, whose weights differ, that is the plain sum.
+        """
+        if self.groups is not None:
+            shared, weights = self.groups.join(shared), self.present.astype(self.tasks.dtype)
+        rest = self._parts.rest(self._weighted(weights)) if self._parts.has_rest else []
         return self._parts.join(shared, rest)
 
     def as_tree(self, rows: Rows) -> PyTree:
         """The rows as a pytree like the parameters, ``None`` for those that are not shared."""
-        return self._parts.join(stacked(rows), None)
+        return _as_trees(self._parts, self.groups, stacked(rows))
+
+    def by_group(self, rows: Rows) -> Any:
+        """The rows, those of each group by themselves."""
+        if self.groups is None:
+            return rows
+        if not isinstance(rows, tuple):
+            return self.groups.split(rows)
+        by_task = [self.groups.split(leaves) for leaves in rows]
+        return {name: tuple(one[name] for one in by_task) for name in self.groups.names}
+
+    def _rows(self, cotangents: list[Array]) -> Rows:
+        """For each of several cotangents the gradient by the shared parameters."""
+        return each_row(
+            lambda one: self._parts.shared(self._gradient_of(one)), cotangents, self._way
+        )
+
+    def _weighted(self, weights: Vector) -> PyTree:
+        """The gradient of the weighted sum of the losses."""
+        (gradient,) = self._transpose(cotangent(weights, self.losses))
+        return gradient
 
     def _gradient_of(self, unit: list[Array]) -> PyTree:
         (gradient,) = self._transpose(jax.tree.unflatten(self.tasks.structure, unit))
@@ -540,7 +707,7 @@ class RepresentationJacobian:
       present: which of them are.
     """
 
-    shared = None
+    shared = groups = None
     whole = False  # the heads have parameters of their own
 
     def __init__(

@@ -33,7 +33,7 @@ from mtl_jax._tasks import (
     read_mask,
     read_tasks,
 )
-from mtl_jax._typing import Gramian, Losses, Mask, PyTree, Vector, Weights
+from mtl_jax._typing import Gramian, Losses, Mask, Products, PyTree, Vector, Weights
 
 
 class WeightingState(NamedTuple):
@@ -53,6 +53,7 @@ class WeightingState(NamedTuple):
 VectorInit = Callable[..., PyTree]
 VectorUpdate = Callable[..., tuple[Vector, PyTree]]
 VectorObserve = Callable[[Vector, PyTree, Mask], PyTree]
+VectorDirections = Callable[[Any, Mask], tuple[Array, Vector | None]]
 RowsInit = Callable[[PyTree, Tasks, Array | None], PyTree]
 RowsUpdate = Callable[..., tuple[PyTree, PyTree]]
 
@@ -65,8 +66,9 @@ def vector_weighting(
     needs: Signal = Signal.LOSSES,
     due: Callable[[PyTree], Bool[Array, ""]] | None = None,
     positive_losses: bool = False,
+    directions: VectorDirections | None = None,
 ) -> Weighting:
-    """Make a :class:`Weighting` of functions written on the vector of K task losses.
+    r"""Make a :class:`Weighting` of functions written on the vector of K task losses.
 
     The functions see the losses of all K tasks as one vector of at least float32, cut from the
     gradient; the loss of an absent task reads 1, and only the entries of present tasks are used of
@@ -78,7 +80,8 @@ def vector_weighting(
         It is called with a fifth argument where ``needs`` asks for one. For ``Signal.GRAMIAN``,
         ``gramian: float[K, K]``, finite and 0 in rows and columns of absent tasks. For
         ``Signal.TASK_GRADIENTS``, ``rows``, a pytree like the parameters, each leaf of at least
-        float32 with the tasks as its leading axis, 0 for absent tasks.
+        float32 with the tasks as its leading axis, 0 for absent tasks. For ``Signal.SECOND_BATCH``,
+        ``products: float[K, m]``, 0 in rows of absent tasks, as ``directions`` says.
       init: ``init(tasks, key) -> state``, ``tasks`` being a :class:`Tasks`; with
         ``Signal.TASK_GRADIENTS`` it is called as ``init(tasks, key, params)``. In the state, an
         array of one or more dimensions is a statistic of the tasks, its leading axis being the
@@ -91,16 +94,25 @@ def vector_weighting(
       positive_losses: whether a loss of exactly 0 has no answer, or teaches the method what is not
         meant. :func:`mtl_jax.value_and_grad` and its like then leave the task out of the step, as
         if it had no labels; ``update`` itself is not changed by it.
+      directions: with ``Signal.SECOND_BATCH`` ``directions(state, present) -> (combinations,
+        step)``: which gradients are taken on the second batch. With ``combinations`` c of shape
+        [m, K] and ``step`` s of shape [K], or ``None`` for 0, L the losses of the first batch and
+        L' those of the second, ``update`` is given
+
+        .. math:: p_{ki} = \Big\langle \nabla L_k(\theta), \;
+                  \nabla \sum_j c_{ij} L'_j \Big(\theta - \sum_l s_l \nabla L_l(\theta)\Big)
+                  \Big\rangle.
 
     Returns:
       The weighting.
 
     Raises:
-      ValueError: in ``update``, if the function of that name returns another number of weights than
-        there are tasks, or a state unlike that of ``init``.
+      ValueError: if there are no ``directions`` where ``needs`` is ``Signal.SECOND_BATCH``, or are
+        elsewhere; in ``update``, if the function of that name returns another number of weights
+        than there are tasks, or a state unlike that of ``init``.
       TypeError: if a function is none, or ``needs`` not a :class:`Signal`; in ``init``, if an array
         of the state has not the tasks as its leading axis; in ``update``, if the function of that
-        name does not return a pair.
+        name, or ``directions``, does not return a pair.
 
     Example:
       Weights that grow with the task's loss, and sum to the number of tasks:
@@ -114,12 +126,17 @@ def vector_weighting(
       >>> [float(weight) for weight in weights]
       [0.5, 1.5]
     """
-    optional = {"observe": observe, "due": due}
+    optional = {"observe": observe, "due": due, "directions": directions}
     given = {name: function for name, function in optional.items() if function is not None}
     check_functions("vector_weighting", update=update, init=init, **given)
     check_flags("vector_weighting", positive_losses=positive_losses)
     if not isinstance(needs, Signal):
         raise TypeError(f"vector_weighting: `needs` must be a mtl_jax.Signal, got {needs!r}.")
+    if (directions is not None) != (needs is Signal.SECOND_BATCH):
+        raise ValueError(
+            "vector_weighting: `directions` says which gradients are taken on the second batch: it "
+            "goes with needs=mtl_jax.Signal.SECOND_BATCH, and this with it."
+        )
 
     def init_fn(tasks: Tasks, key: Array | None, params: PyTree) -> WeightingState:
         extra = (params,) if needs is Signal.TASK_GRADIENTS else ()
@@ -129,7 +146,9 @@ def vector_weighting(
         losses: Vector, state: WeightingState, present: Mask, signal: PyTree
     ) -> tuple[Vector, WeightingState]:
         readable = all_finite((losses, signal))
-        if needs is Signal.GRAMIAN and signal is not None:
+        if needs is Signal.SECOND_BATCH and signal is not None:
+            _check_products(signal, directions_fn(state, present)[0])
+        if needs in (Signal.GRAMIAN, Signal.SECOND_BATCH) and signal is not None:
             # A method need not bear what is not finite: its answer is not used then.
             signal = jnp.where(readable, signal, 0)
         # The method runs whatever the losses are; whether its answer is used is decided below, so
@@ -141,6 +160,13 @@ def vector_weighting(
         inner = _keep_absent(inner, state.inner, present)
         valid = readable & all_finite(inner)
         return accept(weights, _next_state(inner, state, present), state, present, valid)
+
+    def directions_fn(state: WeightingState, present: Mask) -> tuple[Array, Vector | None]:
+        assert directions is not None
+        combinations, step = _read_directions(directions(state.inner, present), state.tasks)
+        # Absent tasks have no gradient on the second batch, either.
+        combinations = jnp.where(present[None], combinations, 0)
+        return combinations, None if step is None else jnp.where(present, step, 0)
 
     def observe_fn(losses: Vector, state: WeightingState, present: Mask) -> WeightingState:
         assert observe is not None
@@ -158,6 +184,7 @@ def vector_weighting(
             due=None if due is None else lambda state: due(state.inner),
             needs=needs,
             positive_losses=positive_losses,
+            directions=None if directions is None else directions_fn,
         )
     )
 
@@ -226,19 +253,24 @@ def lift(method: VectorMethod) -> Weighting:
         mask: PyTree | None = None,
         gramian: Gramian | None = None,
         task_gradients: PyTree | None = None,
+        products: Products | None = None,
     ) -> tuple[Weights, WeightingState]:
         # What JAX itself would refuse, in words of its own, is refused before it sees it.
         tasks = _read_arguments(losses, state, mask)
         leaf_types(gramian, "The Gramian")
-        signals = {Signal.GRAMIAN: gramian, Signal.TASK_GRADIENTS: task_gradients}
+        leaf_types(products, "The products")
+        signals = {
+            Signal.GRAMIAN: gramian,
+            Signal.TASK_GRADIENTS: task_gradients,
+            Signal.SECOND_BATCH: products,
+        }
         signal = signals.get(method.needs)
         leaf_types(signal, "The gradient")
         if signal is None and method.needs is not Signal.LOSSES and method.due is None:
-            name = "gramian" if method.needs is Signal.GRAMIAN else "task_gradients"
+            what, name = _SIGNALS[method.needs]
             raise ValueError(
-                f"This weighting reads the {_SIGNALS[method.needs]}: use it through "
-                "mtl_jax.value_and_grad or mtl_jax.representation_value_and_grad, or pass "
-                f"`{name}`."
+                f"This weighting reads the {what}: use it through mtl_jax.value_and_grad or "
+                f"mtl_jax.representation_value_and_grad, or pass `{name}`."
             )
         return update(tasks, losses, state, mask, signal)
 
@@ -418,8 +450,9 @@ def carry_over(old: WeightingState, new: WeightingState) -> WeightingState:
 
 
 _SIGNALS = {
-    Signal.GRAMIAN: "Gramian of the task gradients",
-    Signal.TASK_GRADIENTS: "task gradients",
+    Signal.GRAMIAN: ("Gramian of the task gradients", "gramian"),
+    Signal.TASK_GRADIENTS: ("task gradients", "task_gradients"),
+    Signal.SECOND_BATCH: ("products with gradients on a second batch", "products"),
 }
 
 
@@ -443,6 +476,8 @@ def read_signal(needs: Signal, signal: PyTree, present: Mask, tasks: Tasks) -> P
         return None
     if needs is Signal.GRAMIAN:
         return _read_gramian(signal, present, tasks)
+    if needs is Signal.SECOND_BATCH:
+        return _read_products(signal, present, tasks)
     if leading_axis(signal) != tasks.number:
         raise ValueError(
             f"There are gradients of {leading_axis(signal)} tasks, but {tasks.number} losses: "
@@ -468,6 +503,50 @@ def _read_gramian(gramian: PyTree, present: Mask, tasks: Tasks) -> Gramian:
         )
     both = jnp.logical_and(present[:, None], present[None, :])
     return jnp.where(both, jax.lax.stop_gradient(gramian).astype(tasks.dtype), 0)
+
+
+def _read_products(products: PyTree, present: Mask, tasks: Tasks) -> Products:
+    """The products in the dtype of the method's arithmetic, 0 for absent tasks."""
+    products = read_array(products, "The products")
+    real = jnp.issubdtype(products.dtype, jnp.floating)
+    if products.ndim != 2 or products.shape[0] != tasks.number or not real:
+        raise ValueError(
+            "The products must be of real floating-point numbers and have the tasks "
+            f"({tasks.number}) as the first of two axes, got "
+            f"{products.dtype}{list(products.shape)}."
+        )
+    return jnp.where(present[:, None], jax.lax.stop_gradient(products).astype(tasks.dtype), 0)
+
+
+def _read_directions(output: Any, tasks: Tasks) -> tuple[Array, Vector | None]:
+    """What a method's `directions` returned, cut from the gradient."""
+    if not isinstance(output, tuple) or len(output) != 2:
+        raise TypeError(
+            f"`directions` must return a pair (combinations, step), got {type(output).__name__}."
+        )
+    combinations, step = output
+    combinations = read_array(combinations, "What `directions` returned as combinations")
+    step = None if step is None else read_array(step, "What `directions` returned as step")
+    for what, found, axes in (("combinations", combinations, 2), ("step", step, 1)):
+        if found is None:
+            continue
+        real = jnp.issubdtype(found.dtype, jnp.floating)
+        if found.ndim != axes or found.shape[-1] != tasks.number or not found.size or not real:
+            raise ValueError(
+                f"`directions` must return {what} of real floating-point numbers with the tasks "
+                f"({tasks.number}) as the last of {axes} axes, got {found.dtype}"
+                f"{list(found.shape)}."
+            )
+    return jax.lax.stop_gradient((combinations, step))
+
+
+def _check_products(products: Products, combinations: Array) -> None:
+    """Raise an error for products with another number of gradients than was asked for."""
+    if products.shape[1] != combinations.shape[0]:
+        raise ValueError(
+            f"This weighting asks for {combinations.shape[0]} gradients on the second batch, the "
+            f"products are with {products.shape[1]}."
+        )
 
 
 def _read_weights(weights: Any, tasks: Tasks) -> Vector:

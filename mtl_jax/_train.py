@@ -63,10 +63,14 @@ class TrainStepInitFn(Protocol):
 
 
 class TrainStepUpdateFn(Protocol):
-    """``update(state, *args, mask=None) -> (state, value)``."""
+    """``update(state, *args, mask=None, second=None) -> (state, value)``."""
 
     def __call__(
-        self, state: TrainState, *args: Any, mask: PyTree | None = None
+        self,
+        state: TrainState,
+        *args: Any,
+        mask: PyTree | None = None,
+        second: tuple[Any, ...] | None = None,
     ) -> tuple[TrainState, MultiTaskValue]:
         """Return the next state, and the losses and weights of the step."""
         ...
@@ -86,7 +90,9 @@ class TrainStep:
         the network's own randomness, such as dropout; ``weighting_key`` one for a weighting that
         draws random numbers. All are copied: no two leaves of the state share a buffer, nor one
         with an argument, so that a state can be donated.
-      update: ``update(state, *args, mask=None) -> (state, value)``, jitted.
+      update: ``update(state, *args, mask=None, second=None) -> (state, value)``, jitted. ``second``
+        holds the arguments of a second batch, as a tuple, for a weighting that reads one; the model
+        state, and a key of its own, are put before them, too.
 
     Raises:
       ValueError: by ``init``: if there are no parameters; and as the weighting's ``init``, such as
@@ -101,11 +107,15 @@ class TrainStep:
     update: TrainStepUpdateFn
 
     def __call__(
-        self, state: TrainState, *args: Any, mask: PyTree | None = None
+        self,
+        state: TrainState,
+        *args: Any,
+        mask: PyTree | None = None,
+        second: tuple[Any, ...] | None = None,
     ) -> tuple[TrainState, MultiTaskValue]:
         """Return the next state, and the losses and weights of the step."""
         leaf_types(mask, "The mask's leaf")
-        return self.update(state, *args, mask=mask)
+        return self.update(state, *args, mask=mask, second=second)
 
 
 def make_train_step(
@@ -129,8 +139,8 @@ def make_train_step(
     from parameters to this sum, the weights held, as ``optax.lbfgs`` asks for (``obj_fn`` is the
     same, for ``optax.contrib.sophia``); and ``grad_fn``, from parameters to its gradient, as
     ``optax.contrib.sam`` does in its opaque mode. What asks for anything else is refused. An
-    :class:`mtl_jax.Aggregator` has no weights: with it the sum is the plain one, while ``grad`` is
-    the combined gradient.
+    :class:`mtl_jax.Aggregator` has no weights, and ``groups`` have each their own: the sum is then
+    the plain one, while ``grad`` is the combined gradient.
 
     Args:
       gradient: from :func:`mtl_jax.value_and_grad` or
@@ -197,14 +207,21 @@ def make_train_step(
         return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.result_type(leaf), copy=True), state)
 
     def update(
-        state: TrainState, *args: Any, mask: PyTree | None = None
+        state: TrainState,
+        *args: Any,
+        mask: PyTree | None = None,
+        second: tuple[Any, ...] | None = None,
     ) -> tuple[TrainState, MultiTaskValue]:
         if not isinstance(state, TrainState):
             raise TypeError(f"Expected a TrainState, got {type(state)}.")
-        next_rng, step_rng = (None, None) if state.rng is None else jax.random.split(state.rng)
+        number = 2 if second is None else 3
+        keys = [None] * 3 if state.rng is None else jax.random.split(state.rng, number)
+        next_rng, step_rng = keys[:2]
         args = (*_context(state.model_state, step_rng), *args)
+        if isinstance(second, tuple):  # what else it is, the gradient refuses
+            second = (*_context(state.model_state, keys[2]), *second)
         value, grads, weighting_state = gradient.update(
-            state.params, state.weighting_state, *args, mask=mask
+            state.params, state.weighting_state, *args, mask=mask, second=second
         )
         model_state = None if state.model_state is None else new_model_state(value.aux)
         _check_model_state(model_state, state.model_state)
@@ -252,10 +269,13 @@ def _context(model_state: PyTree, rng: Array | None) -> tuple[Any, ...]:
 
 
 def _weighted_sum(losses: PyTree, weights: PyTree | None, mask: PyTree | None) -> Array:
-    """The weighted sum of the losses of present tasks; their plain sum without weights."""
+    """The weighted sum of the losses of present tasks, if each has one weight, or the plain sum.
+
+    An aggregator has no weights, and with groups there are several for a task.
+    """
     tasks = read_tasks(losses)
     terms = tasks.stack(losses)
-    if weights is not None:
+    if jax.tree.structure(weights) == tasks.structure:
         terms = terms * tasks.stack(weights)
     return jnp.sum(terms, where=read_mask(mask, tasks))
 

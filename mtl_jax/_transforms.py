@@ -1,6 +1,7 @@
 """From the losses of several tasks to one gradient: the weights are the cotangent."""
 
 import functools
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -25,11 +26,13 @@ from mtl_jax._checks import (
     leaf_name,
     leaf_types,
     read_array,
+    read_key,
 )
-from mtl_jax._diagnostics import Diagnostics
 from mtl_jax._diagnostics import diagnostics as diagnostics_of
 from mtl_jax._jacobian import (
     AxisName,
+    Groups,
+    GroupsOf,
     ParameterJacobian,
     RepresentationJacobian,
     RowsMode,
@@ -37,7 +40,7 @@ from mtl_jax._jacobian import (
     TaskJacobian,
     check_whole,
     choose_rows,
-    gramian_of,
+    each,
     has_finite_norm,
     nonzero_rows,
     read_axis_name,
@@ -53,7 +56,7 @@ from mtl_jax._lift import (
     tree_where,
 )
 from mtl_jax._tasks import read_tasks
-from mtl_jax._typing import Gramian, Losses, Mask, PyTree, Vector
+from mtl_jax._typing import Losses, Mask, PyTree, Vector
 
 Encoder = Callable[..., Any]
 Heads = Callable[..., Any]
@@ -65,6 +68,7 @@ def value_and_grad(
     *,
     has_aux: bool = False,
     shared: Shared = None,
+    groups: GroupsOf = None,
     rows: RowsMode = "auto",
     leave_out_zero: bool = True,
     diagnostics: bool = False,
@@ -92,8 +96,18 @@ def value_and_grad(
       shared: the parameters whose gradients enter the Gramian, or the aggregator: a predicate on
         the path of a parameter, such as ``lambda path: path.startswith("encoder/")``, or a pytree
         of booleans like the parameters; all of them by default. The other parameters, the tasks'
-        heads, get the gradient of the weighted sum of the losses, and with an aggregator that of
-        the plain sum.
+        heads, get the gradient of the weighted sum of the losses, and with an aggregator, or with
+        ``groups``, that of the plain sum.
+      groups: the group of each of these parameters, if the method is to act on every group by
+        itself, such as layer by layer: a function of the path of a parameter that returns a name,
+        such as ``lambda path: path.split("/")[0]``, or a pytree of names like the parameters. Each
+        group then has a Gramian, or task gradients, of its own, a state of its own, and its own
+        weights, with which its part of the gradient is taken. The state, ``value.weights``,
+        ``value.present``, ``value.gramian`` and ``value.diagnostics`` are dictionaries by the
+        group's name. A task that has no gradient in a group is left out of its decision
+        (``leave_out_zero``). The K backward passes are the same; a step of :func:`mtl_jax.every`
+        that measures nothing takes as many as there are groups, or K if that is less. Not for a
+        weighting that reads the losses alone, and not with ``rows="low_memory"``.
       rows: how the K task gradients, the rows of the Jacobian, are computed. ``"unrolled"``: one
         backward pass after the other, which XLA can see across. ``"map"``: in a loop. ``"vmap"``:
         all at once, with the memory for it. A number: so many at once, in a loop, with a memory
@@ -126,14 +140,15 @@ def value_and_grad(
     Raises:
       ValueError: if there are no losses or no parameters, a loss has two axes or more, the tasks
         are not the state's, ``mask`` has another structure than the losses, ``shared`` selects
-        nothing, ``rows`` is unknown, or is ``"low_memory"`` where task gradients are read; inside
-        ``shard_map``, if ``axis_name`` is not an axis of it, the losses differ along that axis, an
-        aggregator's parameters are spread over devices, or ``check_vma`` is False.
+        nothing, ``groups`` is given to a weighting that reads the losses alone, ``rows`` is
+        unknown, or is ``"low_memory"`` where task gradients are read or there are ``groups``;
+        inside ``shard_map``, if ``axis_name`` is not an axis of it, the losses differ along that
+        axis, an aggregator's parameters are spread over devices, or ``check_vma`` is False.
       TypeError: if ``losses_fn`` is not a function, ``weighting`` neither a :class:`Weighting` nor
         an aggregator, ``state`` not its state, a loss or a parameter not floating-point, a leaf of
-        ``mask`` not one boolean, or ``losses_fn`` has no forward derivative and ``rows`` is
-        ``"low_memory"``; if there are batch statistics of Flax among the parameters; or if
-        ``losses_fn`` returns a pair of anything but scalars without ``has_aux``.
+        ``mask`` not one boolean, the name of a group not a string, or ``losses_fn`` has no forward
+        derivative and ``rows`` is ``"low_memory"``; if there are batch statistics of Flax among the
+        parameters; or if ``losses_fn`` returns a pair of anything but scalars without ``has_aux``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -159,6 +174,8 @@ def value_and_grad(
             "rows='low_memory' holds one task gradient at a time, and this weighting or aggregator "
             "reads all of them."
         )
+    if groups is not None:
+        _check_groups(weighting, rows)
 
     def losses(params: PyTree, *args: Any) -> tuple[Losses, Any]:
         return read_output(losses_fn(params, *args), has_aux, "`losses_fn`")
@@ -169,11 +186,16 @@ def value_and_grad(
             params,
             mask,
             shared=shared,
+            groups=groups,
             rows=rows,
             axes=read_axis_name(axis_name),
+            forward=not isinstance(weighting, Aggregator)
+            and weighting.needs is Signal.SECOND_BATCH,
         )
 
-    return _gradient(weighting, losses, jacobian, shared, leave_out_zero, diagnostics, axis_name)
+    return _gradient(
+        weighting, losses, jacobian, shared, groups, leave_out_zero, diagnostics, axis_name
+    )
 
 
 def representation_value_and_grad(
@@ -275,7 +297,7 @@ def representation_value_and_grad(
     check_functions(where, encoder=encoder, heads=heads)
     check_flags(where, has_aux=has_aux, leave_out_zero=leave_out_zero, diagnostics=diagnostics)
     check_weighting(weighting)
-    if _reads_rows(weighting):
+    if _reads_rows(weighting) or weighting.needs is Signal.SECOND_BATCH:
         raise TypeError(
             "This weighting reads the task gradients by the parameters: use it through "
             "mtl_jax.value_and_grad, with `shared`."
@@ -317,7 +339,9 @@ def representation_value_and_grad(
         found.aux = found.aux if has_aux else None
         return found
 
-    return _gradient(weighting, losses, jacobian, shared, leave_out_zero, diagnostics, axis_name)
+    return _gradient(
+        weighting, losses, jacobian, shared, None, leave_out_zero, diagnostics, axis_name
+    )
 
 
 # What both transforms do
@@ -327,11 +351,45 @@ def _reads_rows(weighting: Weighting | Aggregator) -> bool:
     return isinstance(weighting, Aggregator) or weighting.needs is Signal.TASK_GRADIENTS
 
 
+def _check_second(weighting: Weighting | Aggregator, second: Any) -> None:
+    """Raise an error for a second batch that is missing, or that nobody reads."""
+    reads = not isinstance(weighting, Aggregator) and weighting.needs is Signal.SECOND_BATCH
+    if reads and second is None:
+        raise ValueError(
+            "This weighting reads a second batch: pass the arguments of the losses for it, as a "
+            "tuple, such as second=(batch,)."
+        )
+    if second is not None and not reads:
+        raise ValueError("`second` is a second batch, which this weighting does not read.")
+    if second is not None and not isinstance(second, tuple):
+        raise TypeError(
+            "`second` must be the tuple of the further arguments of the losses, such as "
+            f"second=(batch,); got {type(second).__name__}."
+        )
+
+
+def _check_groups(weighting: Weighting | Aggregator, rows: RowsMode) -> None:
+    """Raise an error for what cannot be had group by group."""
+    if not isinstance(weighting, Aggregator) and weighting.needs is Signal.LOSSES:
+        raise ValueError(
+            "`groups` is for what reads the Gramian or the task gradients: a weighting that reads "
+            "the losses alone has the same weights in every group. Leave `groups` out."
+        )
+    if not isinstance(weighting, Aggregator) and weighting.needs is Signal.SECOND_BATCH:
+        raise ValueError("`groups` is not for a weighting that reads a second batch.")
+    if rows == "low_memory":
+        raise ValueError(
+            "rows='low_memory' does not hold the task gradients of which `groups` takes the parts: "
+            "choose rows='map', which holds all K of them."
+        )
+
+
 def _gradient(
     weighting: Weighting | Aggregator,
     losses_and_aux: Callable[..., tuple[Losses, Any]],
     jacobian: Callable[[PyTree, PyTree | None, tuple[Any, ...]], TaskJacobian],
     shared: Shared,
+    groups: GroupsOf,
     leave_out_zero: bool,
     diagnose: bool,
     axis_name: AxisName,
@@ -355,88 +413,133 @@ def _gradient(
                 f"The losses use a mesh axis that is unknown here: {error} Name it as `axis_name`, "
                 "or make the state inside jax.shard_map."
             ) from error
-        if isinstance(weighting, Aggregator):
-            return weighting.init(shared_parameters(params, shared), shapes, key=key)
-        if weighting.needs is Signal.TASK_GRADIENTS:
-            return weighting.init(shapes, key=key, params=shared_parameters(params, shared))
-        return weighting.init(shapes, key=key)
+        own = Groups.of(params, shared, groups)
+
+        def start(key: Array | None, params: PyTree) -> PyTree:
+            if isinstance(weighting, Aggregator):
+                return weighting.init(params, shapes, key=key)
+            if weighting.needs is Signal.TASK_GRADIENTS:
+                return weighting.init(shapes, key=key, params=params)
+            return weighting.init(shapes, key=key)
+
+        keys = key
+        if own is not None:
+            number, key = len(own.names), read_key(key)
+            keys = [None] * number if key is None else jax.random.split(key, number)
+            keys = dict(zip(own.names, keys, strict=True))
+        return each(own, start, keys, shared_parameters(params, shared, own))
 
     def update(
-        params: PyTree, state: PyTree, *args: Any, mask: PyTree | None = None
+        params: PyTree,
+        state: PyTree,
+        *args: Any,
+        mask: PyTree | None = None,
+        second: tuple[Any, ...] | None = None,
     ) -> tuple[MultiTaskValue, PyTree, PyTree]:
         _check_params(params)
+        _check_second(weighting, second)
         at = jacobian(params, mask, args)
+
+        def there(params: PyTree) -> TaskJacobian:
+            """The losses of the second batch."""
+            assert second is not None
+            return jacobian(params, mask, second)
+
         if isinstance(weighting, Aggregator):
             assert isinstance(at, ParameterJacobian)
             found = _aggregate(weighting, at, state, leave_out_zero, diagnose)
         else:
-            found = _weigh(weighting, at, state, leave_out_zero, diagnose)
-        gramian = found.gramian
+            found = _weigh(weighting, at, there, state, leave_out_zero, diagnose)
+        weights, gramian, diagnosed = found.weights, found.gramian, None
+        if gramian is not None and diagnose:
+            diagnosed = each(at.groups, lambda own: diagnostics_of(own, at.present), gramian)
         value = MultiTaskValue(
             losses=at.losses,
-            weights=None if found.weights is None else at.tasks.unstack(found.weights),
-            present=at.tasks.unstack(found.present),
-            finite=all_finite(found.weights) & has_finite_norm(found.gradient, at.losses),
+            weights=None if weights is None else each(at.groups, at.tasks.unstack, weights),
+            present=each(at.groups, at.tasks.unstack, found.present),
+            finite=all_finite(weights) & has_finite_norm(found.gradient, at.losses),
             aux=at.aux,
             gramian=gramian,
             measured=None if gramian is None else found.measured,
-            diagnostics=None if gramian is None else _diagnosed(gramian, at.present, diagnose),
+            diagnostics=diagnosed,
         )
         return value, found.gradient, tree_where(value.finite, found.state, state)
 
     def observe(params: PyTree, state: PyTree, *args: Any, mask: PyTree | None = None) -> PyTree:
         assert isinstance(weighting, Weighting)
-        assert weighting.observe is not None
-        return weighting.observe(losses(params, *args), state, mask=mask)
+        function = weighting.observe
+        assert function is not None
+        after, own = losses(params, *args), Groups.of(params, shared, groups)
+        masks = dict.fromkeys(own.names) if own is not None and mask is None else mask
+        return each(own, lambda state, mask: function(after, state, mask=mask), state, masks)
 
     observes = isinstance(weighting, Weighting) and weighting.observe is not None
     return MultiTaskGradient(init, update, losses, observe if observes else None)
 
 
-def _diagnosed(gramian: Gramian, present: Mask, wanted: bool) -> Diagnostics | None:
-    return diagnostics_of(gramian, present) if wanted else None
-
-
 class _Found(NamedTuple):
-    """What was decided in a step: the gradient, and what it was decided on."""
+    """What was decided in a step: the gradient, and what it was decided on.
 
-    weights: Vector | None
-    present: Mask
+    Weights, present tasks, state and Gramian are by group where there are groups.
+    """
+
+    weights: Any
+    present: Any
     gradient: PyTree
     state: PyTree
-    gramian: Gramian | None
+    gramian: Any
     measured: Bool[Array, ""]
 
 
 def _weigh(
-    weighting: Weighting, at: TaskJacobian, state: PyTree, leave_out_zero: bool, diagnose: bool
+    weighting: Weighting,
+    at: TaskJacobian,
+    second: Callable[[PyTree], TaskJacobian],
+    state: PyTree,
+    leave_out_zero: bool,
+    diagnose: bool,
 ) -> _Found:
     """Decide the weights and take the gradient, measuring the signal only if it is needed."""
-    method, needs = weighting.method, weighting.needs
-    state = read_state(method, state, at.tasks, at.shared)
+    method, needs, groups = weighting.method, weighting.needs, at.groups
+    _check_grouped(state, groups)
+    state = each(
+        groups, lambda own, shared: read_state(method, own, at.tasks, shared), state, at.shared
+    )
     losses = read_losses(at.losses, at.present, at.tasks)
 
     def measure() -> tuple[Any, Any, Any]:
         """The Gramian, if one is wanted, the rows, and what the method reads of the two."""
+        if needs is Signal.SECOND_BATCH:
+            assert isinstance(at, ParameterJacobian)
+            assert method.directions is not None
+            products, rows = at.products(second, *method.directions(state, at.present))
+            check_whole(products, at.losses, "A parameter", _WHOLE_GRADIENTS)
+            return at.measure()[0] if diagnose else None, rows, read(products)
         if needs is not Signal.TASK_GRADIENTS:
             gramian, rows = at.measure()
             check_whole(gramian, at.losses, "The Gramian", "Pass that axis as `axis_name`.")
-            return gramian, rows, read_signal(needs, gramian, at.present, at.tasks)
+            return gramian, rows, each(groups, read, gramian)
         assert isinstance(at, ParameterJacobian)
         rows = at.task_gradients()
         check_whole(rows, at.losses, "A parameter", _WHOLE_GRADIENTS)
-        signal = read_signal(needs, at.as_tree(rows), at.present, at.tasks)
-        return gramian_of(rows) if diagnose else None, rows, signal
+        return at.gramian_of(rows) if diagnose else None, rows, each(groups, read, at.as_tree(rows))
 
-    def decide(signal: Any) -> tuple[Vector, Mask, PyTree]:
+    def read(signal: Any) -> Any:
+        return read_signal(needs, signal, at.present, at.tasks)
+
+    def decide(signal: Any, state: PyTree) -> tuple[Vector, Mask, PyTree]:
         """The weights, the tasks that they are decided on, and the new state."""
         if not leave_out_zero:
             weights, new_state = method.update(losses, state, at.present, signal)
             return weights, at.present, new_state
         deciding = at.present & (losses != 0) if method.positive_losses else at.present
-        moving = deciding if signal is None else deciding & nonzero_rows(jax.tree.leaves(signal))
+        moving = deciding
+        if signal is not None:
+            silent = ~nonzero_rows(jax.tree.leaves(signal))
+            # A task may have a gradient, and one that is orthogonal to those of a second batch.
+            moving &= ~(silent & (losses == 0)) if needs is Signal.SECOND_BATCH else ~silent
         weights, new_state = method.update(jnp.where(moving, losses, 1), state, moving, signal)
-        if signal is None or at.whole:
+        if signal is None or at.whole or groups is not None:
             return weights, moving, new_state
         # What does not enter the Gramian, such as a head whose last layer begins at zero, may well
         # have a gradient.
@@ -444,30 +547,78 @@ def _weigh(
         usual = jnp.where(number > 0, total / jnp.maximum(number, 1), 1)
         return jnp.where(deciding & ~moving, usual, weights), moving, new_state
 
+    def decide_all(signal: Any) -> tuple[Any, Any, Any]:
+        if groups is None:
+            return decide(signal, state)
+        return _decide_by_group(decide, signal, state, stacked=needs is Signal.GRAMIAN)
+
     always = jnp.asarray(True)
     if needs is Signal.LOSSES and not diagnose:
-        weights, present, new_state = decide(None)
+        weights, present, new_state = decide_all(None)
         return _Found(weights, present, at.pull_back(weights), new_state, None, always)
     if method.due is None:
         gramian, rows, signal = measure()
-        weights, present, new_state = decide(signal)
+        weights, present, new_state = decide_all(signal)
         return _Found(weights, present, at.combine(weights, rows), new_state, gramian, always)
 
     shape = jax.eval_shape(lambda: measure()[0])
 
     def when_due() -> tuple[Any, ...]:
         gramian, _, signal = measure()
-        return *decide(signal), gramian
+        return *decide_all(signal), gramian
 
     def otherwise() -> tuple[Any, ...]:
         zeros = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shape)
-        return *decide(None), zeros
+        return *decide_all(None), zeros
 
     # The rows do not leave the branch: the other one would have to hold as many zeros. So the
     # gradient takes a backward pass of its own, which is the only one in a step that is not due.
-    due = _any_due(method.due(state))
+    by_group = [method.due(own) for own in ([state] if groups is None else state.values())]
+    due = _any_due(functools.reduce(jnp.logical_or, by_group))
     weights, present, new_state, gramian = jax.lax.cond(due, when_due, otherwise)
     return _Found(weights, present, at.pull_back(weights), new_state, gramian, due)
+
+
+def _check_grouped(state: PyTree, groups: Groups | None) -> None:
+    """Raise an error for a state of other groups, if there are groups."""
+    if groups is None or (isinstance(state, dict) and set(state) == set(groups.names)):
+        return
+    known = ", ".join(map(str, state)) if isinstance(state, dict) else "none"
+    raise ValueError(
+        f"With `groups` the state is a dictionary of the groups {', '.join(groups.names)}, as this "
+        f"gradient's `init` returned it; the state has {known}."
+    )
+
+
+def _decide_by_group(
+    decide: Callable[[Any, PyTree], tuple[Any, Any, Any]],
+    signals: Any,
+    states: dict[str, PyTree],
+    *,
+    stacked: bool,
+) -> tuple[Any, Any, Any]:
+    """The three results of a decision for every group, each by group.
+
+    Args:
+      decide: ``decide(signal, state)``, for one group.
+      signals: the signals by group, or ``None``.
+      states: the states by group.
+      stacked: whether signals and states are of the same shapes in all groups. They are then taken
+        together, so that the method is compiled once.
+    """
+    names = list(states)
+    pairs = [(None if signals is None else signals[name], states[name]) for name in names]
+    if stacked:
+        together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pairs)
+        found = jax.vmap(decide)(*together)
+        rows = map(operator.itemgetter, range(len(names)))
+        results = [jax.tree.map(row, found) for row in rows]
+    else:
+        results = [decide(*pair) for pair in pairs]
+    weights, present, new_states = (
+        dict(zip(names, parts, strict=True)) for parts in zip(*results, strict=True)
+    )
+    return weights, present, new_states
 
 
 _WHOLE_GRADIENTS = (
@@ -484,19 +635,33 @@ def _aggregate(
     diagnose: bool,
 ) -> _Found:
     """Combine the task gradients; what is not shared gets the gradient of the plain sum."""
+    _check_grouped(state, at.groups)
     if aggregator.one_at_a_time:
-        # A task whose gradient is zero has its turn like any other.
-        present = moving = next_in_turn(state, at.tasks, at.present)
+        # A task whose gradient is zero has its turn like any other. All groups are at the same one.
+        turns = state if at.groups is None else next(iter(state.values()))
+        present = next_in_turn(turns, at.tasks, at.present)
         rows = stacked(at.task_gradients()) if diagnose else at.one_task_gradient(present)
     else:
         present, rows = at.present, stacked(at.task_gradients())
-        moving = present & nonzero_rows(rows) if leave_out_zero else present
     check_whole(rows, at.losses, "A parameter", _WHOLE_GRADIENTS)
-    combined, new_state = aggregator.update(
-        at.as_tree(rows), state, losses=at.losses, mask=at.tasks.unstack(moving)
-    )
-    gradient = at.with_rest(jax.tree.leaves(combined), present.astype(at.tasks.dtype))
-    gramian = gramian_of(rows) if diagnose else None
+
+    def aggregate(rows: PyTree, state: PyTree) -> tuple[list[Array], Mask, PyTree]:
+        moving = present
+        if leave_out_zero and not aggregator.one_at_a_time:
+            moving &= nonzero_rows(jax.tree.leaves(rows))
+        combined, new_state = aggregator.update(
+            rows, state, losses=at.losses, mask=at.tasks.unstack(moving)
+        )
+        return jax.tree.leaves(combined), moving, new_state
+
+    if at.groups is None:
+        combined, moving, new_state = aggregate(at.as_tree(rows), state)
+    else:
+        combined, moving, new_state = _decide_by_group(
+            aggregate, at.as_tree(rows), state, stacked=False
+        )
+    gradient = at.with_rest(combined, present.astype(at.tasks.dtype))
+    gramian = at.gramian_of(rows) if diagnose else None
     return _Found(None, moving, gradient, new_state, gramian, jnp.asarray(True))
 
 

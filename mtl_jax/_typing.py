@@ -26,4 +26,7 @@ Mask = Bool[Array, "tasks"]
 Gramian = Float[Array, "tasks tasks"]
 """The inner products of the task gradients, in that order."""
 
-__all__ = ["Gramian", "Losses", "Mask", "PyTree", "Vector", "Weights"]
+Products = Float[Array, "tasks directions"]
+"""The inner products of the task gradients, in that order, with gradients on a second batch."""
+
+__all__ = ["Gramian", "Losses", "Mask", "Products", "PyTree", "Vector", "Weights"]

@@ -324,7 +324,7 @@ def log_losses(
       The weighting, with the state of the one inside.
 
     Raises:
-      ValueError: if ``decide_on`` is unknown.
+      ValueError: if ``decide_on`` is unknown, or the weighting reads a second batch.
       TypeError: if ``weighting`` is not a :class:`mtl_jax.Weighting`.
 
     References:
@@ -341,6 +341,11 @@ def log_losses(
     check_weighting(weighting)
     check_option(decide_on, ("logarithms", "losses"), "log_losses: `decide_on`")
     inner = weighting.method
+    if inner.needs is Signal.SECOND_BATCH:
+        raise ValueError(
+            "log_losses: this weighting reads gradients of the losses of a second batch, whose "
+            "logarithms it cannot be given. Return the logarithms from `losses_fn`."
+        )
 
     def read(losses: Vector, present: Mask) -> Vector:
         losses = jnp.where(losses > 0, losses, jnp.nan)
@@ -414,7 +419,14 @@ def _scheduled(
         needs=inner.needs,
         due=due,
         positive_losses=inner.positive_losses,
+        directions=_inner_directions(inner),
     )
+
+
+def _inner_directions(inner: VectorMethod) -> Callable[[Any, Mask], Any] | None:
+    """What the weighting inside asks of a second batch, as a function of the wrapper's state."""
+    directions = inner.directions
+    return None if directions is None else lambda state, present: directions(state.inner, present)
 
 
 def _changed(
@@ -446,4 +458,5 @@ def _passed_on(inner: VectorMethod) -> dict[str, Any]:
         "due": due if inner.due else None,
         "needs": inner.needs,
         "positive_losses": inner.positive_losses,
+        "directions": _inner_directions(inner),
     }

@@ -53,6 +53,9 @@ from mtl_jax.loss_weightings.softadapt import softadapt
 from mtl_jax.loss_weightings.stch import stch
 from mtl_jax.loss_weightings.uncertainty import uncertainty
 from mtl_jax.loss_weightings.uw_so import uw_so
+from mtl_jax.second_batch_weightings.auto_lambda import auto_lambda
+from mtl_jax.second_batch_weightings.modo import modo
+from mtl_jax.second_batch_weightings.sdmgrad import sdmgrad
 
 __all__ = [
     "METHODS",
@@ -62,6 +65,7 @@ __all__ = [
     "achievement",
     "adaptive",
     "aligned_mtl",
+    "auto_lambda",
     "cagrad",
     "causal",
     "conflict_free",
@@ -87,11 +91,13 @@ __all__ = [
     "lr_annealing",
     "mgda",
     "moco",
+    "modo",
     "nash_mtl",
     "norm_balance",
     "pcgrad",
     "random_weighting",
     "relobralo",
+    "sdmgrad",
     "softadapt",
     "stch",
     "trimmed_mean",
@@ -124,16 +130,25 @@ class RunSettings(NamedTuple):
       optimizer: the network's optimizer, which also trains a weighting's own parameters.
       single_task: what each task reaches alone, with the same seed; ``None`` where that was not
         trained.
+      learning_rate: the learning rate that the optimizer was made with, its greatest one.
     """
 
     steps_per_epoch: int
     epochs: int
     optimizer: optax.GradientTransformation
     single_task: SingleTask | None = None
+    learning_rate: float = 1e-3
 
 
-Reads = Literal["the losses", "the losses after the step, too", "the Gramian", "the task gradients"]
-"""What a method reads; from left to right a step costs more."""
+Reads = Literal[
+    "the losses",
+    "the losses after the step, too",
+    "the Gramian",
+    "the task gradients",
+    "a second batch",
+]
+"""What a method reads; from left to right a step costs more, but for the second batch, of which it
+depends on the method."""
 
 Domain = Literal["any", "not negative", "positive"]
 """The losses for which a method has an answer."""
@@ -145,8 +160,8 @@ class Method:
 
     Attributes:
       factory: the function that makes the weighting or aggregator: the public one of this name.
-      reads: ``"the losses"``, ``"the losses after the step, too"``, ``"the Gramian"`` or ``"the
-        task gradients"``.
+      reads: ``"the losses"``, ``"the losses after the step, too"``, ``"the Gramian"``, ``"the task
+        gradients"`` or ``"a second batch"``.
       effect: in a few words, which task gets more weight, or which direction is taken.
       required: the arguments that a comparison sets, each a function of its
         :class:`RunSettings`: all that have no default (but for the weights of
@@ -238,6 +253,10 @@ def _fifth(settings: RunSettings) -> int:
 
 def _optimizer(settings: RunSettings) -> optax.GradientTransformation:
     return settings.optimizer
+
+
+def _learning_rate(settings: RunSettings) -> float:
+    return settings.learning_rate
 
 
 _RECORDS = (
@@ -642,6 +661,40 @@ _RECORDS = (
         total=None,
         sources=(("Lin 2023", "https://arxiv.org/abs/2308.12029"),),
         search={"beta": Range(0.9, 0.0, 0.99), "beta_sigma": Choice(0.0, 0.5)},
+    ),
+    Method(
+        factory=modo,
+        reads="a second batch",
+        effect="steps towards the shortest direction",
+        total="1",
+        sources=(("Chen 2023", "https://arxiv.org/abs/2305.20057"),),
+        search={
+            "gamma": Range(0.001, 1e-4, 10.0, log=True),
+            "rho": Choice(0.1, 0.0, 0.01, 1.0),
+        },
+    ),
+    Method(
+        factory=auto_lambda,
+        reads="a second batch",
+        effect="the task whose step lowers the primary losses",
+        required={
+            "optimizer": lambda settings: optax.adam(1e-4),
+            "learning_rate": _learning_rate,
+        },
+        total="free, some may be negative",
+        sources=(("Liu 2022", "https://arxiv.org/abs/2202.03091"),),
+        search={"initial": Range(0.1, 0.01, 10.0, log=True)},
+    ),
+    Method(
+        factory=sdmgrad,
+        reads="a second batch",
+        effect="the shortest direction near the mean gradient",
+        total="1",
+        sources=(("Xiao 2023", "https://arxiv.org/abs/2305.18409"),),
+        search={
+            "regularization": Range(0.3, 0.01, 10.0, log=True),
+            "learning_rate": Choice(10.0, 1.0, 0.1),
+        },
     ),
 )
 

@@ -84,10 +84,13 @@ def own_weighting(after, tmp_path):
     params, x = after[3]["params"], after[3]["x"]
     rows = jax.jacobian(after[3]["losses_fn"])(params, x)
     assert_trees_close(after[3]["value"].weights, value.weights, rtol=1e-5, atol=0)  # one number
-    assert float(after[4]["grads"]) == pytest.approx(float(max(rows.values(), key=abs)))
-    weights = after[5]["value"].weights
+    total = sum(map(float, rows.values()))
+    agrees = {task: 1.0 if row * total > 0 else 0.5 for task, row in rows.items()}
+    assert {task: float(weight) for task, weight in after[4]["value"].weights.items()} == agrees
+    assert float(after[5]["grads"]) == pytest.approx(float(max(rows.values(), key=abs)))
+    weights = after[6]["value"].weights
     assert (weights["a"], weights["b"]) == pytest.approx((0.5, 1.5), rel=1e-5)
-    assert isinstance(after[6]["weightings"]["rising"](None), mtl_jax.Weighting)
+    assert isinstance(after[7]["weightings"]["rising"](None), mtl_jax.Weighting)
 
 
 def moving(after, tmp_path):
@@ -212,7 +215,13 @@ def evaluation(after, tmp_path):
 
 def how_it_works(after, tmp_path):
     assert after[0]["value"].weights == after[0]["weights"]
-    state, params = after[1]["state"], after[1]["params"]
+    weights = after[1]["value"].weights
+    assert {task: float(weight) for task, weight in weights["heads/a"].items()} == {"a": 1, "b": 0}
+    assert all(weight > 0 for weight in weights["encoder/second"].values())
+    state, params = after[2]["state"], after[2]["layers"]
+    assert (state.step, state.skipped) == (3, 0)
+    assert float(after[2]["value"].weights["a"] + after[2]["value"].weights["b"]) == 1
+    state, params = after[3]["state"], after[3]["params"]
     assert (state.step, state.skipped) == (1, 0)
     assert float(state.params) != float(params)
 

@@ -54,9 +54,11 @@ def updated(method, state):
     """The weights, or the gradient, and the next state; and that after the step."""
     if isinstance(method, mtl_jax.Aggregator):
         return method.update(ROWS, state, losses=LOSSES, mask=EVERYBODY)
-    weights, state = method.update(
-        LOSSES, state, mask=EVERYBODY, gramian=J @ J.T, task_gradients=ROWS
-    )
+    signals = {"gramian": J @ J.T, "task_gradients": ROWS}
+    if method.needs is mtl_jax.Signal.SECOND_BATCH:
+        combinations, _ = method.method.directions(state, np.ones(3, bool))
+        signals["products"] = J @ (np.asarray(combinations) @ J).T
+    weights, state = method.update(LOSSES, state, mask=EVERYBODY, **signals)
     return weights, state if method.observe is None else method.observe(LOSSES, state)
 
 

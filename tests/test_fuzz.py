@@ -261,6 +261,14 @@ CONSTRUCTORS = [
     (mtl_jax.excess_mtl, {"step_size": 0.1, "eps": 0.0}),
     (mtl_jax.lr_annealing, {"reference": None, "alpha": 0.1, "statistic": "max"}),
     (mtl_jax.db_mtl, {"beta": 0.5, "beta_sigma": 0.1, "eps": 0.0}),
+    (mtl_jax.modo, {"gamma": 0.1, "rho": 0.1}),
+    (mtl_jax.auto_lambda, {
+        "optimizer": ADAM, "learning_rate": 0.1, "primary": LOSSES, "initial": LOSSES,
+    }),
+    (mtl_jax.sdmgrad, {
+        "regularization": 0.3, "learning_rate": 0.1, "momentum": 0.5, "iterations": 2,
+        "preference": LOSSES, "eps": 0.0,
+    }),
     (mtl_jax.every, {"weighting": mtl_jax.equal(), "steps": 2}),
     (mtl_jax.after_warmup, {"weighting": mtl_jax.equal(), "steps": 2}),
     (mtl_jax.ema, {"weighting": mtl_jax.equal(), "decay": 0.5, "initial": "first"}),
@@ -281,6 +289,12 @@ CONSTRUCTORS = [
         "observe": lambda losses, state, present: state,
         "needs": mtl_jax.Signal.GRAMIAN,
     }),
+    (mtl_jax.vector_weighting, {
+        "update": lambda losses, state, *_: (losses, state),
+        "init": lambda tasks, key: (),
+        "needs": mtl_jax.Signal.SECOND_BATCH,
+        "directions": lambda state, present: (np.ones((2, present.size), np.float32), None),
+    }),
     (mtl_jax.rows_aggregator, {
         "update": lambda rows, state, *_: (jax.tree.map(lambda row: row[0], rows), state),
         "init": lambda params, tasks, key: (),
@@ -298,6 +312,9 @@ def use(made):
     def run():
         state = made.init(LOSSES, key=KEY, params=PARAMS)
         signals = {"gramian": GRAMIAN, "task_gradients": ROWS}
+        if made.needs is mtl_jax.Signal.SECOND_BATCH:
+            combinations, _ = made.method.directions(state, np.ones(len(TASKS), bool))
+            signals["products"] = GRAMIAN[:, : len(combinations)]
         weights, state = made.update(LOSSES, state, mask=MASK, **signals)
         return weights, state if made.observe is None else made.observe(LOSSES, state)
 

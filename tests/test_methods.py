@@ -21,12 +21,14 @@ SIGNALS = {
     "the losses after the step, too": Signal.LOSSES,
     "the Gramian": Signal.GRAMIAN,
     "the task gradients": Signal.TASK_GRADIENTS,
+    "a second batch": Signal.SECOND_BATCH,
 }
 FOLDERS = {
     "loss_weightings": {"the losses", "the losses after the step, too"},
     "gramian_weightings": {"the Gramian"},
     "gradient_weightings": {"the task gradients"},
     "gradient_aggregators": {"the task gradients"},
+    "second_batch_weightings": {"a second batch"},
 }
 KEY = jax.random.key(3)
 ROWS = jnp.array([[1.0, 0.5, 0.0], [-0.25, 1.0, 0.5], [0.5, -0.25, 2.0]])
@@ -53,9 +55,11 @@ def step(name):
         return jax.jit(update), made.init(ROWS[0], shapes, key=KEY)
 
     def update(losses, rows, state):
-        weights, state = made.update(
-            tuple(jnp.unstack(losses)), state, gramian=rows @ rows.T, task_gradients=rows
-        )
+        signals = {"gramian": rows @ rows.T, "task_gradients": rows}
+        if made.needs is Signal.SECOND_BATCH:  # with the same gradients
+            combinations, _ = made.method.directions(state, jnp.ones(3, bool))
+            signals = {"products": rows @ (combinations @ rows).T}
+        weights, state = made.update(tuple(jnp.unstack(losses)), state, **signals)
         return jnp.stack(weights), state
 
     return jax.jit(update), made.init(shapes, key=KEY, params=ROWS[0])

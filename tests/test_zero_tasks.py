@@ -73,14 +73,16 @@ def test_a_zero_task_is_as_one_without_labels(name):
     call = jax.jit(gradient)
     left_out = masked = gradient.init(PARAMS, jnp.ones(4), key=KEY)
     everybody = mask_of(np.ones(4))
+    needs = getattr(MADE[name], "needs", None)
     params = PARAMS
     for scales in ([1, 1, 1, 0], [1, 2, 1, 0], [1, 1, 1, 1], [1, 0, 1, 1], [0, 0, 0, 0]):
         scales = np.array(scales, np.float32)
-        found, direction, left_out = call(params, left_out, scales, mask=everybody)
+        second = {"second": (scales,)} if needs is Signal.SECOND_BATCH else {}
+        found, direction, left_out = call(params, left_out, scales, mask=everybody, **second)
         assert found.finite
         assert any(leaf.any() for leaf in plain(direction)) == bool(scales.any())
         if leaves_out(MADE[name]):
-            expected = call(params, masked, scales, mask=mask_of(scales))
+            expected = call(params, masked, scales, mask=mask_of(scales), **second)
             assert_same((found.weights, direction, left_out), (expected[0].weights, *expected[1:]))
             masked = expected[2]
         params = jax.tree.map(lambda p, d: p - 0.01 * d, params, direction)

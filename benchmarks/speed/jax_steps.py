@@ -17,6 +17,7 @@ from benchmarks.speed.methods import (
     HELD,
     OPTIMIZER,
     OWN_STEP,
+    SECOND,
     Variant,
     variants,
     why_not,
@@ -60,7 +61,7 @@ def make_step(problem: Problem, variant: Variant) -> tuple[Step, Any]:
             shared=_shared,
         )
     else:
-        way = variant.form.partition("=")[2] or "auto"
+        way = variant.form.partition("=")[2] or "auto"  # also for a second batch
         way = int(way) if way.isdecimal() else cast(RowsMode, way)
         gradient = mtl_jax.value_and_grad(problem.losses_fn, weighting, shared=_shared, rows=way)
     key = jax.random.key(0)
@@ -71,6 +72,8 @@ def make_step(problem: Problem, variant: Variant) -> tuple[Step, Any]:
         )
         return _own_step(gradient), _fresh((problem.params, *states))
     step = mtl_jax.make_train_step(gradient, OPTIMIZER)
+    if variant.form == SECOND:
+        return _with_second(step), step.init(problem.params, problem.batch, weighting_key=key)
     return step, step.init(problem.params, problem.batch, weighting_key=key)
 
 
@@ -80,6 +83,14 @@ def _own_step(gradient: mtl_jax.MultiTaskGradient) -> Step:
         value, grads, weighting_state = gradient(params, weighting_state, batch)
         updates, opt_state = OPTIMIZER.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state, weighting_state), value
+
+    return step
+
+
+def _with_second(train_step: mtl_jax.TrainStep) -> Step:
+    def step(state: Any, batch: PyTree) -> tuple[Any, Any]:
+        # In another order, so that XLA does not find both batches to be one.
+        return train_step(state, batch, second=(jax.tree.map(lambda leaf: leaf[::-1], batch),))
 
     return step
 

@@ -22,6 +22,7 @@ ROWS_METHOD = "mgda"
 """The method with which every way to compute the rows is timed."""
 ROWS_WAYS: tuple[RowsMode, ...] = ("unrolled", "map", 5, "vmap", "low_memory")
 OWN_STEP = "own step"
+SECOND = "second batch"
 OWN_STEP_METHODS = ("adaptive", "dwa", "uncertainty")
 """The methods that are timed in a step written by hand, too, around ``value_and_grad``."""
 
@@ -33,7 +34,8 @@ class Variant(NamedTuple):
       method: its name.
       form: "plain"; "losses"; "own step", by hand around the gradient; "representation"; "encoder
         rows", the Gramian over the shared parameters with one pass through the heads; "rows" or
-        "rows=<way>", without encoder and heads being told apart.
+        "rows=<way>", without encoder and heads being told apart; "second batch", as large as the
+        first.
       weighting: the weighting or the aggregator; ``None`` for the plain step.
     """
 
@@ -69,6 +71,8 @@ def variants(methods: Sequence[str] = ()) -> Iterator[Variant]:
 def _forms(name: str, weighting: Weighting | Aggregator) -> Iterator[str]:
     if isinstance(weighting, Aggregator) or weighting.needs is Signal.TASK_GRADIENTS:
         yield "rows"
+    elif weighting.needs is Signal.SECOND_BATCH:
+        yield SECOND
     elif weighting.needs is Signal.LOSSES:
         yield "losses"
         if name in OWN_STEP_METHODS:

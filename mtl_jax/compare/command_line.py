@@ -316,6 +316,7 @@ _PRICES: Mapping[str, str] = {
     "the losses after the step, too": "2 forward, 1 backward",
     "the Gramian": "1 forward, 1 backward at the representation; else 1 forward, K backward",
     "the task gradients": "1 forward, K backward; K gradients held",
+    "a second batch": "2 forward, 2 or 3 backward, 1 forward derivative; for sdmgrad K + 1 and K",
 }
 
 

@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -292,7 +293,7 @@ class Trainer:
                 columns += [("weight", task) for task in self.problem.tasks]
             if run.measured_at is not None:
                 columns += [("conflict", "share"), ("conflict", "cosine")]
-            self._programs[key] = _Program(self, setting, columns)
+            self._programs[key] = _Program(self, setting, columns, _reads_second(weighting))
         return self._programs[key]
 
     @functools.cached_property
@@ -404,7 +405,9 @@ class Trainer:
         single_task: SingleTask | None,
     ) -> Weighting | Aggregator:
         optimizer = self._optimizer(learning_rate)
-        settings = RunSettings(self.steps_per_epoch, self.problem.epochs, optimizer, single_task)
+        settings = RunSettings(
+            self.steps_per_epoch, self.problem.epochs, optimizer, single_task, learning_rate
+        )
         return setting.make(settings, **parameters)
 
     def _default(self, setting: Setting) -> Weighting | Aggregator:
@@ -414,6 +417,8 @@ class Trainer:
     def _measured_at(self, weighting: Weighting | Aggregator, task: str | None) -> Place | None:
         if isinstance(weighting, Aggregator) or weighting.needs is Signal.TASK_GRADIENTS:
             return "parameters"
+        if _reads_second(weighting):  # whose gradients, too, are those by the parameters
+            return "parameters" if self.conflict and task is None else None
         if weighting.needs is Signal.GRAMIAN or (self.conflict and task is None):
             return "parameters" if self.problem.encoder is None else "representation"
         return None
@@ -535,13 +540,19 @@ class _Program:
 
     Attributes:
       columns: what is kept of every step.
+      reads_second: whether the weighting reads a second batch: the items are then pairs.
       memory_bytes: the memory that it takes; ``None`` if the backend does not say.
     """
 
     def __init__(
-        self, trainer: Trainer, setting: Setting, columns: Sequence[tuple[str, str]]
+        self,
+        trainer: Trainer,
+        setting: Setting,
+        columns: Sequence[tuple[str, str]],
+        reads_second: bool,
     ) -> None:
         self._trainer, self._setting, self.columns = trainer, setting, columns
+        self.reads_second = reads_second
         self._join = _Numbers(setting).join
         self._traced = True
         self._compiled: dict[Any, jax.stages.Compiled] = {}
@@ -614,12 +625,13 @@ class _Program:
         trainer, update = self._trainer, self._train_step(values)
 
         def take_step(item: PyTree, state: TrainState, found: Array) -> tuple[TrainState, Array]:
-            batch = trainer.devices.constrain(take(data, item))
-            mask = trainer.problem.present(batch)
-            if only is not None:
-                mask = only if mask is None else {task: only[task] & mask[task] for task in only}
+            items = item if self.reads_second else (item,)
+            batch, *others = (trainer.devices.constrain(take(data, one)) for one in items)
+            mask = only
+            for one in (batch, *others):  # a task is present if it has labels in all of them
+                mask = _both(mask, trainer.problem.present(one))
             row = state.step % len(found)
-            state, value = update(state, batch, mask=mask)
+            state, value = update(state, batch, mask=mask, second=tuple(others) or None)
             return state, found.at[row].set(_row(value, mask, self.columns).astype(found.dtype))
 
         if trainer.steps_per_call == 1:
@@ -647,13 +659,16 @@ class _Loop:
         tasks = trainer.problem.tasks
         self._only = run.task and place({task: jnp.asarray(task == run.task) for task in tasks})
         processes = (jax.process_index(), jax.process_count())
-        self._items = iter(trainer.problem.train_batches(run.seed, self.step, *processes))
+        self._batches = iter(trainer.problem.train_batches(run.seed, self.step, *processes))
+        # A second batch is that of the next step.
+        pairs = program.reads_second
+        self._items = itertools.pairwise(self._batches) if pairs else self._batches
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._items.close()  # ends worker processes
+        self._batches.close()  # ends worker processes
 
     def advance(self, compiling: "_Compiling") -> Float[np.ndarray, "steps columns"]:
         """Take steps to the end of the epoch, or of the room for what they find, or for a while.
@@ -689,6 +704,17 @@ class _Loop:
         self.state, self._found, tick = self._program.steps(self._numbers, arguments, compiling)
         self.step += len(items)
         return tick
+
+
+def _both(mask: PyTree | None, other: PyTree | None) -> PyTree | None:
+    """The tasks that are present in two masks; ``None`` for all."""
+    if mask is None or other is None:
+        return other if mask is None else mask
+    return {task: mask[task] & other[task] for task in mask}
+
+
+def _reads_second(weighting: Weighting | Aggregator) -> bool:
+    return isinstance(weighting, Weighting) and weighting.needs is Signal.SECOND_BATCH
 
 
 def _reads_metrics(state: PyTree) -> bool:

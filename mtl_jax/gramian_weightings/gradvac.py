@@ -38,7 +38,8 @@ def gradvac(beta: float = 0.5, order: Order | None = None) -> Weighting:
     :math:`\phi_{ij} \leftarrow (1 - \beta)\, \phi_{ij} + \beta \rho`, from 0 at the start. The
     gradient is the sum of the a of all tasks, and the weights are its coefficients in the task
     gradients, found from the Gramian alone. They are at least 1. With the targets held at 0 it
-    is :func:`mtl_jax.pcgrad`.
+    is :func:`mtl_jax.pcgrad`. The paper keeps targets for the whole model, for encoder and decoder,
+    for each layer or for each matrix: ``groups`` of :func:`mtl_jax.value_and_grad`.
 
     :math:`1 - \phi^2` is kept at one rounding unit or more, where the published implementations
     add 1e-8 to lengths. A gradient that is zero, or becomes so when it is projected away from its

@@ -1,5 +1,7 @@
 """Training runs: every form of a step, one program for all numbers, and the metrics."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,7 @@ from toy_problem import (
 import mtl_jax
 from mtl_jax._base import Aggregator, Signal
 from mtl_jax.compare import WEIGHTINGS, Task, mean_of, training
+from mtl_jax.compare.data import take
 from mtl_jax.compare.training import Evaluator, Setting, Trainer, settings_of, single_task
 
 WHOLE = {"shared": shared}
@@ -362,3 +365,38 @@ def test_losses_without_labels_leave_gradients_finite():
     batch["x"] = split(4, 0)["x"]
     gradient = jax.grad(lambda p: losses(p, state, None, batch)[0]["line"])(params)
     assert all(jnp.all(leaf == 0) for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_the_second_batch_is_that_of_the_next_step(small, monkeypatch):
+    """Its products are those of the order in which the run goes through the data."""
+    if not small:
+        monkeypatch.setattr(training, "SMALL", 0)
+    problem = make_problem(
+        **WHOLE, epochs=2, batch_size=64, optimizer=lambda rate, steps: optax.set_to_zero()
+    )
+    weighting = mtl_jax.vector_weighting(
+        lambda losses, state, present, steps, products: (products[:, 0], state),
+        needs=Signal.SECOND_BATCH,
+        directions=lambda state, present: (jnp.array([[1.0, 0.0]]), None),
+    )
+    trainer = Trainer(problem)
+    run = last(trainer, setting("products", make=lambda settings: weighting))
+    assert run.failure is None
+    assert run.measured_at is None
+    assert trainer.steps_per_call == (3 if small else 1)
+    params, model_state = problem.init(jax.random.split(jax.random.key(0), 3)[0])
+    batches = problem.train_batches(0)
+    items = itertools.islice(iter(batches), 7)
+
+    def rows(batch):
+        def own(encoder):
+            return losses(params | {"encoder": encoder}, model_state, None, batch)[0]
+
+        found = jax.jacobian(own)(params["encoder"])
+        return np.stack([found[task].ravel() for task in problem.tasks])
+
+    found = [rows(take(batches.device_data, item)) for item in items]
+    expected = [one @ following[0] for one, following in itertools.pairwise(found)]
+    weights = np.stack([run.weights[task] for task in problem.tasks], axis=1)
+    np.testing.assert_allclose(weights, expected, rtol=1e-4, atol=1e-6)

@@ -48,6 +48,7 @@ ELSEWHERE = {
     *("imtl_l", "stch", "famo", "gradnorm", "mgda", "cagrad", "pcgrad", "gradvac", "nash_mtl"),
     *("fair_grad", "imtl_g", "aligned_mtl", "upgrad", "dual_proj", "conflict_free", "krum"),
     *("graddrop", "trimmed_mean", "moco", "excess_mtl", "db_mtl"),
+    *("modo", "auto_lambda", "sdmgrad"),
 }
 
 
@@ -180,7 +181,7 @@ def test_moving(page):
     rows = re.findall(r"^\|[^|]*\| ([^|]*) \|[^|]*\|$", PAGES[page], re.MULTILINE)
     calls = [call for row in rows for call in re.findall(r"`(\w+\([^`]*\))`", row)]
     known = {"optimizer": optax.adam(1e-3), "steps_per_epoch": 10, "k": 10, "K": 3, "mu": 0.5}
-    known |= {"weights": {"data": 1.0}}
+    known |= {"weights": {"data": 1.0}, "learning_rate": 0.1}
     made = [eval(call, vars(mtl_jax) | known) for call in calls]
     assert all(isinstance(one, mtl_jax.Weighting | mtl_jax.Aggregator) for one in made)
     assert len(made) > 10
@@ -196,6 +197,8 @@ def test_defaults_that_are_said_to_be_shared():
         "excess_mtl": {"step_size": 0.01},
         "famo": {"learning_rate": 0.025, "weight_decay": 1e-3},
         "stch": {"mu": 1.0},
+        "modo": {"gamma": 0.001, "rho": 0.1},
+        "sdmgrad": {"regularization": 0.3, "iterations": 20, "momentum": 0.5},
         "norm_balance": {"momentum": 0.9},
         "lr_annealing": {"alpha": 0.1},
         "relobralo": {"alpha": 0.999, "temperature": 1.0, "rho": 1.0},

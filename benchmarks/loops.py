@@ -81,7 +81,7 @@ class Dense(nn.Module):
 class Flip(grain.transforms.RandomMap):
     """Turns half of the pictures over."""
 
-    def random_map(self, element: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    def random_map(self, element: Any, rng: np.random.Generator) -> Any:
         """Another example."""
         x = element["x"][:, ::-1] if rng.random() < 0.5 else element["x"]
         return {**element, "x": np.ascontiguousarray(x)}

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 import mtl_jax
 from mtl_jax import RunSettings
 from mtl_jax._base import Aggregator, Weighting
-from mtl_jax.compare import WEIGHTINGS, look_up
+from mtl_jax.compare import look_up
 
 STARTS = ((-8.5, 7.5), (-8.5, -5.0), (9.0, 9.0), (-7.5, -0.5), (9.0, -1.0))
 """The published starting points: the first three are those of Liu et al., and all but the second
@@ -34,7 +34,11 @@ WINDOW = 100
 """The steps that stand for an epoch, for the weightings that have one."""
 
 
-KNOWN = {**WEIGHTINGS, "famo": lambda settings: mtl_jax.famo(weight_decay=0.0)}
+MAKES = {name: make for method in mtl_jax.METHODS.values() for name, make in method.makes.items()}
+KNOWN = MAKES | {
+    "constant": lambda settings: mtl_jax.equal(),
+    "famo": lambda settings: mtl_jax.famo(weight_decay=0.0),
+}
 """The weightings as a comparison runs them, but FAMO as its authors ran it on this landscape."""
 
 
@@ -191,7 +195,7 @@ class Config:
 
     weightings: Annotated[
         tuple[str, ...],
-        tyro.conf.arg(help=f"The weightings to show: any of {', '.join(WEIGHTINGS)}."),
+        tyro.conf.arg(help=f"The weightings to show: any of {', '.join(KNOWN)}."),
     ] = (
         "equal",
         "adaptive",

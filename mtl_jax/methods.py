@@ -5,6 +5,7 @@ what tuning searches, and the tests that all methods share are made from :data:`
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -207,6 +208,14 @@ class Method:
         parameters = inspect.signature(self.factory).parameters.values()
         without = (one.name for one in parameters if one.default is inspect.Parameter.empty)
         return f"{self.name}({', '.join(without)})"
+
+    @property
+    def makes(self) -> Mapping[str, Callable[..., Weighting | Aggregator]]:
+        """``make`` for the method and for its variants, by name."""
+        variants = {
+            name: functools.partial(self.make, **own) for name, own in self.variants.items()
+        }
+        return {self.name: self.make, **variants}
 
     @property
     def spaces(self) -> Mapping[str, Space]:

@@ -9,7 +9,7 @@ import mtl_jax
 from benchmarks.speed.records import LEARNING_RATE, Network
 from mtl_jax._base import Aggregator, Signal, Weighting
 from mtl_jax._jacobian import RowsMode
-from mtl_jax.compare import WEIGHTINGS, look_up
+from mtl_jax.compare import look_up
 from mtl_jax.methods import RunSettings
 
 OPTIMIZER = optax.sgd(LEARNING_RATE)
@@ -17,7 +17,8 @@ PLAIN = "plain"
 EVERY = 10
 """The steps between two Gramians of ``every``."""
 HELD = f"nash_mtl_every_{EVERY}"
-METHODS = (*(name for name in WEIGHTINGS if name != "constant"), HELD)  # its step is equal's
+MAKES = {name: make for method in mtl_jax.METHODS.values() for name, make in method.makes.items()}
+METHODS = (*(name for name in MAKES if name != "constant"), HELD)  # its step is equal's
 ROWS_METHOD = "mgda"
 """The method with which every way to compute the rows is timed."""
 ROWS_WAYS: tuple[RowsMode, ...] = ("unrolled", "map", 5, "vmap", "low_memory")
@@ -63,7 +64,7 @@ def variants(methods: Sequence[str] = ()) -> Iterator[Variant]:
         if name == HELD:
             yield Variant(name, "rows", mtl_jax.every(mtl_jax.nash_mtl(), EVERY))
             continue
-        weighting = WEIGHTINGS[name](settings)
+        weighting = MAKES[name](settings)
         for form in _forms(name, weighting):
             yield Variant(name, form, weighting)
 

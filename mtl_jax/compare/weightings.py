@@ -5,7 +5,6 @@ which a comparison knows, are made here.
 """
 
 import difflib
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar
 
@@ -78,10 +77,8 @@ _MADE_HERE: dict[str, MakeWeighting] = {
 
 def _all_weightings() -> dict[str, MakeWeighting]:
     found: dict[str, MakeWeighting] = {}
-    for name, method in METHODS.items():
-        found[name] = method.make
-        for variant, own in method.variants.items():
-            found[variant] = functools.partial(method.make, **own)
+    for method in METHODS.values():
+        found |= method.makes
     return found | _MADE_HERE
 
 

@@ -16,7 +16,7 @@ from toy_problem import IN_PARTS, THREE_TARGETS, make_problem
 from mtl_jax._train import TrainState
 from mtl_jax.compare import WEIGHTINGS, OtherSettingsError, Run, digest
 from mtl_jax.compare.checkpoints import Epoch, RunCheckpoints
-from mtl_jax.compare.training import Setting, Trainer
+from mtl_jax.compare.training import Setting, Trainer, single_task
 
 # What Orbax leaves behind when it fails warns when it is collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -150,10 +150,11 @@ def test_a_run_goes_on_while_it_is_saved(tmp_path, monkeypatch):
 def test_state_of_every_known_weighting_comes_back(tmp_path):
     problem = make_problem(THREE_TARGETS, **IN_PARTS)
     trainer, (params, model_state) = Trainer(problem), problem.init(jax.random.key(0))
+    baselines = single_task(problem, {})
     batch = {field: values[:32] for field, values in problem.train.items()}
     states = {}
     for name, make in WEIGHTINGS.items():
-        step = trainer.train_step(Setting(name, make, 0.01), 0.01, {})
+        step = trainer.train_step(Setting(name, make, 0.01), 0.01, {}, baselines)
         states[name] = step.init(
             params,
             batch,

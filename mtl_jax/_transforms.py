@@ -137,8 +137,9 @@ def value_and_grad(
       The :class:`MultiTaskGradient`: ``gradient(params, state, *args, mask=None, second=None) ->
       (value, gradient, state)``, with ``init`` for the state. ``mask`` tells which tasks have
       labels in this batch (see :class:`Weighting`), ``second`` is the tuple of the arguments of a
-      second batch for a weighting that reads one (``Signal.SECOND_BATCH``). If a loss, the signal or the squared norm of the gradient
-      is not finite, the state is returned as it was, and ``value.finite`` is False.
+      second batch for a weighting that reads one (``Signal.SECOND_BATCH``). If a loss, the signal
+      or the squared norm of the gradient is not finite, the state is returned as it was, and
+      ``value.finite`` is False.
 
     Raises:
       ValueError: if there are no losses or no parameters, a loss has two axes or more, the tasks

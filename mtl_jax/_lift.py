@@ -99,9 +99,9 @@ def vector_weighting(
         [m, K] and ``step`` s of shape [K], or ``None`` for 0, L the losses of the first batch and
         L' those of the second, ``update`` is given
 
-        .. math:: p_{ki} = \Big\langle \nabla L_k(\theta), \;
+        .. math:: p_{ki} = \left\langle \nabla L_k(\theta), \;
                   \nabla \sum_j c_{ij} L'_j \Big(\theta - \sum_l s_l \nabla L_l(\theta)\Big)
-                  \Big\rangle.
+                  \right\rangle.
 
     Returns:
       The weighting.

@@ -44,7 +44,7 @@ def auto_lambda(
 
        \theta' = \theta - \alpha \sum_k w_k \nabla L_k(\theta), \qquad
        \frac{\partial}{\partial w_k} \sum_j p_j L'_j(\theta') =
-           -\alpha \Big\langle \nabla L_k(\theta), \nabla \sum_j p_j L'_j(\theta') \Big\rangle,
+           -\alpha \left\langle \nabla L_k(\theta), \nabla \sum_j p_j L'_j(\theta') \right\rangle,
 
     L being the losses of the training batch and L' those of a second one; p is 1 for a primary task
     and 0 for one that is only there to help. ``optimizer`` takes a step on this gradient, and the

@@ -63,8 +63,10 @@ def is_traced(value: Any) -> bool:
 def check_numbers(values: PyTree, what: str, interval: str) -> None:
     """Raise an error for a leaf that is no number of the interval, nor a vector of such."""
     for leaf in jax.tree.leaves(values):
-        vector = isinstance(leaf, np.ndarray | jax.Array) and leaf.ndim == 1
-        for number in leaf if vector else [leaf]:
+        numbers = [leaf]
+        if isinstance(leaf, np.ndarray | jax.Array) and leaf.ndim == 1:
+            numbers = leaf if is_traced(leaf) else leaf.tolist()
+        for number in numbers:
             read_number(number, what, interval)
 
 

@@ -191,7 +191,8 @@ def tuning(after, tmp_path):
     (names,) = after
     chosen = names["tuning"].chosen("focused")
     assert 0.5 <= chosen.parameters["gamma"] <= 5
-    assert list(names["comparison"].runs) == ["equal", "constant", "dwa", "focused"]
+    runs = names["results"].of(names["problem"].name)
+    assert list(runs) == ["equal", "constant", "dwa", "focused"]
 
 
 def evaluation(after, tmp_path):

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import mtl_jax
-from mtl_jax import METHODS, RunSettings
+from mtl_jax import METHODS, RunSettings, Signal
 from mtl_jax._search_space import Choice, Range
 
 KEY = jax.random.key(3)
@@ -46,12 +46,15 @@ def steps(name, learning_rate, own):
         if isinstance(made, mtl_jax.Aggregator):
             result, state = made.update(jnp.asarray(ROWS), state, losses=tuple(losses))
         else:
-            result, state = made.update(
-                tuple(losses),
-                state,
-                gramian=jnp.asarray(ROWS @ ROWS.T),
-                task_gradients=jnp.asarray(ROWS),
-            )
+            signals = {
+                "gramian": jnp.asarray(ROWS @ ROWS.T),
+                "task_gradients": jnp.asarray(ROWS),
+            }
+            if made.needs is Signal.SECOND_BATCH:
+                assert made.method.directions is not None
+                combinations, _ = made.method.directions(state, jnp.ones(3, bool))
+                signals["products"] = jnp.asarray(ROWS @ ROWS.T)[:, : len(combinations)]
+            result, state = made.update(tuple(losses), state, **signals)
             if made.observe is not None:
                 state = made.observe(tuple(losses * AFTER), state)
             result = jnp.stack(result)

@@ -58,7 +58,8 @@ def constant(weights: PyTree) -> Weighting:
             f"constant: expected a pytree with one weight for each task, got {weights!r}."
         )
     for path, leaf in leaves:
-        check_numbers(leaf, f"constant: the weight {leaf_name(path)!r}", "[0, inf)")
+        name = f"the weight {leaf_name(path)!r}" if path else "a weight"
+        check_numbers(leaf, f"constant: {name}", "[0, inf)")
 
     def update(losses, state, present, steps):
         return state.weights, state

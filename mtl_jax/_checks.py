@@ -65,7 +65,7 @@ def check_numbers(values: PyTree, what: str, interval: str) -> None:
     for leaf in jax.tree.leaves(values):
         numbers = [leaf]
         if isinstance(leaf, np.ndarray | jax.Array) and leaf.ndim == 1:
-            numbers = leaf if is_traced(leaf) else leaf.tolist()
+            numbers = list(leaf) if is_traced(leaf) or is_key(leaf) else leaf.tolist()
         for number in numbers:
             read_number(number, what, interval)
 

@@ -231,7 +231,7 @@ def problems(steps: int) -> dict[str, tuple[Problem, Callable[..., Iterator[Any]
 def cpu_seconds() -> float:
     """Of this process and of its workers that have ended."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(of.ru_utime + of.ru_stime for of in used)
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def measure(config: Config) -> dict[str, dict[str, Any]]:

@@ -7,30 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from second_batches import TASKS, losses_fn, vector
 from trees import assert_trees_close
 
 import mtl_jax
 from mtl_jax import Signal
 
-TASKS = ("a", "b", "c")
 PARAMS = {"w": np.float32([[0.5, -1.0], [0.3, 0.8]]), "v": np.float32([1.0, -0.7])}
 FIRST = np.float32([[0.2, -0.4], [1.0, 0.3]])
 SECOND = np.float32([[0.9, 0.1], [-0.5, 0.6]])
 COMBINATIONS = np.float32([[1.0, 0.0, 2.0], [0.5, -1.0, 0.0]])
 STEP = np.float32([0.1, 0.2, 0.3])
-
-
-def losses_fn(params, x):
-    z = jnp.tanh(x @ params["w"])
-    return {
-        "a": jnp.mean((z @ params["v"] - x[:, 0]) ** 2),
-        "b": jnp.mean(jnp.cosh(z + x)),
-        "c": jnp.mean((z * params["v"][None] - 1) ** 2),
-    }
-
-
-def vector(tree):
-    return np.array([tree[task] for task in TASKS])
 
 
 def flat(tree):

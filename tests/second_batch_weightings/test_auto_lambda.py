@@ -7,28 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from second_batches import TASKS, losses_fn, vector
 
 import mtl_jax
 from mtl_jax import auto_lambda
 
-TASKS = ("a", "b", "c")
 PRIMARY = {"a": True, "b": False, "c": True}
 RATE = 0.1
 PARAMS = {"w": np.array([[0.5, -1.0], [0.3, 0.8]]), "v": np.array([1.0, -0.7])}
 FIRST, SECOND = np.array([[0.2, -0.4], [1.0, 0.3]]), np.array([[0.9, 0.1], [-0.5, 0.6]])
-
-
-def losses_fn(params, x):
-    z = jnp.tanh(x @ params["w"])
-    return {
-        "a": jnp.mean((z @ params["v"] - x[:, 0]) ** 2),
-        "b": jnp.mean(jnp.cosh(z + x)),
-        "c": jnp.mean((z * params["v"][None] - 1) ** 2),
-    }
-
-
-def vector(tree):
-    return np.array([tree[task] for task in TASKS])
 
 
 def effect(weights, params, primary, rate):

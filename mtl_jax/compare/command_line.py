@@ -211,7 +211,7 @@ def _run(
         mesh = all_devices() if options.data_parallel or options.distributed else None
         for problem in problems:
             trainer = Trainer(problem, mesh=mesh)
-            for setting in settings_of(problem, with_baselines(weightings), alone=False):
+            for setting in settings_of(problem, with_baselines(weightings), options.alone):
                 trainer.new_run(setting, 0)
     except (ValueError, FileNotFoundError) as error:
         fail(error)

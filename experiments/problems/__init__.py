@@ -1,22 +1,20 @@
-"""The problems: each in the module of its name, built by the function of its name."""
-
-import importlib
+"""The problems: a file for each data set, with a function for each problem."""
 
 from mtl_jax.compare import load_problem, look_up
 from mtl_jax.compare.problem import Problem
 
 PROBLEMS = {
-    "multimnist": False,
-    "utterances": False,
-    "cifar100": True,
-    "cifar100_superclasses": True,
-    "cifar100_resnet20": True,
-    "cifar100_vgg16": True,
-    "cifar10_groups": True,
-    "ag_news": True,
-    "news_and_utterances": True,
+    "multimnist": "multimnist",
+    "utterances": "utterances",
+    "cifar100": "cifar100",
+    "cifar100_superclasses": "cifar100_superclasses",
+    "cifar100_resnet20": "cifar100_benchmark",
+    "cifar100_vgg16": "cifar100_benchmark",
+    "cifar10_groups": "cifar10_groups",
+    "ag_news": "ag_news",
+    "news_and_utterances": "news_and_utterances",
 }
-"""The problems by name, and whether their builder takes ``data_dir``."""
+"""For each problem the module that has the function of its name."""
 
 
 def build_problem(name: str, data_dir: str | None = None) -> Problem:
@@ -24,15 +22,14 @@ def build_problem(name: str, data_dir: str | None = None) -> Problem:
 
     Args:
       name: one of these names, or ``package.module:name`` as for :func:`load_problem`.
-      data_dir: the folder that holds data sets prepared by tensorflow-datasets, for the problems
-        that read such; ``None`` for its default.
+      data_dir: the folder that holds the data, for the problems that read them from one; ``None``
+        for its default.
 
     Raises:
       ValueError: if the name is unknown; the message lists the known ones. As
         :func:`load_problem`.
-      FileNotFoundError: if the data set is not prepared and cannot be prepared here.
+      FileNotFoundError: if the data are not there and cannot be prepared here.
     """
-    if ":" in name:
-        return load_problem(name, data_dir)
-    options = {"data_dir": data_dir} if look_up(name, PROBLEMS, "problem") else {}
-    return getattr(importlib.import_module(f"{__name__}.{name}"), name)(**options)
+    if ":" not in name:
+        name = f"{__name__}.{look_up(name, PROBLEMS, 'problem')}:{name}"
+    return load_problem(name, data_dir)

@@ -4,6 +4,7 @@ import functools
 
 import flax.linen as nn
 
+from experiments.networks.cifar import VGG, ResNet
 from experiments.problems.cifar100 import cifar100_splits
 from experiments.problems.classification import classification, sgd_cosine
 from experiments.problems.pictures import Standardised, flip_and_shift
@@ -49,3 +50,13 @@ def cifar100_benchmark(
         epochs=200,
         batch_size=128,
     )
+
+
+def cifar100_resnet20(data_dir: str | None = None, *, held_out: float = 0.1) -> Problem:
+    """Build CIFAR-100 for ResNet-20: :func:`cifar100_benchmark`, meant for a GPU."""
+    return cifar100_benchmark("cifar100_resnet20", "ResNet-20", ResNet(), data_dir, held_out)
+
+
+def cifar100_vgg16(data_dir: str | None = None, *, held_out: float = 0.1) -> Problem:
+    """Build CIFAR-100 for VGG-16-BN: :func:`cifar100_benchmark`, meant for a GPU."""
+    return cifar100_benchmark("cifar100_vgg16", "VGG-16-BN", VGG(), data_dir, held_out)

@@ -27,8 +27,7 @@ import numpy as np
 import tabulate
 import tyro
 
-from experiments.problems.cifar100_resnet20 import cifar100_resnet20
-from experiments.problems.cifar100_vgg16 import cifar100_vgg16
+from experiments.problems.cifar100_benchmark import cifar100_resnet20, cifar100_vgg16
 from mtl_jax.compare import Problem, Results, compare, named_weightings
 
 NETWORKS = {"resnet20": cifar100_resnet20, "vgg16": cifar100_vgg16}

@@ -153,7 +153,7 @@ def test_pictures_are_standardised_and_their_border_is_black():
 def test_a_short_run_of_the_benchmark(tmp_path, capsys, monkeypatch):
     labels = {"label": 100, "coarse_label": 20}
     folder = write_cifar(tmp_path / "tfds", "cifar100", labels, 41, 12)
-    monkeypatch.setattr("experiments.problems.cifar100_resnet20.ResNet", lambda: SMALL)
+    monkeypatch.setattr("experiments.problems.cifar100_benchmark.ResNet", lambda: SMALL)
     arguments = ["--networks", "resnet20", "--weightings", "pcgrad", "--epochs", "2"]
     arguments += ["--seeds", "1", "--batch-size", "20"]
     arguments += ["--data-dir", str(folder), "--runs-dir", str(tmp_path)]

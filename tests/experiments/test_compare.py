@@ -69,7 +69,7 @@ def test_help_explains_every_option(capsys):
 def test_the_program_as_a_user_runs_interrupts_and_resumes_it(tmp_path):
     stories = write_stories(tmp_path / "tfds", copies=8)
     command = ["python", "-m", "experiments.compare", "--problem", "ag_news"]
-    command += ["--weightings", "adaptive", "upgrad", "--seeds", "2", "--epochs", str(EPOCHS)]
+    command += ["--weightings", "adaptive_alone", "upgrad", "--seeds", "2", "--epochs", str(EPOCHS)]
     command += ["--batch-size", "24", "--data-dir", str(stories), "--log", "tensorboard"]
     command += ["--name", "mine", "--runs-dir", str(tmp_path)]
     folder = tmp_path / "mine"
@@ -85,7 +85,7 @@ def test_the_program_as_a_user_runs_interrupts_and_resumes_it(tmp_path):
         )
 
     process = start(command)
-    second = folder / "tensorboard" / "ag_news" / "adaptive_seed0"
+    second = folder / "tensorboard" / "ag_news" / "adaptive_alone_seed0"
     while not second.exists() and process.poll() is None:  # its first epoch is not done
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -108,7 +108,7 @@ def test_the_program_as_a_user_runs_interrupts_and_resumes_it(tmp_path):
     results = Results.read(folder)
     equal = [found.of("ag_news")["equal"][0] for found in (partial, results)]
     assert equal[0].epoch_seconds == equal[1].epoch_seconds  # it was not run again
-    for word in ("adaptive", "equal", "each task alone", "topic accuracy, %", "step time"):
+    for word in ("adaptive_alone", "equal", "each task alone", "topic accuracy, %", "step time"):
         assert word in printed
     assert {path.name for path in folder.iterdir()} == {
         "checkpoints",
@@ -121,11 +121,11 @@ def test_the_program_as_a_user_runs_interrupts_and_resumes_it(tmp_path):
         *(f"ag_news_{picture}.{end}" for picture in PICTURES for end in ("png", "pdf", "svg")),
     }
     assert list(results.of("ag_news")) == [
-        *("equal", "adaptive", "upgrad", "topic alone", "agency alone")
+        *("equal", "adaptive_alone", "upgrad", "topic alone", "agency alone")
     ]
     assert results.unfinished("ag_news") == []
-    adaptive, upgrad = (results.of("ag_news")[name] for name in ("adaptive", "upgrad"))
-    assert len(adaptive[1].metrics["test"]["topic"]["accuracy"]) == EPOCHS
+    behind, upgrad = (results.of("ag_news")[name] for name in ("adaptive_alone", "upgrad"))
+    assert len(behind[1].metrics["test"]["topic"]["accuracy"]) == EPOCHS
     assert upgrad[0].measured_at == "representation"
     assert all(0 <= share <= 1 for share in upgrad[0].conflict["share"])
     report = (folder / "ag_news.md").read_text()

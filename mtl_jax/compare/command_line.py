@@ -64,6 +64,8 @@ class Options:
         within runs; finished runs are kept in any case.
       resume: Whether to continue the comparison in RUNS_DIR/NAME, if there is one. Finished runs
         are not run again, and the results are those of a comparison that was never interrupted.
+      reuse: Folders of other comparisons on the same data, such as runs/compare. What they have
+        with the same settings is taken from there and not trained again.
       log: Where losses, metrics, weights and conflicts of every run are logged, too. They are
         TensorBoard's event files in RUNS_DIR/NAME/tensorboard.
       data_parallel: Whether to spread each batch over all devices of this machine.
@@ -99,6 +101,7 @@ class Options:
     prune: bool = False
     checkpoint_seconds: int | None = 10
     resume: bool = False
+    reuse: tuple[pathlib.Path, ...] = ()
     log: Literal["tensorboard"] | None = None
     data_parallel: bool = False
     distributed: bool = False
@@ -228,6 +231,7 @@ def _run(
             prune=options.prune,
             checkpoint_seconds=options.checkpoint_seconds,
             resume=options.resume,
+            reuse=options.reuse,
             mesh=mesh,
             log=options.log,
             command=command,

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from mtl_jax._search_space import Space
 from mtl_jax.compare.checkpoints import (
+    OtherSettingsError,
     RunCheckpoints,
     check_same,
     check_same_settings,
@@ -65,6 +66,7 @@ def compare(
     spaces: Mapping[str, Space] = MappingProxyType({}),
     checkpoint_seconds: float | None = 10,
     resume: bool = False,
+    reuse: Sequence[str | os.PathLike[str]] = (),
     mesh: Mesh | None = None,
     log: Literal["tensorboard"] | None = None,
     command: str = "",
@@ -105,6 +107,10 @@ def compare(
         middle goes on from its last good checkpoint. On the same machine with the same versions the
         results are then those of a comparison that was never interrupted, bit for bit. Weightings,
         seeds and problems may be added.
+      reuse: folders of other comparisons on the same data. Their finished runs and trials are taken
+        over where they have the same settings, and need not be run again: tuned for the mean and
+        then for the worst task, two comparisons share all trials but those that were searched by
+        their score.
       mesh: devices that each batch is spread over, the parameters being on all; of several
         processes, if ``jax.distributed`` is initialised. All of them then call this function
         alike and see one file system; the first one prints and writes. ``None`` for one device.
@@ -122,7 +128,9 @@ def compare(
         is trained.
       FileExistsError: if the folder holds a comparison that this is not to continue, or that it
         could not continue.
-      OtherSettingsError: a ``ValueError``; if it holds runs with other settings or other data.
+      OtherSettingsError: a ``ValueError``; if it holds runs with other settings or other data, or
+        a folder to reuse has other data.
+      FileNotFoundError: if a folder to reuse holds no comparison.
       DamagedFileError: a ``ValueError``; if a record there is not what was written.
       TuningError: a ``ValueError``; as :func:`tune`.
       OSError: if a file cannot be written.
@@ -145,8 +153,9 @@ def compare(
                 f"Seed {TUNING_SEED} is the one of the tuning: its runs are those that were chosen "
                 "for. Compare with other seeds."
             )
-    if folder is None and (resume or log):
-        raise ValueError("`resume` and `log` need a folder.")
+    if folder is None and (resume or log or reuse):
+        raise ValueError("`resume`, `reuse` and `log` need a folder.")
+    others = [pathlib.Path(other) for other in reuse]
     plans = []
     for problem in problems:
         trainer = Trainer(problem, conflict=conflict, mesh=mesh)
@@ -164,6 +173,8 @@ def compare(
     )
     first = is_first_process()
     output = _Output(results, folder if first else None, console if first else None)
+    for other in others:
+        _check_same_problems(other, results)
     if folder is not None:
         _check_folder(folder, results, resume)
         for plan in plans if tune is None else ():
@@ -191,11 +202,12 @@ def compare(
                         prune=prune,
                         spaces=spaces,
                         folder=None if folder is None else folder / "tuning",
+                        reuse=[other / "tuning" for other in others],
                         on_steps=progress.steps,
                         on_trial=functools.partial(progress.trial, plan.name),
                     )
                     plan.choose(results.tunings[plan.name])
-                finished = {} if folder is None else plan.read_finished(folder)
+                finished = {} if folder is None else plan.read_finished(folder, others)
                 if output.folder is not None:
                     results.write(output.folder)
                 for run in _runs(plan, finished, folder, checkpoint_seconds, progress):
@@ -277,21 +289,35 @@ class _Plan:
         settings = sorted(self.settings, key=lambda one: one.task is None and one.name != BASELINE)
         return [(setting, seed) for seed in self.seeds for setting in settings]
 
-    def read_finished(self, folder: pathlib.Path) -> dict[tuple[str, int], Run]:
+    def read_finished(
+        self, folder: pathlib.Path, others: Sequence[pathlib.Path] = ()
+    ) -> dict[tuple[str, int], Run]:
         """The runs that the folder has records of, by name and seed.
 
+        What it lacks and one of the other folders has with the same settings is put there.
+
         Raises:
-          OtherSettingsError: if one has other settings.
+          OtherSettingsError: if one of the folder's has other settings.
           DamagedFileError: if one is not what was written.
         """
         found = {}
         for setting, seed in self.runs:
-            path = record_path(folder, self.name, setting.name, seed)
-            if path.exists():
+            for place in (folder, *others):
+                path = record_path(place, self.name, setting.name, seed)
+                if not path.exists():
+                    continue
                 run = read_run(path)
                 wanted = self.trainer.new_run(setting, seed)
-                check_same_settings(wanted, run, f"{path} is the record")
+                try:
+                    check_same_settings(wanted, run, f"{path} is the record")
+                except OtherSettingsError:
+                    if place == folder:
+                        raise
+                    continue
+                if place != folder and is_first_process():
+                    write_run(folder, run)
                 found[setting.name, seed] = run
+                break
         return found
 
     def choose(self, tuning: Tuning) -> None:
@@ -385,8 +411,17 @@ def _check_folder(folder: pathlib.Path, results: Results, resume: bool) -> None:
             f"{folder} holds a comparison on {', '.join(sorted(others))}, too. To continue it, "
             f"give all its problems; else {ways_out}."
         )
-    if not (folder / "results.json").exists():
-        return
+    if (folder / "results.json").exists():
+        _check_same_problems(folder, results)
+
+
+def _check_same_problems(folder: pathlib.Path, results: Results) -> None:
+    """Whether the problems that a comparison has, too, are the same there.
+
+    Raises:
+      OtherSettingsError: if one has other settings or data.
+      FileNotFoundError: if the folder holds no comparison.
+    """
     before = Results.read(folder)
     for name, info in results.problems.items():
         if name in before.problems:

@@ -2,9 +2,9 @@
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
 import time
@@ -22,6 +22,7 @@ from mtl_jax.compare.problem import Problem
 from mtl_jax.compare.results import (
     BASELINE,
     PRUNED,
+    ByEpoch,
     DamagedFileError,
     ProblemInfo,
     Run,
@@ -47,8 +48,12 @@ Select = Literal["mean", "worst"]
 """What is tuned for: the mean change of the tasks' metrics, or the worst task's."""
 
 _LEARNING_RATE = "learning rate"
-_SPREAD = 10
-"""The trials, the default setting included, before the search looks at what was found."""
+_COARSE = (0.0, 0.5, -0.5, 1.0, -1.0)
+"""The learning rates of the first trials, as places from the least (-1) to the greatest (1)."""
+
+_FINE = (-0.1, 0.15, -0.2, 0.25, -0.05)
+"""The next ones, from the best of the first; no two as far, so that none is tried twice where they
+are turned back at an end of the range."""
 
 _Metrics = Mapping[str, Mapping[str, float]]
 
@@ -76,10 +81,11 @@ def tune(
 
     A trial trains the network once with one setting: a learning rate within a factor of 10 of the
     problem's, and values of the weighting's own parameters. The first trial of each is the default
-    setting, so that what is chosen is never worse than that on the validation split. The next
-    nine have learning rates that are spread evenly and are the same for all, and parameters drawn
-    at random. Then Optuna searches, by the tree-structured Parzen estimator. Equal weights,
-    constant weights and each task alone are always tuned besides.
+    setting, so that what is chosen is never worse than that on the validation split. The next four
+    have other learning rates, a factor of 3.2 apart and the same for all, and the default
+    parameters; the next five learning rates near the best of these and parameters drawn at random.
+    Then Optuna searches both, by the tree-structured Parzen estimator. Equal weights, constant
+    weights and each task alone are always tuned besides.
 
     What is maximised is how the validation metrics after the last epoch changed against those of
     equal weights in their default setting. The relative changes of a task's metrics
@@ -134,6 +140,7 @@ def tune(
         spaces=spaces,
         prune=prune,
         folder=folder,
+        reuse=(),
         on_steps=on_steps,
         on_trial=on_trial,
     )
@@ -150,10 +157,14 @@ def tune_with(
     spaces: Mapping[str, Space],
     prune: bool,
     folder: str | os.PathLike[str] | None,
+    reuse: Sequence[pathlib.Path],
     on_steps: Callable[[Run, int, Mapping[str, float]], None],
     on_trial: Callable[[str, Sequence[Trial]], None],
 ) -> Tuning:
-    """As :func:`tune`, with what trains, which keeps what it has compiled."""
+    """As :func:`tune`, with what trains, which keeps what it has compiled.
+
+    Trials that are not in ``folder`` are taken from the folders ``reuse`` where they are the same.
+    """
     check_tuning(trials, select)
     weightings = with_baselines(weightings, tuned=True)
     if unknown := set(spaces) - set(weightings):
@@ -174,18 +185,24 @@ def tune_with(
             if alone and setting.name not in order:
                 chosen = {task: tuning.chosen(alone_name(task)) for task in problem.tasks}
                 setting = dataclasses.replace(setting, single_task=single_task(problem, chosen))
-            file = None
-            if folder is not None:
-                name = f"{file_name(setting.name)}.json"
-                file = pathlib.Path(folder, file_name(problem.name), name)
+            file, *others = (
+                None if place is None else pathlib.Path(place, *_place(problem.name, setting.name))
+                for place in (folder, *reuse)
+            )
+            space = spaces.get(setting.name, {})
             search = _Search(
-                trainer, setting, spaces.get(setting.name, {}), seed, select, prune, baseline, file
+                trainer, setting, space, seed, select, prune, baseline, file, tuple(others)
             )
             for trial in search.trials(trials, on_steps):
                 found[setting.name].append(trial)
                 on_trial(setting.name, found[setting.name])
             baseline = search.baseline
     return tuning
+
+
+def _place(problem: str, name: str) -> tuple[str, str]:
+    """Where in a folder the trials of a weighting or a task alone are kept."""
+    return file_name(problem), f"{file_name(name)}.json"
 
 
 def check_tuning(trials: int, select: str) -> None:
@@ -229,6 +246,7 @@ class _Search:
       baseline: the validation metrics that trials are measured against; those of the first trial
         if they are not known yet.
       file: where finished trials are kept.
+      others: files of other comparisons, whose trials are taken if the file is not there.
     """
 
     trainer: Trainer
@@ -239,6 +257,7 @@ class _Search:
     prune: bool
     baseline: _Metrics | None
     file: pathlib.Path | None
+    others: tuple[pathlib.Path, ...]
 
     def trials(
         self, number: int, on_steps: Callable[[Run, int, Mapping[str, float]], None]
@@ -248,13 +267,13 @@ class _Search:
 
         pruner = optuna.pruners.MedianPruner(5, 1) if self.prune else optuna.pruners.NopPruner()
         study = optuna.create_study(direction="maximize", pruner=pruner)
-        kept = self._read()
+        kept, known = self._read(), self._read_others()
         for index in range(number):
             if index < len(kept):
                 trial = Trial(**kept[index]["trial"])
                 study.add_trial(_as_optuna_has_it(kept[index]["optuna"]))
             else:
-                trial = self._next(study, index, on_steps)
+                trial = self._next(study, index, known, on_steps)
                 of_optuna = _as_json(study.trials[-1])
                 kept.append({"trial": dataclasses.asdict(trial), "optuna": of_optuna})
                 self._write(kept)
@@ -265,6 +284,7 @@ class _Search:
         self,
         study: "optuna.Study",
         index: int,
+        known: Mapping[str, Mapping[str, Any]],
         on_steps: Callable[[Run, int, Mapping[str, float]], None],
     ) -> Trial:
         import optuna
@@ -272,9 +292,13 @@ class _Search:
         # Each trial draws from a generator of its own, so that one that goes on after others were
         # read draws what it would have drawn.
         draws = int(np.random.SeedSequence((self.seed, index)).generate_state(1)[0])
-        study.sampler = optuna.samplers.TPESampler(n_startup_trials=_SPREAD, seed=draws)
-        if index < _SPREAD:
-            study.enqueue_trial(self._default() if index == 0 else {_LEARNING_RATE: _rate(index)})
+        first = len(_COARSE) + len(_FINE)
+        study.sampler = optuna.samplers.TPESampler(n_startup_trials=first, seed=draws)
+        if index < len(_COARSE):
+            study.enqueue_trial(self._default() | {_LEARNING_RATE: _rate(_COARSE[index])})
+        elif index < first:
+            place = self._best_place(study) + _FINE[index - len(_COARSE)]
+            study.enqueue_trial({_LEARNING_RATE: _rate(place)})
         asked = study.ask()
         tasks, rate = list(self.trainer.problem.tasks), self.setting.learning_rate
         factor = Range(1.0, 1 / LEARNING_RATE_FACTOR, LEARNING_RATE_FACTOR, log=True)
@@ -283,28 +307,43 @@ class _Search:
             learning_rate=rate * factor.draw(asked, _LEARNING_RATE, tasks),
             parameters={name: one.draw(asked, name, tasks) for name, one in self.space.items()},
         )
-        start, run, pruned = time.perf_counter(), Run("", "", 0), False
-        for run in self.trainer.run(setting, self.seed, splits=["validation"], on_steps=on_steps):
-            if self.baseline is not None and run.failure is None:
-                asked.report(self._score(run, self.baseline), run.epochs - 1)
-                if run.epochs < self.trainer.problem.epochs and asked.should_prune():
-                    pruned = True
-                    break
-        score, failure = None, PRUNED if pruned else run.failure
-        if failure is None:
-            score = 0.0 if self.baseline is None else self._score(run, self.baseline)
-            if not np.isfinite(score):
-                score, failure = None, "a metric is not finite"
-        if score is not None:
-            study.tell(asked, score)
+        key = _key(setting.learning_rate, setting.parameters)
+        trial = Trial(**known[key]) if key in known else self._train(setting, asked, on_steps)
+        if trial.failure is None:
+            score = self._score(trial.validation, self.baseline)
+            finite = np.isfinite(score)
+            trial = dataclasses.replace(
+                trial,
+                score=score if finite else None,
+                failure=None if finite else "a metric is not finite",
+            )
+        if trial.score is not None:
+            study.tell(asked, trial.score)
         else:
             states = optuna.trial.TrialState
-            study.tell(asked, state=states.PRUNED if pruned else states.FAIL)
+            study.tell(asked, state=states.PRUNED if trial.failure == PRUNED else states.FAIL)
+        return trial
+
+    def _train(
+        self,
+        setting: Setting,
+        asked: "optuna.Trial",
+        on_steps: Callable[[Run, int, Mapping[str, float]], None],
+    ) -> Trial:
+        """Train with a setting; the score is not known yet."""
+        start, run, failure = time.perf_counter(), Run("", "", 0), None
+        for run in self.trainer.run(setting, self.seed, splits=["validation"], on_steps=on_steps):
+            failure = run.failure
+            if self.baseline is not None and failure is None:
+                asked.report(self._score(run.metrics["validation"], self.baseline), run.epochs - 1)
+                if run.epochs < self.trainer.problem.epochs and asked.should_prune():
+                    failure = PRUNED
+                    break
         return Trial(
             setting.learning_rate,
             setting.parameters,
             run.metrics.get("validation", {}),
-            score,
+            None,
             failure,
             time.perf_counter() - start,
             run.compile_seconds,
@@ -312,15 +351,23 @@ class _Search:
             {} if self.setting.task is None else run.train_losses,
         )
 
+    def _best_place(self, study: "optuna.Study") -> float:
+        """The place of the learning rate that was best in the first trials; 0 if all failed."""
+        scores = [trial.value for trial in study.trials[: len(_COARSE)]]
+        best = max(scores, key=lambda score: -np.inf if score is None else score)
+        return 0.0 if best is None else _COARSE[scores.index(best)]
+
     def _default(self) -> dict[str, Any]:
         default: dict[str, Any] = {_LEARNING_RATE: 1.0}
         for name, dimension in self.space.items():
             default |= dimension.first(name, list(self.trainer.problem.tasks))
         return default
 
-    def _score(self, run: Run, baseline: _Metrics) -> float:
+    def _score(self, validation: ByEpoch, baseline: _Metrics | None) -> float:
+        if baseline is None:  # this is what all others are measured against
+            return 0.0
         tasks, found = self.trainer.problem.info().tasks, []
-        for task, metrics in run.metrics["validation"].items():
+        for task, metrics in validation.items():
             changes = [
                 (1 if tasks[task][name].higher_is_better else -1)
                 * (metrics[name][-1] - value)
@@ -363,20 +410,24 @@ class _Search:
         }
 
     def _read(self) -> list[dict[str, Any]]:
-        if self.file is None or not self.file.exists():
-            return []
-        try:
-            stored = json.loads(self.file.read_text(encoding="utf-8"))
-            if hashlib.sha256(stored["content"].encode()).hexdigest() != stored["digest"]:
-                raise ValueError("its content and its digest differ")
-            content = json.loads(stored["content"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DamagedFileError(
-                f"{self.file} is damaged: {error}. Remove it to make its trials again."
-            ) from error
-        what = f"The trials in {self.file} are of another search"
-        check_same(self._search_settings(), content["search"], what)
-        return content["trials"]
+        if self.file is not None and self.file.exists():
+            content = _read_trials(self.file)
+            what = f"The trials in {self.file} are of another search"
+            check_same(self._search_settings(), content["search"], what)
+            return content["trials"]
+        return []
+
+    def _read_others(self) -> dict[str, dict[str, Any]]:
+        """The trials of other comparisons that were trained as these are, by their setting."""
+        own, known = self._search_settings(), {}
+        for file in self.others:
+            if file.exists():
+                content = _read_trials(file)
+                if content["search"] == own | {"select": content["search"]["select"]}:
+                    for one in content["trials"]:
+                        key = _key(one["trial"]["learning_rate"], one["trial"]["parameters"])
+                        known.setdefault(key, one["trial"])
+        return {key: one for key, one in known.items() if one["failure"] != PRUNED}
 
     def _write(self, kept: list[dict[str, Any]]) -> None:
         if self.file is not None and is_first_process():
@@ -385,22 +436,27 @@ class _Search:
             write_text(self.file, json.dumps({"digest": digest, "content": content}, indent=1))
 
 
-@functools.cache
-def _rates() -> list[float]:
-    """The factors of the learning rate in the first trials but one, the same for every search.
-
-    They are spread evenly: drawn at random, a few could all lie low for one weighting and not for
-    another.
-    """
-    import scipy.stats
-
-    # The sequence begins with the end and the middle of the range, 0 and 1/2.
-    places = scipy.stats.qmc.Halton(1, scramble=False).random(_SPREAD + 1)[2:, 0]
-    return (LEARNING_RATE_FACTOR ** (2 * places - 1)).tolist()
+def _key(learning_rate: float, parameters: Mapping[str, Any]) -> str:
+    return json.dumps([learning_rate, parameters], sort_keys=True)
 
 
-def _rate(index: int) -> float:
-    return _rates()[index - 1]
+def _read_trials(file: pathlib.Path) -> dict[str, Any]:
+    """What a file of trials holds."""
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if hashlib.sha256(stored["content"].encode()).hexdigest() != stored["digest"]:
+            raise ValueError("its content and its digest differ")
+        return json.loads(stored["content"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedFileError(
+            f"{file} is damaged: {error}. Remove it to make its trials again."
+        ) from error
+
+
+def _rate(place: float) -> float:
+    """The factor of the learning rate at a place, those beyond the range turned back into it."""
+    turned = place if abs(place) <= 1 else math.copysign(2, place) - place
+    return LEARNING_RATE_FACTOR**turned
 
 
 def _as_json(trial: "optuna.trial.FrozenTrial") -> dict[str, Any]:

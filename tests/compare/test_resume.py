@@ -120,6 +120,44 @@ def test_weightings_and_seeds_can_be_added(tmp_path, trained):
     assert results_of(tmp_path / "more") == results_of(tmp_path / "at once")
 
 
+def setting(trial):
+    return trial.learning_rate, trial.parameters
+
+
+def test_what_another_comparison_has_is_not_trained_again(tmp_path, trained):
+    """Tuned for the worst task after the mean, with the trials and runs of that."""
+    problem = make_problem(epochs=1)
+    options = {"tune": 7, "seeds": [0, 1], "alone": True}
+    mean = compare(problem, ["adaptive"], tmp_path / "mean", **options)
+    options["select"] = "worst"
+    expected = compare(problem, ["adaptive"], tmp_path / "anew", **options)
+    trained.clear()
+    reused = [tmp_path / "mean"]
+    found = compare(problem, ["adaptive"], tmp_path / "worst", reuse=reused, **options)
+    assert results_of(tmp_path / "worst") == results_of(tmp_path / "anew")
+    assert len(list((tmp_path / "worst").glob("records/toy/*"))) == len(expected.runs)
+    new = set()
+    for name, trials in found.tunings["toy"].trials.items():
+        known = [setting(trial) for trial in mean.tunings["toy"].trials[name]]
+        new |= {(name, 1000) for trial in trials if setting(trial) not in known}
+        chosen = [setting(results.tunings["toy"].chosen(name)) for results in (mean, found)]
+        if chosen[0] != chosen[1]:
+            new |= {(name, seed) for seed in (0, 1)}
+    assert {run[:2] for run in trained} == new
+    trained.clear()
+    compare(problem, ["adaptive"], tmp_path / "worst", resume=True, **options)
+    assert trained == []
+    with pytest.raises(FileNotFoundError, match="holds no results of a comparison"):
+        compare(problem, {}, tmp_path / "other", reuse=[tmp_path / "nowhere"], seeds=[0])
+    with pytest.raises(OtherSettingsError, match="epochs is 2 and was 1"):
+        compare(
+            make_problem(epochs=2), {}, tmp_path / "other", reuse=[tmp_path / "mean"], seeds=[0]
+        )
+    with pytest.raises(ValueError, match="`resume`, `reuse` and `log` need a folder"):
+        compare(problem, {}, reuse=[tmp_path / "mean"], seeds=[0])
+    assert not (tmp_path / "other").exists()
+
+
 def another_example():
     train = split(200, 0)
     train["x"][7, 0] += 1e-6

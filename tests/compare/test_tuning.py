@@ -97,7 +97,7 @@ def test_the_same_budget_for_all_from_the_default_setting_on():
         assert trials[0].learning_rate == PROBLEM.learning_rate
         rates = [trial.learning_rate for trial in trials]
         assert len(set(rates)) == 3
-        assert rates == pytest.approx([0.05, 0.05 / 10**0.5, 0.05 * 10**0.5])
+        assert rates == pytest.approx([0.05, 0.05 * 10**0.5, 0.05 / 10**0.5])
         assert tuning.chosen(name).score == max(trial.score for trial in trials)
     assert tuning.trials["equal"][0].score == 0
     assert tuning.trials["constant"][0].parameters == {"weights": {"right": 1.0, "wrong": 1.0}}
@@ -113,6 +113,21 @@ def test_the_same_budget_for_all_from_the_default_setting_on():
         "decay": 0.0,
     }
     assert tuning.trials["equal"][1].parameters == {}
+
+
+def test_first_the_learning_rate_then_both_near_the_best_of_it():
+    tuning = tune(PROBLEM.with_settings(epochs=1), {}, trials=11, alone=False)
+    for name, trials in tuning.trials.items():
+        places = np.log10([trial.learning_rate / PROBLEM.learning_rate for trial in trials])
+        assert places[:5] == pytest.approx([0, 0.5, -0.5, 1, -1])
+        assert all(trial.parameters == trials[0].parameters for trial in trials[:5])
+        best = places[np.argmax([trial.score for trial in trials[:5]])]
+        away = np.array([-0.1, 0.15, -0.2, 0.25, -0.05])
+        expected = best - np.abs(away) if best == 1 else best + away  # turned back at the end
+        assert places[5:10] == pytest.approx(expected)
+        assert abs(places[10]) <= 1
+        if name == "constant":
+            assert len({str(trial.parameters) for trial in trials[5:]}) == 6
 
 
 def test_a_weighting_is_compiled_once_for_all_its_trials():
@@ -141,7 +156,7 @@ def test_score_is_the_change_from_equal_weights_by_default():
 
 
 def test_the_worst_task_can_be_tuned_for():
-    """The same trials, as long as nothing is searched by what was found; another score."""
+    """The same trials, as long as the same learning rate is the best; another score."""
     tuning = tune(PROBLEM, {}, trials=3, alone=False, select="worst")
     assert tuning.select == "worst"
     for trial, other in zip(tuning.trials["equal"], tuned().trials["equal"], strict=True):
@@ -209,8 +224,8 @@ def test_failing_trials_are_counted_and_not_chosen():
 
     spaces = {"brittle": {"broken": Choice("no", "yes")}, "constant": {}}
     weightings = {"brittle": brittle, "bad": bad}
-    tuning = tune(PROBLEM, weightings, trials=4, seed=1, alone=False, spaces=spaces)
-    assert [trial.parameters for trial in tuning.trials["constant"]] == [{}] * 4
+    tuning = tune(PROBLEM, weightings, trials=9, seed=1, alone=False, spaces=spaces)
+    assert [trial.parameters for trial in tuning.trials["constant"]] == [{}] * 9
     trials = tuning.trials["brittle"]
     failed = [trial for trial in trials if trial.parameters["broken"] == "yes"]
     assert failed

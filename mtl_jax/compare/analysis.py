@@ -8,7 +8,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -385,6 +385,23 @@ class Analysis:
             return None
         return Estimate.from_values(np.mean(list(changes.values()), axis=0))
 
+    def worst_change(self, name: str, reference: str) -> Estimate | None:
+        """How much better the worst task is than that of another row, seed by seed.
+
+        A row's worst task is the one with the smallest change from being trained alone; from equal
+        weights where that was not done, and 0 for these themselves. It need not be the same one in
+        both rows. ``None`` where :meth:`mean_change` is.
+        """
+        if not self.task_changes(name, reference) or not self.seeds:
+            return None
+        start = ALONE if ALONE in self.values else BASELINE
+        nothing = {"": np.zeros(len(self.seeds))}
+        ours, theirs = (
+            np.min(list((self.task_changes(row, start) or nothing).values()), axis=0)
+            for row in (name, reference)
+        )
+        return Estimate.from_values(ours - theirs)
+
     def _worst(self, name: str) -> tuple[str | None, Estimate | None]:
         changes = self.task_changes(name, ALONE if ALONE in self.values else BASELINE)
         found = {task: Estimate.from_values(values) for task, values in changes.items()}
@@ -484,7 +501,11 @@ def made_with(runs: Iterable[Run]) -> dict[str, dict[str, int]]:
 
 
 def over_problems(
-    results: Results, weighting: str | None = None
+    results: Results,
+    weighting: str | None = None,
+    *,
+    of: Literal["mean", "worst"] = "mean",
+    others: Sequence[str] | None = None,
 ) -> dict[str, dict[str, PairedComparison]]:
     """What all problems say together: Δm seed by seed, corrected for all comparisons by Holm.
 
@@ -492,10 +513,13 @@ def over_problems(
       results: the results of at least one problem.
       weighting: the weighting to compare with every other one; ``None`` to compare every weighting
         with equal weights.
+      of: ``"mean"`` for the mean change over the tasks (:meth:`Analysis.mean_change`), ``"worst"``
+        for that of the worst task (:meth:`Analysis.worst_change`).
+      others: the names to compare, where not with all; a name may be :data:`ALONE`.
 
     Returns:
       By problem, and then by the weighting that is compared with equal weights, or that the given
-      one is compared with: the comparison of the mean relative change with none.
+      one is compared with: the comparison of the change with none.
 
     Raises:
       ValueError: if no problem has a run of that weighting.
@@ -503,9 +527,10 @@ def over_problems(
     changes: dict[tuple[str, str], np.ndarray] = {}
     for problem in results.problems:
         analysis = Analysis(results, problem)
-        for name in analysis.weightings:
+        change = analysis.mean_change if of == "mean" else analysis.worst_change
+        for name in analysis.weightings if others is None else others:
             pair = (name, BASELINE) if weighting is None else (weighting, name)
-            found = analysis.mean_change(*pair)
+            found = change(*pair)
             if found is not None:
                 changes[problem, name] = np.array(found.values)
     if weighting is not None and not changes:

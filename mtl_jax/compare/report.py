@@ -80,9 +80,9 @@ def draw_report(
 ) -> None:
     """Write what is said of the results into a folder, as :func:`write_report`, but not them."""
     folder = pathlib.Path(folder)
-    over = over_problems_section(results, weighting)
-    if over is not None:
-        write_text(folder / "verdicts.md", _markdown([over], "# Verdicts", results.command))
+    over = over_problems_sections(results, weighting)
+    if over:
+        write_text(folder / "verdicts.md", _markdown(over, "# Verdicts", results.command))
     problems = []
     for name in results.problems:
         analysis = Analysis(results, name)
@@ -201,19 +201,29 @@ def numbers_text(numbers: Mapping[str, int]) -> str:
     )
 
 
-def over_problems_section(results: Results, weighting: str | None = None) -> Section | None:
-    """The verdicts over all problems; ``None`` for one problem unless a weighting is named."""
+def over_problems_sections(results: Results, weighting: str | None = None) -> list[Section]:
+    """The verdicts over all problems; none for one problem unless a weighting is named."""
     if weighting is None and len(results.problems) < 2:
-        return None
-    table = over_problems_table(results, weighting)
-    if len(table.headers) < 2:
-        return None
-    text = (
-        "The mean over the tasks of the relative change of their metrics (Δm), in %, with its 95 % "
-        "interval, and the verdict of the paired t-test at 5 % after Holm's correction for all "
-        "comparisons of the table."
+        return []
+    test = (
+        "in %, with its 95 % interval, and the verdict of the paired t-test at 5 % after Holm's "
+        "correction for all comparisons of the table."
     )
-    return Section("Over all problems", text, table)
+    mean = f"The mean over the tasks of the relative change of their metrics (Δm), {test}"
+    worst = (
+        "The change of the task that gains least or loses most against being trained alone "
+        f"(against equal weights where that was not done), {test} It need not be the same task in "
+        "both rows."
+    )
+    found = [
+        Section("Over all problems", mean, over_problems_table(results, weighting)),
+        Section(
+            "The worst task over all problems",
+            worst,
+            over_problems_table(results, weighting, of="worst"),
+        ),
+    ]
+    return [section for section in found if len(section.table.headers) > 1]
 
 
 def _learning_rate(analysis: Analysis) -> str:
@@ -227,7 +237,7 @@ def _counted(by_value: Mapping[str, int]) -> str:
     return ", ".join(f"{v} ({n} run{'s' * (n != 1)})" for v, n in by_value.items())
 
 
-def _page(problems: list[dict[str, Any]], over: Section | None, results: Results) -> str:
+def _page(problems: list[dict[str, Any]], over: list[Section], results: Results) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mtl_jax.compare", "."),
         autoescape=True,
@@ -333,9 +343,8 @@ def report_main(config: Report) -> None:
     console = terminal()
     for problem in results.problems:
         print_tables(results, problem, console)
-    over = over_problems_section(results, config.weighting)
-    if over is not None:
-        console.print(f"\n[bold]{over.title}[/bold]: Δm in %")
+    for over in over_problems_sections(results, config.weighting):
+        console.print(f"\n[bold]{over.title}[/bold]: change in %")
         _print(over.table, console)
     console.print(f"Everything on one page: {folder / 'report.html'}", soft_wrap=True)
 

@@ -243,9 +243,15 @@ def tuning_table(analysis: Analysis) -> Table:
     return Table.from_columns(list(zip(headers, zip(*rows, strict=True), strict=True)))
 
 
-def over_problems_table(results: Results, weighting: str | None = None) -> Table:
+def over_problems_table(
+    results: Results,
+    weighting: str | None = None,
+    *,
+    of: Literal["mean", "worst"] = "mean",
+    others: Sequence[str] | None = None,
+) -> Table:
     """The verdicts over several problems, of every weighting or of one (see ``over_problems``)."""
-    compared = over_problems(results, weighting)
+    compared = over_problems(results, weighting, of=of, others=others)
     names = list(dict.fromkeys(name for row in compared.values() for name in row))
     first = "against equal" if weighting is None else f"{weighting} against"
     columns = [(first, [Entry(name) for name in names])]

@@ -185,24 +185,16 @@ def tune_with(
             if alone and setting.name not in order:
                 chosen = {task: tuning.chosen(alone_name(task)) for task in problem.tasks}
                 setting = dataclasses.replace(setting, single_task=single_task(problem, chosen))
-            file, *others = (
-                None if place is None else pathlib.Path(place, *_place(problem.name, setting.name))
-                for place in (folder, *reuse)
-            )
+            place = (file_name(problem.name), f"{file_name(setting.name)}.json")
+            file = None if folder is None else pathlib.Path(folder, *place)
+            others = tuple(pathlib.Path(other, *place) for other in reuse)
             space = spaces.get(setting.name, {})
-            search = _Search(
-                trainer, setting, space, seed, select, prune, baseline, file, tuple(others)
-            )
+            search = _Search(trainer, setting, space, seed, select, prune, baseline, file, others)
             for trial in search.trials(trials, on_steps):
                 found[setting.name].append(trial)
                 on_trial(setting.name, found[setting.name])
             baseline = search.baseline
     return tuning
-
-
-def _place(problem: str, name: str) -> tuple[str, str]:
-    """Where in a folder the trials of a weighting or a task alone are kept."""
-    return file_name(problem), f"{file_name(name)}.json"
 
 
 def check_tuning(trials: int, select: str) -> None:

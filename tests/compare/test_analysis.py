@@ -409,6 +409,35 @@ def test_verdicts_over_problems_are_corrected_for_all_of_them():
     assert over_problems_table(one, "near").headers[0] == "near against"
 
 
+def test_the_worst_task_over_problems():
+    """The worst task of each row, seed by seed, against what it reaches alone."""
+    noise = np.array([0.0, 0.001, 0.003])
+    equal = {"topic": 0.5 + noise, "depth": 1.0 + noise}
+    other = {"topic": 0.6 + noise, "depth": 1.2 + noise}  # an error: the depth is worse
+    tasks_alone = {"topic": 0.55 + noise, "depth": 0.9 + noise}
+    results = made_results({"equal": equal, "other": other}, alone=tasks_alone)
+    changes = {
+        name: np.minimum(
+            row["topic"] / tasks_alone["topic"] - 1, 1 - row["depth"] / tasks_alone["depth"]
+        )
+        for name, row in (("equal", equal), ("other", other))
+    }
+    expected = changes["other"] - changes["equal"]
+    analysis = Analysis(results, "made")
+    assert analysis.worst_change("other", "equal").values == pytest.approx(expected)
+    assert analysis.worst_change("equal", "other").values == pytest.approx(-expected)
+    assert analysis.worst_change("equal", "equal") is None
+    assert analysis.worst_change(ALONE, "equal").values == pytest.approx(-changes["equal"])
+    found = over_problems(results, of="worst", others=["other", ALONE])["made"]
+    assert found["other"].difference == pytest.approx(expected.mean())
+    assert [found["other"].verdict, found[ALONE].verdict] == ["worse", "better"]
+    # Without each task alone the change is from equal weights, where it is 0.
+    without = Analysis(made_results({"equal": equal, "other": other}), "made")
+    loss = 1 - other["depth"] / equal["depth"]
+    assert without.worst_change("other", "equal").values == pytest.approx(loss)
+    assert without.worst_change("equal", "other").values == pytest.approx(-loss)
+
+
 def test_tables_have_no_empty_columns():
     columns = [("name", [Entry("a"), Entry("b")]), ("empty", [Entry()] * 2)]
     table = Table.from_columns([*columns, ("x", [Entry("1"), Entry("2", "worse")])])

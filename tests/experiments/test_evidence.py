@@ -1,0 +1,176 @@
+"""The pages of results are made from kept records."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from made_runs import EQUAL, TASKS, made_results, made_tuning, shifted
+
+from experiments.evidence import MARK, main
+from mtl_jax.compare import Results, Trial
+from mtl_jax.evaluation import mean_interval
+
+NAMES = ("mean", "worst", "emphasis", "learning rate", "properties", "in small")
+MARKS = "".join(
+    f"<!-- {name}: {MARK} -->\nold\n<!-- end of {name} -->\nbetween\n" for name in NAMES
+)
+ALONE = {task: list(1.1 * np.array(values)) for task, values in EQUAL.items()}
+ROWS = {
+    "equal": EQUAL,
+    "constant": shifted({"topic": -0.001, "depth": 0.0}),
+    "adaptive": shifted({"topic": [0.1, 0.11, 0.1, 0.1], "depth": [0.5, 0.5, 0.51, 0.5]}),
+    "dwa": shifted({"topic": [0.01, -0.01, 0.0, 0.0], "depth": [0.01, -0.01, 0.0, 0.01]}),
+    "upgrad": shifted({"topic": 0.05, "depth": 0.0}),
+}
+
+
+def comparison(select, name="made"):
+    tuning = made_tuning(*ROWS, "topic alone", "depth alone", select=select)
+    gain = {"adaptive": 0.04, "upgrad": 0.005}
+    trials = {
+        row: [Trial(0.01, score=gain.get(row, 0.0)), Trial(0.03, score=gain.get(row, 0.0) + 0.02)]
+        for row in tuning.trials
+    }
+    results = made_results(
+        ROWS, TASKS, ALONE, name, tuning=dataclasses.replace(tuning, trials=trials)
+    )
+    for run in results.runs:
+        if run.weighting == "equal":
+            run.train_losses = {"topic": [4.0, 2.0, 1.0], "depth": [0.5, 0.4, 0.4]}
+        if run.weighting == "upgrad":
+            run.conflict = {"share": np.array([0.2, 0.4]), "cosine": np.zeros(2)}
+    return results
+
+
+@pytest.fixture
+def pages(tmp_path):
+    """A folder of pages with marks, and comparisons on two problems, one also for the worst."""
+    for page in ("results.md", "choosing.md", "README.md"):
+        (tmp_path / page).write_text(f"before\n{MARKS}after\n")
+    for name in ("results", "pictures"):
+        (tmp_path / name).mkdir()
+    for select, name in (("mean", "made"), ("worst", "made"), ("mean", "other")):
+        comparison(select, name).write(tmp_path / "runs" / f"{name}_{select}")
+    return tmp_path
+
+
+def run(folder, *comparisons):
+    given = [str(folder / "runs" / name) for name in comparisons]
+    main([*given, "--docs", str(folder), "--readme", str(folder / "README.md")])
+
+
+def table(page, name):
+    """The rows of a table, as cells."""
+    text = page.split(f"<!-- {name}: {MARK} -->")[1].split("<!-- end")[0]
+    return [line.strip("|").split("|") for line in text.strip().splitlines() if "---" not in line]
+
+
+def by_name(page, name):
+    """The rows of a table, by their first cell."""
+    return {row[0].strip(" `"): [cell.strip() for cell in row[1:]] for row in table(page, name)}
+
+
+def text_of(values):
+    mean, half = (100 * value for value in mean_interval(values))
+    digits = 0 if abs(mean) >= 20 else 1
+    return f"{mean:+.{digits}f} ± {half:.{digits}f}"
+
+
+def test_pages_are_made_from_records(pages):
+    run(pages, "made_mean", "made_worst", "other_mean")
+    page = (pages / "results.md").read_text()
+    assert page.startswith("before\n")
+    assert page.endswith("between\nafter\n")
+    assert "old" not in page
+    rows = by_name(page, "mean")
+    assert rows[""] == ["[made](results/made.md)", "[other](results/other.md)"]
+    assert set(rows) == {"", *list(ROWS)[1:], "each task alone"}
+    arrays = {
+        name: {task: np.array(values) for task, values in row.items()}
+        for name, row in (ROWS | {"alone": ALONE}).items()
+    }
+
+    def changes(name, reference):  # of the depth it is an error
+        ours, theirs = arrays[name], arrays[reference]
+        return [ours["topic"] / theirs["topic"] - 1, 1 - ours["depth"] / theirs["depth"]]
+
+    change = np.mean(changes("adaptive", "equal"), axis=0)
+    assert rows["adaptive"] == [f"{text_of(change)} ▼"] * 2
+    assert rows["dwa"] == [text_of(np.mean(changes("dwa", "equal"), axis=0))] * 2
+    assert rows["upgrad"] == [f"{text_of(np.mean(changes('upgrad', 'equal'), axis=0))} ▲"] * 2
+    # The worst task of each row, against what it reaches alone.
+    worst = [np.min(changes(name, "alone"), axis=0) for name in ("adaptive", "equal")]
+    rows = by_name(page, "worst")
+    assert rows[""] == ["[made](results/made.md)"]
+    assert rows["adaptive"] == [f"{text_of(worst[0] - worst[1])} ▼"]
+    # Each form of emphasis against three others, those that ran.
+    rows = table(page, "emphasis")
+    assert [[cell.strip(" `") for cell in row[:3]] for row in rows[1:]] == [
+        ["mean", "adaptive", "equal"],
+        ["", "", "dwa"],
+        ["", "", "uncertainty"],
+        ["worst", "adaptive", "equal"],
+        ["", "", "dwa"],
+        ["", "", "uncertainty"],
+    ]
+    assert rows[1][3].strip() == f"{text_of(change)} ▼"
+    assert rows[3][3].strip() == ""
+    # What the learning rate is worth.
+    (_, row, _) = table(page, "learning rate")
+    assert [cell.strip() for cell in row[1:4]] == ["+2.0", "adaptive +4.0", "+4.0"]
+    assert row[4].strip() == text_of(change) + " ▼"
+    (_, row, _) = table(page, "properties")
+    # The metrics of equal weights went from half to the last values in two equal steps.
+    gain = np.mean([1 / 3, -1 / 3])
+    assert [cell.strip() for cell in row[1:7]] == [
+        *("2", "8", "2.5", "20 to 75 %", "30 %"),
+        f"{100 * gain:.1f} %",
+    ]
+
+
+def test_kept_records_are_enough_and_small(pages):
+    run(pages, "made_mean", "made_worst", "other_mean")
+    names = ("results.md", "README.md", "results/made.md", "results/other.md")
+    before = [(pages / name).read_text() for name in names]
+    run(pages)
+    assert [(pages / name).read_text() for name in names] == before
+    kept = pages / "results" / "made_mean"
+    assert [path.name for path in kept.iterdir()] == ["results.json"]
+    size = len((kept / "results.json").read_text())
+    assert size < len((pages / "runs" / "made_mean" / "results.json").read_text()) / 2
+    whole, small = Results.read(pages / "runs" / "made_mean"), Results.read(kept)
+    for run_, short in zip(whole.runs, small.runs, strict=True):
+        for task, metrics in run_.metrics["test"].items():
+            for metric, course in metrics.items():
+                found = short.metrics["test"][task][metric]
+                assert found[-1] == pytest.approx(course[-1], rel=1e-4)
+                assert len(found) == (3 if run_.weighting == "equal" else 1)
+
+
+def test_the_page_of_a_problem(pages):
+    run(pages, "made_mean", "made_worst")
+    page = (pages / "results" / "made.md").read_text()
+    assert page.startswith("# made\n\nThe problem made.\n\n200 train, ")
+    assert page.count("mtl-jax compare my:problem") == 2
+    for title in ("## Tuned for the mean over the tasks", "## Tuned for the worst task"):
+        assert title in page
+    assert "- adaptive: better in topic by 10, worse in depth by 0.50; mean -14.4 %." in page
+
+
+def test_what_cannot_be_kept_is_said(pages, capsys):
+    def error_of(*comparisons):
+        with pytest.raises(SystemExit) as error:
+            run(pages, *comparisons)
+        assert error.value.code == 2
+        return capsys.readouterr().err
+
+    assert "holds no records; name a comparison" in error_of()
+    untuned = comparison("mean")
+    untuned.tunings = {}
+    untuned.write(pages / "runs" / "untuned")
+    assert "'made' is not finished, or was not tuned" in error_of("untuned")
+    partial = comparison("mean")
+    partial.runs.pop()
+    partial.write(pages / "runs" / "partial")
+    assert "'made' is not finished, or was not tuned" in error_of("partial")
+    assert "nowhere holds no results" in error_of("nowhere")

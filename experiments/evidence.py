@@ -327,7 +327,7 @@ def properties_table(results: Results) -> str:
                 f"{max(last.values()) / min(last.values()):.3g}",
                 f"{min(fallen.values()):.0f} to {max(fallen.values()):.0f} %",
                 f"{100 * np.mean(shares):.0f} %" if shares else "",
-                f"{100 * unfinished(analysis):.1f} %",
+                f"{round(100 * unfinished(analysis), 1) + 0.0:.1f} %",  # never "-0.0"
                 "" if alone is None else f"{100 * alone.mean:+.1f}, {100 * worst:+.1f}",
                 changed(compared[best], analysis.mean_change(best, BASELINE)) + f" {best}",
             ]

@@ -1,7 +1,7 @@
 """Data sets of tensorflow-datasets, read without TensorFlow from where they are prepared."""
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import absl.logging
@@ -13,6 +13,22 @@ from mtl_jax.compare.data import Split
 def prepared_examples(name: str, data_dir: str | None) -> dict[str, list[dict[str, Any]]]:
     """The examples of each split of a data set.
 
+    Args:
+      name: as of :func:`prepared_sources`.
+      data_dir: as of :func:`prepared_sources`.
+
+    Returns:
+      For each split its examples, decoded.
+
+    Raises:
+      FileNotFoundError: as :func:`prepared_sources`.
+    """
+    return {split: list(source) for split, source in prepared_sources(name, data_dir).items()}
+
+
+def prepared_sources(name: str, data_dir: str | None) -> dict[str, Sequence[dict[str, Any]]]:
+    """The splits of a data set, whose examples are read and decoded when they are asked for.
+
     A data set that is not prepared is downloaded and prepared, which takes TensorFlow.
 
     Args:
@@ -21,7 +37,7 @@ def prepared_examples(name: str, data_dir: str | None) -> dict[str, list[dict[st
         default.
 
     Returns:
-      For each split its examples, decoded.
+      For each split its examples by number.
 
     Raises:
       FileNotFoundError: if the data set is not prepared and TensorFlow is not installed.
@@ -38,7 +54,7 @@ def prepared_examples(name: str, data_dir: str | None) -> dict[str, list[dict[st
                 raise FileNotFoundError(_how_to_prepare(name, data_dir, builder.data_path))
             builder.download_and_prepare()
         sources: Any = builder.as_data_source()
-        return {split: list(source) for split, source in sources.items()}
+        return dict(sources)
     finally:
         absl.logging.set_verbosity(verbosity)
 

@@ -14,6 +14,7 @@ PROBLEMS = {
     "ag_news": "ag_news",
     "news_and_utterances": "news_and_utterances",
     "qm9": "qm9",
+    "tox21": "tox21",
 }
 """For each problem the module that has the function of its name."""
 

@@ -94,3 +94,49 @@ class ConvTextEncoder(nn.Module):
         number = jnp.maximum(present.sum(axis=1), 1).astype(x.dtype)
         mean = x.sum(axis=1, where=present) / number
         return jnp.concatenate([x.max(axis=1, where=present, initial=0), mean], axis=-1)
+
+
+class RecurrentEncoder(nn.Module):
+    """Word embeddings and a bidirectional recurrent layer of gated units (Cho et al., 2014).
+
+    The representation has a vector for each word: the state of the layer that has read the text up
+    to it, and of the one that has read it from the end. It is 0 where the text is over.
+
+    Attributes:
+      words: the number of ids.
+      embedding: the size of the embeddings.
+      width: the number of units in each direction; the representation has twice the size.
+      dropout: the share of the embeddings' and of the representation's elements that are set to 0
+        in training, which needs a key named ``dropout``.
+
+    References:
+      Cho et al., `Learning Phrase Representations using RNN Encoder-Decoder for Statistical Machine
+      Translation <https://arxiv.org/abs/1406.1078>`_, 2014
+    """
+
+    words: int
+    embedding: int = 64
+    width: int = 64
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(
+        self, ids: Int32[Array, "batch length"], train: bool = False
+    ) -> Float[Array, "batch length features"]:
+        """Encode texts."""
+        present = ids != PADDING
+        x = nn.Embed(self.words, self.embedding)(ids)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        directions = nn.RNN(nn.GRUCell(self.width)), nn.RNN(nn.GRUCell(self.width))
+        z = nn.Bidirectional(*directions)(x, seq_lengths=present.sum(axis=1))
+        z = nn.Dropout(self.dropout, deterministic=not train)(z)
+        return z * present[..., None]
+
+
+def mean_over_text(
+    z: Float[Array, "batch length features"], ids: Int32[Array, "batch length"]
+) -> Float[Array, "batch features"]:
+    """The mean of the words' vectors; the padding does not count."""
+    present = (ids != PADDING)[..., None]
+    number = jnp.maximum(present.sum(axis=1), 1).astype(z.dtype)
+    return z.sum(axis=1, where=present) / number

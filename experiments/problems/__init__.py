@@ -15,6 +15,7 @@ PROBLEMS = {
     "news_and_utterances": "news_and_utterances",
     "qm9": "qm9",
     "tox21": "tox21",
+    "atis": "atis",
 }
 """For each problem the module that has the function of its name."""
 

@@ -13,6 +13,8 @@ PROBLEMS = {
     "cifar10_groups": "cifar10_groups",
     "ag_news": "ag_news",
     "news_and_utterances": "news_and_utterances",
+    "nyuv2": "nyuv2",
+    "nyuv2_40": "nyuv2",
 }
 """For each problem the module that has the function of its name."""
 

@@ -68,7 +68,7 @@ class MapHead(nn.Module):
     """
 
     outputs: int
-    width: int = 32
+    width: int = 16
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
@@ -88,14 +88,14 @@ def repeated(x: Float[Array, "batch height width channels"]) -> Array:
 
 
 def doubled(x: Float[Array, "batch height width channels"]) -> Array:
-    """Twice the height and width, bilinearly, as ``jax.image.resize`` but faster on CPU."""
-    for axis in (1, 2):
-        size = x.shape[axis]
-        edges = [(0, 0)] * x.ndim
-        edges[axis] = (1, 1)
-        padded = jnp.pad(x, edges, mode="edge")
-        before = jax.lax.slice_in_dim(padded, 0, size, axis=axis)
-        after = jax.lax.slice_in_dim(padded, 2, size + 2, axis=axis)
-        pairs = jnp.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], axis=axis + 1)
-        x = pairs.reshape(*x.shape[:axis], 2 * size, *x.shape[axis + 1 :])
-    return x
+    """Twice the height and width, bilinearly: as ``jax.image.resize``, but faster on CPU.
+
+    Along each axis it is a product with a small matrix, which needs no transposed copy of the map.
+    """
+    number, height, width, channels = x.shape
+    rows, columns = (
+        jax.image.resize(jnp.eye(size, dtype=x.dtype), (2 * size, size), "bilinear")
+        for size in (height, width)
+    )
+    x = jnp.einsum("ij,bjx->bix", rows, x.reshape(number, height, width * channels))
+    return jnp.einsum("ij,bxjc->bxic", columns, x.reshape(number, 2 * height, width, channels))

@@ -16,6 +16,8 @@ PROBLEMS = {
     "qm9": "qm9",
     "tox21": "tox21",
     "atis": "atis",
+    "nyuv2": "nyuv2",
+    "nyuv2_40": "nyuv2",
 }
 """For each problem the module that has the function of its name."""
 

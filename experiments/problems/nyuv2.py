@@ -61,10 +61,10 @@ FIELDS = ("jpeg", "offsets", "seg13", "seg40", "depth_cm", "split", "index1")
 SCALES = (1.0, 1.2, 1.5)
 """How much a training photograph is enlarged."""
 
-CHANNELS = (16, 32, 64, 128)
+CHANNELS = (32, 64, 128)
 """The channels of the network's levels."""
 
-MULTIPLE = 2 ** len(CHANNELS)
+MULTIPLE = 2 * 2 ** len(CHANNELS)
 """What the network needs the height and the width to be multiples of."""
 
 CLASSES = {"segmentation": 14, "segmentation40": 41}
@@ -94,10 +94,11 @@ def nyuv2(data_dir: str | None = None, *, classes40: bool = False) -> Problem:
     Training photographs are flipped and enlarged at random as in later work with MTAN: a part
     smaller by 1, 1.2 or 1.5 is brought to full size, and its depth divided by as much.
 
-    The network is a U-Net at half of the resolution, whose last map all tasks share; each has two
-    convolutions on top, and its prediction is enlarged bilinearly. Published results (13 classes,
-    depth and surface normals; MTAN on SegNet at 288 x 384; Navon et al., 2022, table 2) are
-    comparable in kind only:
+    The network is a U-Net at a quarter of the height and width, whose last map all tasks share;
+    each has two convolutions on top, and its prediction is enlarged bilinearly.
+
+    Published results (13 classes, depth and surface normals; MTAN on SegNet at 288 x 384; Navon et
+    al., 2022) are comparable in kind only:
 
     ============ ======= ================ ================ ================
     weighting    mIoU, % pixel accuracy, % absolute error, m relative error
@@ -334,7 +335,8 @@ def nyuv2_splits(data_dir: str | None) -> dict[str, dict[str, np.ndarray]]:
     ends = found["offsets"]
     image = np.empty((number, height, width, 3), np.uint8)
     for i in range(number):
-        image[i] = Image.open(io.BytesIO(found["jpeg"][ends[i] : ends[i + 1]].tobytes()))
+        data = found["jpeg"][ends[i] : ends[i + 1]].tobytes()
+        image[i] = np.asarray(Image.open(io.BytesIO(data)))
     rows, columns = crop(height, width)
     depth = np.zeros((number, height, width), np.float32)
     depth[:, rows, columns] = found["depth_cm"][:, rows, columns] / np.float32(100)
@@ -462,16 +464,17 @@ def prepare(settings: Preparation) -> Path:
         fields["seg40"].append(seg40)
         fields["seg13"].append(to_13[seg40])
         fields["depth_cm"].append(np.rint(100 * depth).astype(np.uint16))
+    numbers = range(1, len(jpeg) + 1)
+    found: dict[str, Any] = {
+        "jpeg": np.concatenate(jpeg),
+        "offsets": np.cumsum([0, *map(len, jpeg)]),
+        "split": np.array([split_of[number] for number in numbers], np.uint8),
+        "index1": np.array(numbers, np.int16),
+    }
+    found |= {field: np.stack(values) for field, values in fields.items()}
     settings.out.mkdir(parents=True, exist_ok=True)
     path = settings.out / f"nyuv2_{settings.height}x{settings.width}.npz"
-    np.savez_compressed(
-        path,
-        jpeg=np.concatenate(jpeg),
-        offsets=np.cumsum([0, *map(len, jpeg)]),
-        split=np.array([split_of[number] for number in range(1, len(jpeg) + 1)], np.uint8),
-        index1=np.arange(1, len(jpeg) + 1, dtype=np.int16),
-        **{field: np.stack(values) for field, values in fields.items()},
-    )
+    np.savez_compressed(path, **found)
     return path
 
 

@@ -11,7 +11,7 @@ import scipy.io
 from PIL import Image
 
 import mtl_jax
-from experiments.networks.unet import doubled, repeated
+from experiments.networks import unet
 from experiments.problems import build_problem
 from experiments.problems.nyuv2 import FlipAndEnlarge, crop, enlarged, every_tenth_run, main
 
@@ -166,14 +166,14 @@ def test_what_is_drawn():
 def test_maps_are_enlarged_as_by_jax():
     @jax.jit
     def enlarge(x):
-        bilinear = jax.image.resize(x, (2, 6, 10, 4), "bilinear")
-        nearest = jax.image.resize(x, (2, 6, 10, 4), "nearest")
-        return doubled(x), bilinear, repeated(x), nearest
+        found = unet.enlarged(x, 4, "bilinear"), unet.enlarged(x, 2, "nearest")
+        expected = jax.image.resize(x, (2, 12, 20, 4), "bilinear")
+        return *found, expected, jax.image.resize(x, (2, 6, 10, 4), "nearest")
 
     x = np.random.default_rng(0).normal(size=(2, 3, 5, 4)).astype(np.float32)
-    found, expected, found_nearest, expected_nearest = enlarge(x)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-    np.testing.assert_array_equal(found_nearest, expected_nearest)
+    bilinear, nearest, expected_bilinear, expected_nearest = enlarge(x)
+    np.testing.assert_allclose(bilinear, expected_bilinear, atol=1e-6)
+    np.testing.assert_array_equal(nearest, expected_nearest)
 
 
 def test_losses_metrics_and_a_few_steps(problem):
@@ -259,7 +259,7 @@ def test_each_task_reads_its_own_copy(problem):
     params, model_state = jax.jit(problem.init)(jax.random.key(0))
     batch = {field: values[:2] for field, values in problem.train.items()}
     z, _ = jax.jit(problem.encoder)(params, model_state, jax.random.key(0), batch)
-    assert z.shape == (2, HEIGHT // 2, WIDTH // 2, 16)
+    assert z.shape == (2, HEIGHT // 4, WIDTH // 4, 32)
     mtl_jax.check_heads(problem.heads, params, z, batch, tasks=list(problem.tasks))
 
 

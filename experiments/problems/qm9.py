@@ -151,7 +151,7 @@ def qm9(data_dir: str | None = None, *, molecules: int | None = 20_000) -> Probl
         return outputs_of(params, dict.fromkeys(TARGETS, z))
 
     return Problem(
-        name="qm9",
+        name="qm9" if molecules is not None else "qm9_all",
         description="A small organic molecule: eleven of its properties, from the charges and the "
         "places of its atoms.",
         tasks={
@@ -175,7 +175,7 @@ def qm9(data_dir: str | None = None, *, molecules: int | None = 20_000) -> Probl
 
 
 def qm9_all(data_dir: str | None = None) -> Problem:
-    """Build :func:`qm9` with all molecules: ``--problem experiments.problems.qm9:qm9_all``."""
+    """Build :func:`qm9` with all molecules."""
     return qm9(data_dir, molecules=None)
 
 

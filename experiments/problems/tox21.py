@@ -91,11 +91,17 @@ def tox21(
         for part, chosen in rows.items()
     }
     return fingerprint_problem(
+        "tox21" if split == "scaffold" else "tox21_random",
         splits,
         description="Molecules by their fingerprints; in which of twelve assays is one active? "
         f"{len(smiles) - len(known)} molecules that RDKit refuses are left out; validation and "
         f"test are chosen {'by scaffold' if split == 'scaffold' else 'at random'}.",
     )
+
+
+def tox21_random(data_dir: str | None = None) -> Problem:
+    """Build :func:`tox21` with molecules for validation and test that are chosen at random."""
+    return tox21(data_dir, split="random")
 
 
 class FingerprintEncoder(nn.Module):
@@ -124,7 +130,7 @@ class FingerprintEncoder(nn.Module):
 
 
 def fingerprint_problem(
-    splits: Mapping[str, Mapping[str, np.ndarray]], description: str
+    name: str, splits: Mapping[str, Mapping[str, np.ndarray]], description: str
 ) -> Problem:
     """The problem over the fields ``fingerprint`` and, 0, 1 or :data:`MISSING`, the assays'."""
     encoder, heads = FingerprintEncoder(), Heads(dict.fromkeys(ASSAYS, 1))
@@ -163,7 +169,7 @@ def fingerprint_problem(
         return {assay: batch[assay] != MISSING for assay in ASSAYS}
 
     return Problem(
-        name="tox21",
+        name=name,
         description=description,
         tasks={assay: Task(roc_auc()) for assay in ASSAYS},
         train=splits["train"],

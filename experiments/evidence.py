@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -130,7 +131,7 @@ def keep(results: Results, folder: pathlib.Path) -> None:
                 )
             },
             {problem: results.planned[problem]},
-            results.command,
+            anywhere(results.command),
         )
         place = folder / f"{problem}_{tuning.select}"
         small.write(place)
@@ -138,6 +139,13 @@ def keep(results: Results, folder: pathlib.Path) -> None:
         path = place / "results.json"
         content = rounded(json.loads(path.read_text(encoding="utf-8")))
         write_text(path, json.dumps(content, separators=(",", ":")) + "\n")
+
+
+def anywhere(command: str) -> str:
+    """The command without the folders of the machine that it ran on."""
+    command = re.sub(r" --runs-dir \S+", "", command)
+    command = re.sub(r"(--data-dir) \S+", r"\1 DIR", command)
+    return re.sub(r"(--reuse) \S*?([^\s/]+)(?= |$)", r"\1 runs/\2", command)
 
 
 def shortened(run: Run) -> Run:

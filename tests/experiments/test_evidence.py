@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from made_runs import EQUAL, TASKS, made_results, made_tuning, shifted
 
-from experiments.evidence import MARK, main
+from experiments.evidence import MARK, anywhere, main
 from mtl_jax.compare import Results, Trial
 from mtl_jax.evaluation import mean_interval
 
@@ -145,6 +145,16 @@ def test_kept_records_are_enough_and_small(pages):
                 found = short.metrics["test"][task][metric]
                 assert found[-1] == pytest.approx(course[-1], rel=1e-4)
                 assert len(found) == (3 if run_.weighting == "equal" else 1)
+
+
+def test_commands_are_for_any_machine():
+    command = "python -m experiments.compare --problem qm9 --runs-dir /a/runs --data-dir /b c"
+    found = anywhere(f"{command} --reuse /a/runs/qm9_mean --seeds 10")
+    assert found == (
+        "python -m experiments.compare --problem qm9 --data-dir DIR c --reuse runs/qm9_mean "
+        "--seeds 10"
+    )
+    assert anywhere("mtl-jax compare --reuse /a/b") == "mtl-jax compare --reuse runs/b"
 
 
 def test_the_page_of_a_problem(pages):

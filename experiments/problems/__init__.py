@@ -13,6 +13,9 @@ PROBLEMS = {
     "cifar10_groups": "cifar10_groups",
     "ag_news": "ag_news",
     "news_and_utterances": "news_and_utterances",
+    "burgers": "pde",
+    "helmholtz": "pde",
+    "klein_gordon": "pde",
 }
 """For each problem the module that has the function of its name."""
 

@@ -95,6 +95,8 @@ def burgers() -> Problem:
         solution=burgers_solution,
         grid=(np.linspace(0, 1, 100), 2 * edge - 1),
         hidden=(50,) * 5,
+        learning_rate=1e-2,
+        epochs=60,
     )
 
 
@@ -152,6 +154,8 @@ def helmholtz(a1: int = 1, a2: int = 4) -> Problem:
         solution=solution,
         grid=(line, line),
         hidden=(50,) * 3,
+        learning_rate=1e-2,
+        epochs=80,
     )
 
 
@@ -204,6 +208,8 @@ def klein_gordon() -> Problem:
         solution=solution,
         grid=(line, line),
         hidden=(50,) * 5,
+        learning_rate=3e-3,
+        epochs=60,
     )
 
 
@@ -220,9 +226,10 @@ def _problem(
     solution: Solution,
     grid: Sequence[np.ndarray],
     hidden: Sequence[int],
+    learning_rate: float,
+    epochs: int,
     steps_per_epoch: int = 100,
-    epochs: int = 40,
-    points: int = 256,
+    points: int = 128,
 ) -> Problem:
     """The problem of an equation.
 
@@ -284,7 +291,7 @@ def _problem(
         optimizer=lambda learning_rate, num_steps: optax.adam(
             optax.cosine_decay_schedule(learning_rate, num_steps)
         ),
-        learning_rate=3e-3,
+        learning_rate=learning_rate,
         epochs=epochs,
         batch_size=points,
     )

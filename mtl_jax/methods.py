@@ -114,7 +114,8 @@ class SingleTask(NamedTuple):
     Attributes:
       losses: for each task the mean training loss of every epoch, ``float[epochs]``.
       metrics: for each task the validation metric after the last epoch, the first one of several.
-      higher_is_better: for each task whether a higher metric is better.
+        A task without metrics is left out.
+      higher_is_better: for each of these tasks whether a higher metric is better.
     """
 
     losses: Mapping[str, Float[ArrayLike, "epochs"]]

@@ -20,6 +20,9 @@ PROBLEMS = {
     "atis": "atis",
     "nyuv2": "nyuv2",
     "nyuv2_40": "nyuv2",
+    "burgers": "pde",
+    "helmholtz": "pde",
+    "klein_gordon": "pde",
 }
 """For each problem the module that has the function of its name."""
 

@@ -20,6 +20,7 @@ from mtl_jax.compare.metrics import (
     mean_of,
     r2,
     relative_error,
+    relative_l2,
     roc_auc,
     root_mean_squared_error,
 )
@@ -77,6 +78,7 @@ __all__ = [
     "named_weightings",
     "r2",
     "relative_error",
+    "relative_l2",
     "roc_auc",
     "root_mean_squared_error",
     "tune",

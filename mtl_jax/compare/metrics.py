@@ -455,6 +455,49 @@ def relative_error(
     )
 
 
+def relative_l2(
+    *, unit: str = "", ignore: float | None = None, name: str = "relative L2 error"
+) -> Metric:
+    r"""The length of the error as a share of that of the labels.
+
+    .. math:: \sqrt{\frac{\sum_i (\hat{y}_i - y_i)^2}{\sum_i y_i^2}}
+
+    It is what the field reports of a field that solves a differential equation: 1 for an output of
+    0 everywhere. Labels of 0 count like others, unlike in :func:`relative_error`.
+
+    Args:
+      unit: ``"%"`` to have it shown in per cent.
+      ignore: as for :func:`mean_absolute_error`.
+      name: the metric's name.
+
+    Returns:
+      The metric, lower being better. Output and label have the same shape, ``[batch, ...]``; the
+      sums are over all elements of the split. It is NaN if all labels are 0.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtl_jax.compare import relative_l2
+      >>> metric, counted = relative_l2(), jnp.array([True, True])
+      >>> output, label = jnp.array([3.0, 1.0]), jnp.array([3.0, 4.0])
+      >>> metric.over([(metric.statistics(output, label, counted), counted)])
+      0.6
+    """
+
+    def statistics(output: Array, label: Array, counted: Array) -> dict[str, Array]:
+        output, label = _same_shape(name, output, label)
+        valid = _valid(label, counted, ignore)
+        squares = {"error": (output - label) ** 2, "label": label**2}
+        return {key: _sums(square, valid)["total"] for key, square in squares.items()}
+
+    return Metric(
+        name=name,
+        higher_is_better=False,
+        unit=unit,
+        statistics=statistics,
+        compute=lambda sums: math.sqrt(_quotient(sums["error"], sums["label"])),
+    )
+
+
 def r2(*, name: str = "R2") -> Metric:
     r"""The coefficient of determination: the share of the labels' variance that is explained.
 

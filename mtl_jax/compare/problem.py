@@ -56,7 +56,9 @@ class Task:
 
     Args:
       metrics: the metric, or several of them: :func:`accuracy`, :func:`mean_iou` and the others, or
-        a :class:`Metric` of your own. The accuracy by default.
+        a :class:`Metric` of your own. The accuracy by default. Empty for a task that is trained for
+        the others alone: an auxiliary one, or a term of a physics-informed loss. It is weighted
+        like the others, and counts in no mean over the tasks.
       label: the field that holds the labels, or a function that makes the labels of a batch of the
         task's dataset; ``None`` for the field of the task's name. Labels are for the metrics; the
         losses read the batch themselves.
@@ -66,7 +68,7 @@ class Task:
       label: as above.
 
     Raises:
-      ValueError: if there is no metric, or two of the same name.
+      ValueError: if two metrics have the same name.
     """
 
     metrics: tuple[Metric, ...]
@@ -81,11 +83,8 @@ class Task:
             metrics = accuracy()
         metrics = (metrics,) if isinstance(metrics, Metric) else tuple(metrics)
         names = [metric.name for metric in metrics]
-        if not names or len(set(names)) < len(names):
-            raise ValueError(
-                "A task must have at least one metric, and metrics of different names; got "
-                f"{names}."
-            )
+        if len(set(names)) < len(names):
+            raise ValueError(f"The metrics of a task must have different names; got {names}.")
         object.__setattr__(self, "metrics", metrics)
         object.__setattr__(self, "label", label)
 
@@ -136,7 +135,7 @@ class Problem:
       dataset_of: for each task the dataset of its examples; ``None`` if there is only one dataset.
       predict: ``predict(params, model_state, batch) -> {task: output}``, without anything random:
         what the task's metrics compare with its labels, such as logits. A pytree of arrays with the
-        examples (of the task's dataset) along the leading axis.
+        examples (of the task's dataset) along the leading axis. A task without metrics needs none.
       labelled: ``labelled(batch) -> {task: bool[batch]}``: which examples (of the task's dataset)
         have the task's label; ``None`` if all have.
       optimizer: ``optimizer(learning_rate, num_steps)``: the optax optimizer of a run. It is called
@@ -235,8 +234,8 @@ class Problem:
     description: str = ""
 
     def __post_init__(self) -> None:
-        if not self.tasks:
-            raise ValueError(f"The problem {self.name!r} has no tasks.")
+        if not any(task.metrics for task in self.tasks.values()):
+            raise ValueError(f"The problem {self.name!r} has no task with a metric.")
         self._check_datasets()
         self._check_labels()
         self._check_transformations()
@@ -290,7 +289,7 @@ class Problem:
         for name, task in self.tasks.items():
             field = name if task.label is None else task.label
             dataset = "" if self.dataset_of is None else self.dataset_of[name]
-            for split in ("validation", "test"):
+            for split in ("validation", "test") if task.metrics else ():
                 fields = self.datasets[split][dataset].fields
                 if not callable(field) and field not in fields:
                     raise ValueError(
@@ -391,9 +390,11 @@ class Problem:
         return evaluation_batches(self.datasets[split], batch_size)
 
     def labels(self, batch: Batch) -> dict[str, PyTree]:
-        """The labels of each task in a batch; traced."""
+        """The labels of each task that has metrics in a batch; traced."""
         found = {}
         for name, task in self.tasks.items():
+            if not task.metrics:
+                continue
             fields = batch if self.dataset_of is None else batch[self.dataset_of[name]]
             label = name if task.label is None else task.label
             found[name] = label(fields) if callable(label) else fields[label]

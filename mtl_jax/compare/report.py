@@ -288,6 +288,7 @@ def _configuration(analysis: Analysis) -> Table:
         for task, by_name in info.tasks.items()
         for metric, about in by_name.items()
     ]
+    metrics += [f"{task} (no metric)" for task, by_name in info.tasks.items() if not by_name]
     rows = {
         "tasks": ", ".join(metrics),
         "weightings": ", ".join(analysis.weightings),

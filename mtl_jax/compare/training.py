@@ -93,17 +93,17 @@ def single_task(problem: Problem, runs: Mapping[str, Run | Trial]) -> SingleTask
 
     A run that failed is taken to have stayed where it was.
     """
-    losses, metrics = {}, {}
+    losses, metrics, higher = {}, {}, {}
     for task, description in problem.tasks.items():
-        curve, metric = [1.0], 1.0
-        if task in runs:
-            run, first = runs[task], description.metrics[0].name
-            found = run.validation if isinstance(run, Trial) else run.metrics["validation"]
-            curve, metric = run.train_losses[task], float(found[task][first][-1])
+        curve = runs[task].train_losses[task] if task in runs else [1.0]
         missing = problem.epochs - len(curve)
         losses[task] = np.pad(np.asarray(curve, np.float32), (0, missing), mode="edge")
-        metrics[task] = metric
-    higher = {name: task.metrics[0].higher_is_better for name, task in problem.tasks.items()}
+        for first in description.metrics[:1]:
+            metrics[task], higher[task] = 1.0, first.higher_is_better
+            if task in runs:
+                run = runs[task]
+                found = run.validation if isinstance(run, Trial) else run.metrics["validation"]
+                metrics[task] = float(found[task][first.name][-1])
     return SingleTask(losses, metrics, higher)
 
 
@@ -274,8 +274,9 @@ class Trainer:
         """The state, its weighting told the validation metrics, if it reads any."""
         if run.task is not None or not _reads_metrics(state.weighting_state):
             return state
+        found = run.metrics["validation"]
         metrics = {
-            name: run.metrics["validation"][name][task.metrics[0].name][-1]
+            name: found[name][task.metrics[0].name][-1] if task.metrics else np.nan
             for name, task in self.problem.tasks.items()
         }
         told = self._tell(state.weighting_state, self.devices.replicate(metrics))

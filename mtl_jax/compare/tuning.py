@@ -95,7 +95,8 @@ def tune(
     .. math:: c_k = \frac{1}{J_k} \sum_j s_{kj} \frac{m_{kj} - m^0_{kj}}{|m^0_{kj}|},
 
     and then the mean over the tasks is taken, or the worst task's; for a task alone, its own. A
-    metric that equal weights leave at 0, or undefined, is left out. The test split is not used.
+    metric that equal weights leave at 0, or undefined, is left out, as is a task without a metric.
+    The test split is not used.
 
     A trial that finds no finite update in a whole epoch, or whose metrics are not finite, has
     failed; the search goes on. The same arguments give the same trials.
@@ -360,6 +361,8 @@ class _Search:
             return 0.0
         tasks, found = self.trainer.problem.info().tasks, []
         for task, metrics in validation.items():
+            if not metrics:
+                continue
             changes = [
                 (1 if tasks[task][name].higher_is_better else -1)
                 * (metrics[name][-1] - value)
@@ -367,6 +370,8 @@ class _Search:
                 for name, value in baseline[task].items()
             ]
             found.append(np.mean(changes))
+        if not found:  # a task alone without a metric: there is nothing to choose by
+            return 0.0
         return float(np.mean(found) if self.select == "mean" else np.min(found))
 
     def _baseline_of(self, first: Trial) -> _Metrics:
@@ -379,7 +384,8 @@ class _Search:
             }
             for task, by_name in first.validation.items()
         }
-        nothing = [task for task, by_name in metrics.items() if not by_name]
+        measured = (task for task, by_name in first.validation.items() if by_name)
+        nothing = [task for task in measured if not metrics[task]]
         if first.failure is not None or nothing:
             name, rate = self.trainer.problem.name, self.setting.learning_rate
             undefined = f"the validation metrics of {', '.join(nothing)} are 0 or undefined"

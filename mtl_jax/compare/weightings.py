@@ -55,6 +55,10 @@ def _adaptive_alone(
 
 def _achievement(settings: RunSettings, **parameters: Any) -> Weighting:
     alone = _single_task(settings, "achievement")
+    if without := set(alone.losses) - set(alone.metrics):
+        raise ValueError(
+            f"achievement needs a metric of every task; {', '.join(sorted(without))}: none."
+        )
     return achievement(
         single_task=alone.metrics, higher_is_better=alone.higher_is_better, **parameters
     )

@@ -21,6 +21,7 @@ from mtl_jax.compare import (
     mean_of,
     r2,
     relative_error,
+    relative_l2,
     roc_auc,
     root_mean_squared_error,
 )
@@ -175,6 +176,12 @@ CASES = {
         (),
         lambda x, y: sk.mean_absolute_percentage_error(y, x),
     ),
+    "relative L2 error": (
+        relative_l2(),
+        numbers,
+        (3,),
+        lambda x, y: np.linalg.norm(x - y) / np.linalg.norm(y),
+    ),
     "R2": (r2(), numbers, (), lambda x, y: sk.r2_score(y, x)),
     "R2 of several outputs": (
         r2(),
@@ -232,7 +239,9 @@ def test_without_any_label_a_metric_is_nan(case):
     assert np.isnan(over(metric, output, label, np.full(BATCH, False)))
 
 
-@pytest.mark.parametrize("metric", [mean_absolute_error, root_mean_squared_error, relative_error])
+@pytest.mark.parametrize(
+    "metric", [mean_absolute_error, root_mean_squared_error, relative_error, relative_l2]
+)
 @pytest.mark.parametrize("unknown", [0.0, np.nan])
 def test_unknown_elements_do_not_count_in_an_error(metric, unknown):
     output, label = numbers(np.random.default_rng(1), NUMBER, 3)
@@ -244,6 +253,12 @@ def test_unknown_elements_do_not_count_in_an_error(metric, unknown):
 def test_relative_error_leaves_out_labels_of_zero():
     output, label = np.array([1.0, 3.0, 5.0], np.float32), np.array([0.0, 2.0, 4.0], np.float32)
     np.testing.assert_allclose(over(relative_error(), output, label), (1 / 2 + 1 / 4) / 2)
+
+
+def test_relative_l2_of_labels_that_are_all_zero_is_nan():
+    zeros = np.zeros(NUMBER, np.float32)
+    assert np.isnan(over(relative_l2(), zeros + 1, zeros))
+    assert over(relative_l2(), zeros, zeros + 1) == 1
 
 
 def test_ignored_labels_outside_the_range_of_bytes_and_of_classes():

@@ -197,8 +197,8 @@ class Wrong(grain.transforms.Filter):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: make_problem(tasks={}), "'toy' has no tasks"),
-        (lambda: Task([]), r"at least one metric, .*got \[\]"),
+        (lambda: make_problem(tasks={}), "'toy' has no task with a metric"),
+        (lambda: make_problem(tasks={"sum": Task(())}), "'toy' has no task with a metric"),
         (
             lambda: Task([accuracy(), accuracy(ignore=0)]),
             r"different names; got \['accuracy', 'accuracy'\]",

@@ -58,7 +58,7 @@ class Options:
         validation data: learning rates, and values of the weighting's own parameters. The seeds
         are then run with the best, and constant weights, tuned, are always compared, too.
       select: What is tuned for. The mean change of the tasks' metrics against equal weights, or
-        the change of the task that it is worst for.
+        the task that is furthest behind what it reaches alone.
       prune: Whether to end trials of the tuning early that fall behind the others.
       checkpoint_seconds: The least time between two checkpoints of a run. With None there are none
         within runs; finished runs are kept in any case.

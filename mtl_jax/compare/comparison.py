@@ -97,7 +97,7 @@ def compare(
       tune: the number of trials for each weighting and each task alone, with which :func:`tune`
         chooses their settings first; constant weights are then run, too. ``None`` to run all in
         their default settings.
-      select: what is tuned for: the mean over the tasks, or the worst task.
+      select: what is tuned for: the mean over the tasks, or the worst task, as in :func:`tune`.
       prune: whether trials that fall behind are ended early.
       spaces: what is searched for a weighting besides the learning rate, as in :func:`tune`.
       checkpoint_seconds: the least time between two checkpoints of a run; 0 for as many as can be,
@@ -147,7 +147,7 @@ def compare(
     seeds, folder = tuple(seeds), None if folder is None else pathlib.Path(folder)
     _check_arguments(problems, seeds, checkpoint_seconds, log)
     if tune is not None:
-        check_tuning(tune, select)
+        check_tuning(tune, select, alone)
         if TUNING_SEED in seeds:
             raise ValueError(
                 f"Seed {TUNING_SEED} is the one of the tuning: its runs are those that were chosen "

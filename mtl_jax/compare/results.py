@@ -215,7 +215,8 @@ class Tuning:
       seed: the seed of the search and of all its training runs.
       select: what a trial's score is: ``"mean"``, the mean over the tasks of the relative change of
         their metrics from equal weights at the default learning rate, or ``"worst"``, the smallest
-        of these changes.
+        change from what each task reached alone. Of a task alone it is the change from its own
+        default setting.
       trials: the trials by the name of the runs, in the order in which they were made. The first is
         the default setting of the problem and the weighting.
     """

@@ -392,14 +392,15 @@ def tuning_text(analysis: Analysis) -> str:
     tuning = analysis.tuning
     assert tuning is not None
     of_tasks = {
-        "mean": "mean over the tasks of their relative change",
-        "worst": "relative change of the worst task",
+        "mean": "mean over the tasks of their relative change from equal weights at the default "
+        "learning rate",
+        "worst": "worst task's relative change from what it reached alone",
     }
     return (
         "The settings of the runs: of all trials those with the best validation metrics after the "
-        f"last epoch, by the {of_tasks[tuning.select]} from equal weights at the default learning "
-        f"rate. Parameters that are not given have their defaults. All trials have the seed "
-        f"{tuning.seed}, which no run has."
+        f"last epoch, by the {of_tasks[tuning.select]}; a task alone is measured against its own "
+        "default setting. Parameters that are not given have their defaults. All trials have the "
+        f"seed {tuning.seed}, which no run has."
     )
 
 

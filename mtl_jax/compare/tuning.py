@@ -87,16 +87,18 @@ def tune(
     Then Optuna searches both, by the tree-structured Parzen estimator. Equal weights, constant
     weights and each task alone are always tuned besides.
 
-    What is maximised is how the validation metrics after the last epoch changed against those of
-    equal weights in their default setting. The relative changes of a task's metrics
-    :math:`m_{kj}`, of which :math:`s_{kj} = \pm 1` says whether higher is better, are averaged
-    first,
+    What is maximised is how the validation metrics after the last epoch changed against a
+    reference. The relative changes of a task's metrics :math:`m_{kj}`, of which
+    :math:`s_{kj} = \pm 1` says whether higher is better, are averaged first,
 
     .. math:: c_k = \frac{1}{J_k} \sum_j s_{kj} \frac{m_{kj} - m^0_{kj}}{|m^0_{kj}|},
 
-    and then the mean over the tasks is taken, or the worst task's; for a task alone, its own. A
-    metric that equal weights leave at 0, or undefined, is left out, as is a task without a metric.
-    The test split is not used.
+    and then over the tasks, or the smallest is taken. The reference of the mean is equal weights in
+    their default setting. That of the worst task is what each task reached alone, in the best of
+    its trials: against themselves equal weights have no worst task, and would never leave their
+    default setting. A task alone is measured against its own default setting. A metric that the
+    reference leaves at 0, or undefined, is left out, as is a task without a metric. The test split
+    is not used.
 
     A trial that finds no finite update in a whole epoch, or whose metrics are not finite, has
     failed; the search goes on. The same arguments give the same trials.
@@ -105,7 +107,7 @@ def tune(
       problem: the problem.
       weightings: functions that make the weightings, by name.
       trials: the number of trials for each weighting and each task alone.
-      select: ``"mean"`` for the mean over the tasks, ``"worst"`` for the smallest of their changes.
+      select: ``"mean"`` for the mean over the tasks, ``"worst"`` for the worst task, as above.
       seed: of the search, and of the training runs. Not one of the seeds of the comparison, which
         would be chosen for then: :func:`compare` refuses that.
       alone: whether to tune each task alone, too.
@@ -125,10 +127,10 @@ def tune(
       All trials; its ``chosen`` gives the best.
 
     Raises:
-      ValueError: if ``trials`` is not at least 1, there is no such ``select``, there is a space for
-        an unknown weighting, or a weighting cannot run on the problem.
-      TuningError: a ``ValueError``; if equal weights fail in their default setting, or leave all
-        metrics of a task at 0.
+      ValueError: if ``trials`` is not at least 1, there is no such ``select``, it is ``"worst"``
+        without the tasks alone, there is a space for an unknown weighting, or a weighting cannot
+        run on the problem.
+      TuningError: a ``ValueError``; if the reference failed, or left all metrics of a task at 0.
       OtherSettingsError: a ``ValueError``; if the folder's trials are of another search.
     """
     return tune_with(
@@ -166,7 +168,7 @@ def tune_with(
 
     Trials that are not in ``folder`` are taken from the folders ``reuse`` where they are the same.
     """
-    check_tuning(trials, select)
+    check_tuning(trials, select, alone)
     weightings = with_baselines(weightings, tuned=True)
     if unknown := set(spaces) - set(weightings):
         raise ValueError(f"There are spaces for {sorted(unknown)}, and no such weightings.")
@@ -177,33 +179,78 @@ def tune_with(
     for setting in settings:
         trainer.new_run(setting, seed)  # raises where it cannot run
     found: dict[str, list[Trial]] = {setting.name: [] for setting in settings}
-    baseline: _Metrics | None = None
-    # Equal weights are what all are measured against, and tasks alone what some are made of.
-    order = {BASELINE: 0} | {setting.name: 1 for setting in settings if setting.task}
+    reference: _Metrics | None = None
+    # The tasks alone are what the worst task is measured against, and some weightings are made of;
+    # equal weights are what the mean is measured against.
+    order = {BASELINE: 1} | {setting.name: 0 for setting in settings if setting.task}
     tuning = Tuning(seed, select, found)
     with _quiet_optuna():
         for setting in sorted(settings, key=lambda setting: order.get(setting.name, 2)):
-            if alone and setting.name not in order:
+            if alone and setting.task is None:
                 chosen = {task: tuning.chosen(alone_name(task)) for task in problem.tasks}
                 setting = dataclasses.replace(setting, single_task=single_task(problem, chosen))
+                if select == "worst" and reference is None:
+                    reference = _reference(
+                        {task: chosen[task].validation.get(task, {}) for task in problem.tasks},
+                        problem,
+                        "what each task reaches alone",
+                    )
             place = (file_name(problem.name), f"{file_name(setting.name)}.json")
             file = None if folder is None else pathlib.Path(folder, *place)
             others = tuple(pathlib.Path(other, *place) for other in reuse)
             space = spaces.get(setting.name, {})
-            search = _Search(trainer, setting, space, seed, select, prune, baseline, file, others)
+            search = _Search(trainer, setting, space, seed, select, prune, reference, file, others)
             for trial in search.trials(trials, on_steps):
                 found[setting.name].append(trial)
                 on_trial(setting.name, found[setting.name])
-            baseline = search.baseline
+                if setting.name == BASELINE and reference is None:
+                    what = f"equal weights at its own learning rate, {setting.learning_rate:g}"
+                    reference = _reference(trial.validation, problem, what, trial.failure)
+                    search.reference = reference
     return tuning
 
 
-def check_tuning(trials: int, select: str) -> None:
+def _reference(
+    validation: ByEpoch, problem: Problem, what: str, failure: str | None = None
+) -> _Metrics:
+    """What trials are measured against: those metrics that there can be a change of."""
+    metrics = _with_changes(validation)
+    nothing = [
+        task for task, about in problem.tasks.items() if about.metrics and not metrics.get(task)
+    ]
+    if failure is not None or nothing:
+        undefined = f"the validation metrics of {', '.join(nothing)} are 0 or undefined"
+        raise TuningError(
+            f"Trials on {problem.name!r} are measured against {what}; but there "
+            + (failure or undefined)
+            + ". Give the problem a learning rate at which equal weights train."
+        )
+    return metrics
+
+
+def _with_changes(validation: ByEpoch) -> _Metrics:
+    """The last metrics that there can be a relative change of."""
+    return {
+        task: {
+            name: values[-1]
+            for name, values in by_name.items()
+            if np.isfinite(values[-1]) and values[-1] != 0
+        }
+        for task, by_name in validation.items()
+    }
+
+
+def check_tuning(trials: int, select: str, alone: bool) -> None:
     """Raise a ``ValueError`` for what cannot be tuned with, or for."""
     if trials < 1:
         raise ValueError(f"The number of trials must be at least 1, got {trials}.")
     if select not in ("mean", "worst"):
         raise ValueError(f"`select` must be 'mean' or 'worst', got {select!r}.")
+    if select == "worst" and not alone:
+        raise ValueError(
+            "The worst task is the one that is furthest behind what it reaches alone: to tune for "
+            "it (`select`, --select), leave `alone` (--alone) at its default."
+        )
 
 
 def settings_of_problem(info: ProblemInfo) -> dict[str, Any]:
@@ -236,8 +283,8 @@ class _Search:
       seed: of the search and of the training runs.
       select: what a score is.
       prune: whether to end trials early that fall behind.
-      baseline: the validation metrics that trials are measured against; those of the first trial
-        if they are not known yet.
+      reference: the validation metrics that trials are measured against; until they are known,
+        those of the first trial that did not fail.
       file: where finished trials are kept.
       others: files of other comparisons, whose trials are taken if the file is not there.
     """
@@ -248,7 +295,7 @@ class _Search:
     seed: int
     select: Select
     prune: bool
-    baseline: _Metrics | None
+    reference: _Metrics | None
     file: pathlib.Path | None
     others: tuple[pathlib.Path, ...]
 
@@ -270,7 +317,8 @@ class _Search:
                 of_optuna = _as_json(study.trials[-1])
                 kept.append({"trial": dataclasses.asdict(trial), "optuna": of_optuna})
                 self._write(kept)
-            self.baseline = self.baseline or self._baseline_of(trial)
+            if self.reference is None and trial.failure is None:
+                self.reference = _with_changes(trial.validation)
             yield trial
 
     def _next(
@@ -303,7 +351,7 @@ class _Search:
         key = _key(setting.learning_rate, setting.parameters)
         trial = Trial(**known[key]) if key in known else self._train(setting, asked, on_steps)
         if trial.failure is None:
-            score = self._score(trial.validation, self.baseline)
+            score = self._score(trial.validation)
             finite = np.isfinite(score)
             trial = dataclasses.replace(
                 trial,
@@ -327,8 +375,8 @@ class _Search:
         start, run, failure = time.perf_counter(), Run("", "", 0), None
         for run in self.trainer.run(setting, self.seed, splits=["validation"], on_steps=on_steps):
             failure = run.failure
-            if self.baseline is not None and failure is None:
-                asked.report(self._score(run.metrics["validation"], self.baseline), run.epochs - 1)
+            if self.reference is not None and failure is None:
+                asked.report(self._score(run.metrics["validation"]), run.epochs - 1)
                 if run.epochs < self.trainer.problem.epochs and asked.should_prune():
                     failure = PRUNED
                     break
@@ -356,46 +404,22 @@ class _Search:
             default |= dimension.first(name, list(self.trainer.problem.tasks))
         return default
 
-    def _score(self, validation: ByEpoch, baseline: _Metrics | None) -> float:
-        if baseline is None:  # this is what all others are measured against
+    def _score(self, validation: ByEpoch) -> float:
+        if self.reference is None:  # this is what the others are measured against
             return 0.0
         tasks, found = self.trainer.problem.info().tasks, []
         for task, metrics in validation.items():
-            if not metrics:
-                continue
             changes = [
                 (1 if tasks[task][name].higher_is_better else -1)
                 * (metrics[name][-1] - value)
                 / abs(value)
-                for name, value in baseline[task].items()
+                for name, value in self.reference.get(task, {}).items()
             ]
-            found.append(np.mean(changes))
+            if changes:
+                found.append(np.mean(changes))
         if not found:  # a task alone without a metric: there is nothing to choose by
             return 0.0
         return float(np.mean(found) if self.select == "mean" else np.min(found))
-
-    def _baseline_of(self, first: Trial) -> _Metrics:
-        """What all trials are measured against: those metrics that there can be a change of."""
-        metrics = {
-            task: {
-                name: values[-1]
-                for name, values in by_name.items()
-                if np.isfinite(values[-1]) and values[-1] != 0
-            }
-            for task, by_name in first.validation.items()
-        }
-        measured = (task for task, by_name in first.validation.items() if by_name)
-        nothing = [task for task in measured if not metrics[task]]
-        if first.failure is not None or nothing:
-            name, rate = self.trainer.problem.name, self.setting.learning_rate
-            undefined = f"the validation metrics of {', '.join(nothing)} are 0 or undefined"
-            raise TuningError(
-                f"Trials on {name!r} are measured against equal weights at its own learning rate, "
-                f"{rate:g}; but there "
-                + (first.failure or undefined)
-                + ". Give the problem a learning rate at which equal weights train."
-            )
-        return metrics
 
     # The file
 

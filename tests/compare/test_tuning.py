@@ -150,18 +150,30 @@ def change(trial, task):
 def test_score_is_the_change_from_equal_weights_by_default():
     trial = tuned().trials["adaptive"][2]
     assert trial.score == pytest.approx(np.mean([change(trial, t) for t in TASKS]), rel=1e-12)
-    alone = tuned().trials["right alone"][1]
+    first, alone, _ = tuned().trials["right alone"]
     assert list(alone.validation) == ["right"]
-    assert alone.score == pytest.approx(change(alone, "right"), rel=1e-12)
+    ends = [[trial.validation["right"][name][-1] for name in METRICS] for trial in (first, alone)]
+    assert first.score == 0
+    assert alone.score == pytest.approx(np.mean(1 - np.divide(ends[1], ends[0])), rel=1e-12)
 
 
-def test_the_worst_task_can_be_tuned_for():
+def test_the_worst_task_is_measured_against_what_it_reaches_alone():
     """The same trials, as long as the same learning rate is the best; another score."""
-    tuning = tune(PROBLEM, {}, trials=3, alone=False, select="worst")
+    tuning = tune(PROBLEM, {}, trials=3, select="worst")
     assert tuning.select == "worst"
+    alone = {task: tuned().chosen(f"{task} alone").validation[task] for task in TASKS}
+    assert {task: tuning.chosen(f"{task} alone").validation[task] for task in TASKS} == alone
     for trial, other in zip(tuning.trials["equal"], tuned().trials["equal"], strict=True):
         assert trial.validation == other.validation
-        assert trial.score == pytest.approx(min(change(trial, task) for task in TASKS), rel=1e-12)
+        changes = [
+            np.mean(
+                [1 - trial.validation[task][name][-1] / alone[task][name][-1] for name in METRICS]
+            )
+            for task in TASKS
+        ]
+        assert trial.score == pytest.approx(min(changes), rel=1e-12)
+    # So equal weights leave their default where another learning rate serves the worst task better.
+    assert tuning.chosen("equal") != tuning.trials["equal"][0]
 
 
 def test_a_metric_that_equal_weights_leave_at_0_is_left_out():
@@ -294,7 +306,7 @@ def test_interrupted_and_resumed_with_pruning(tmp_path):
     with pytest.raises(OtherSettingsError, match="space is .*limit=1.0.* and was .*limit=2.5"):
         tune(PROBLEM, {}, folder=tmp_path, spaces=spaces, **options)
     with pytest.raises(OtherSettingsError, match="select is 'worst' and was 'mean'"):
-        tune(PROBLEM, {}, folder=tmp_path, select="worst", **options)
+        tune(PROBLEM, {}, folder=tmp_path, **(options | {"select": "worst", "alone": True}))
     file = tmp_path / "linear" / "equal.json"
     file.write_text(file.read_text().replace("COMPLETE", "FAIL"))
     with pytest.raises(DamagedFileError, match=r"equal.json is damaged.*Remove it"):
@@ -322,6 +334,8 @@ def test_arguments_are_checked():
         tune(PROBLEM, {}, trials=0)
     with pytest.raises(ValueError, match="`select` must be 'mean' or 'worst', got 'best'"):
         tune(PROBLEM, {}, trials=1, select="best")
+    with pytest.raises(ValueError, match="to tune for it .*, leave `alone` .* at its default"):
+        tune(PROBLEM, {}, trials=1, select="worst", alone=False)
     with pytest.raises(ValueError, match="spaces for \\['dwa'\\]"):
         tune(PROBLEM, {}, trials=1, spaces={"dwa": {}})
     with pytest.raises(ValueError, match="'krum' cannot run on 'linear'"):

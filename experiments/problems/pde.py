@@ -95,7 +95,7 @@ def burgers() -> Problem:
         solution=burgers_solution,
         grid=(np.linspace(0, 1, 100), 2 * edge - 1),
         hidden=(50,) * 5,
-        learning_rate=1e-2,
+        learning_rate=3e-2,
         epochs=60,
     )
 
@@ -208,7 +208,7 @@ def klein_gordon() -> Problem:
         solution=solution,
         grid=(line, line),
         hidden=(50,) * 5,
-        learning_rate=3e-3,
+        learning_rate=5e-3,
         epochs=60,
     )
 
@@ -262,7 +262,7 @@ def _problem(
     ) -> tuple[dict[str, Array], dict[str, Array]]:
         u, number = functools.partial(field, params), len(batch["point"])
         sizes = [number if term.side is None else max(1, number // 4) for term in terms.values()]
-        drawn = jax.random.uniform(key, (sum(sizes), 2), minval=low, maxval=high)
+        drawn = low + (high - low) * jax.random.uniform(key, (sum(sizes), 2))
         parts = jnp.split(drawn, np.cumsum(sizes)[:-1])
         found = {}
         for z, (task, term) in zip(parts, terms.items(), strict=True):
@@ -274,7 +274,8 @@ def _problem(
     def examples(z: np.ndarray) -> dict[str, np.ndarray]:
         return {"point": z.astype(np.float32), "solution": solution(z).astype(np.float32)}
 
-    rng, limits = np.random.default_rng(0), np.array(domain).T
+    bounds = np.array(domain).T
+    drawn = np.random.default_rng(0).uniform(bounds[0], bounds[1], (VALIDATION_POINTS, 2))
     return Problem(
         name=name,
         description=description,
@@ -283,7 +284,7 @@ def _problem(
             for task in terms
         },
         train={"point": np.arange(steps_per_epoch * points, dtype=np.int32)},
-        validation=examples(rng.uniform(*limits, (VALIDATION_POINTS, 2))),
+        validation=examples(drawn),
         test=examples(np.stack(np.meshgrid(*grid, indexing="ij"), axis=-1).reshape(-1, 2)),
         init=init,
         losses=losses,

@@ -71,8 +71,10 @@ def test_sharded():
 
 
 def test_physics_informed():
-    errors = run("physics_informed", steps=1000, seeds=2, names=("conflict_free",))
-    assert errors["conflict_free"] < 0.3  # 1 for a network that says 0
+    errors = run("physics_informed", steps=1500, more=60, seeds=2, names=("conflict_free",))
+    adam, lbfgs = errors["conflict_free"]
+    assert adam < 0.6  # 1 for a network that says 0
+    assert lbfgs < 0.8 * adam
 
 
 def test_many_tasks():

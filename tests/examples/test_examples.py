@@ -71,8 +71,10 @@ def test_sharded():
 
 
 def test_physics_informed():
-    errors = run("physics_informed", steps=1000, seeds=2, names=("conflict_free",))
-    assert errors["conflict_free"] < 0.3  # 1 for a network that says 0
+    errors = run("physics_informed", steps=1000, more=50, seeds=2, names=("norm_balance",))
+    adam, lbfgs = errors["norm_balance"]
+    assert adam < 0.7  # 1 for a network that says 0
+    assert lbfgs < 0.75 * adam
 
 
 def test_many_tasks():

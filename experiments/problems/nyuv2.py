@@ -215,7 +215,7 @@ def nyuv2(data_dir: str | None = None, *, classes40: bool = False) -> Problem:
         transformations=[FlipAndEnlarge()],
         optimizer=adam_cosine,
         learning_rate=1e-3,
-        epochs=15,
+        epochs=20,
         batch_size=8,
     )
 

@@ -44,6 +44,7 @@ from PIL import Image
 
 from experiments.networks.unet import MapHead, UNet
 from experiments.problems.classification import adam_cosine
+from experiments.problems.pictures import scaled
 from mtl_jax._masking import masked_mean
 from mtl_jax.compare.data import Batch
 from mtl_jax.compare.metrics import (
@@ -165,7 +166,9 @@ def nyuv2(data_dir: str | None = None, *, classes40: bool = False) -> Problem:
 
     def init(key: Array) -> tuple[PyTree, PyTree]:
         encoder_key, *keys = jax.random.split(key, 1 + len(heads))
-        z, variables = encoder.init_with_output(encoder_key, _scaled(splits["train"]["image"][:1]))
+        z, variables = encoder.init_with_output(
+            encoder_key, scaled({"image": splits["train"]["image"][:1]})
+        )
         head_params = {
             task: head.init(head_key, z)["params"]
             for (task, head), head_key in zip(heads.items(), keys, strict=True)
@@ -175,7 +178,7 @@ def nyuv2(data_dir: str | None = None, *, classes40: bool = False) -> Problem:
     def encode(
         params: PyTree, model_state: PyTree, key: Array | None, batch: Batch
     ) -> tuple[PyTree, PyTree]:
-        return encoder.apply({"params": params["encoder"]}, _scaled(batch["image"])), model_state
+        return encoder.apply({"params": params["encoder"]}, scaled(batch)), model_state
 
     def outputs_of(params: PyTree, zs: Mapping[str, PyTree]) -> dict[str, Array]:
         outputs: dict[str, Any] = {
@@ -212,7 +215,7 @@ def nyuv2(data_dir: str | None = None, *, classes40: bool = False) -> Problem:
         transformations=[FlipAndEnlarge()],
         optimizer=adam_cosine,
         learning_rate=1e-3,
-        epochs=15,
+        epochs=20,
         batch_size=8,
     )
 
@@ -233,10 +236,6 @@ def _segmentation(task: str) -> Task:
     return Task([mean_iou(CLASSES[task], ignore=0), accuracy(ignore=0, name="pixel accuracy")])
 
 
-def _scaled(image: Array) -> Float[Array, "batch height width 3"]:
-    return jnp.asarray(image).astype(jnp.float32) / 127.5 - 1
-
-
 def _cross_entropy(logits: Float[Array, "batch height width classes"], labels: Array) -> Array:
     """The mean over the pixels that are labelled."""
     labels = labels.astype(jnp.int32)
@@ -252,9 +251,7 @@ def _absolute_error(depth: Float[Array, "batch height width"], labels: Array) ->
 class FlipAndEnlarge(grain.transforms.RandomMap):
     """Enlarge a part of a photograph to its full size, and turn half of them over."""
 
-    def random_map(
-        self, element: Mapping[str, np.ndarray], rng: np.random.Generator
-    ) -> dict[str, np.ndarray]:
+    def random_map(self, element: Mapping[str, np.ndarray], rng: np.random.Generator) -> Any:
         """Change one example."""
         scale = SCALES[rng.integers(len(SCALES))]
         size = element["image"].shape[:2]

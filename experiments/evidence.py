@@ -71,7 +71,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         for folder in config.folders:
             keep(Results.read(folder), config.docs / "results")
-        kept = {select: read_kept(config.docs / "results", select) for select in SELECTIONS}
+        kept: dict[Select, Results] = {
+            select: read_kept(config.docs / "results", select) for select in SELECTIONS
+        }
         if not kept["mean"].problems:
             raise ValueError(f"{config.docs / 'results'} holds no records; name a comparison.")
     except (OSError, ValueError) as error:
@@ -446,8 +448,8 @@ def changes_figure(kept: Mapping[Select, Results]) -> matplotlib.figure.Figure:
     figure = matplotlib.figure.Figure((2.6 * columns + 1.2, 3.6 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flat
     for axes, problem in zip(panels, problems, strict=False):
-        for offset, (of, color) in enumerate((("mean", "tab:blue"), ("worst", "tab:orange"))):
-            draw_changes(axes, kept[of], problem, of, names, 0.15 - 0.3 * offset, color)
+        for of, results in kept.items():
+            draw_changes(axes, results, problem, of, names)
         axes.axvline(0, color="0.6", linewidth=1)
         axes.set_title(problem, fontsize=10)
         axes.set_yticks(range(0, -len(names), -1), names, fontsize=8)
@@ -464,12 +466,11 @@ def draw_changes(
     problem: str,
     of: Select,
     names: Sequence[str],
-    offset: float,
-    color: str,
 ) -> None:
-    """Points with intervals; those far to the left are put at the edge."""
+    """Points with intervals, those of the mean above those of the worst task."""
     if problem not in results.problems:
         return
+    offset, color = {"mean": (0.15, "tab:blue"), "worst": (-0.15, "tab:orange")}[of]
     analysis = Analysis(results, problem)
     change: Callable[[str, str], Estimate | None] = (
         analysis.mean_change if of == "mean" else analysis.worst_change

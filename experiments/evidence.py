@@ -6,12 +6,13 @@ Without a folder it does only the latter.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import matplotlib
@@ -71,19 +72,19 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         for folder in config.folders:
             keep(Results.read(folder), config.docs / "results")
-        kept: dict[Select, Results] = {
-            select: read_kept(config.docs / "results", select) for select in SELECTIONS
+        kept: dict[Select, Tuned] = {
+            of: Tuned(read_kept(config.docs / "results", of), of) for of in SELECTIONS
         }
-        if not kept["mean"].problems:
+        if not kept["mean"].analyses:
             raise ValueError(f"{config.docs / 'results'} holds no records; name a comparison.")
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    for problem in kept["mean"].problems:
+    for problem in kept["mean"].analyses:
         write_text(config.docs / "results" / f"{problem}.md", problem_page(kept, problem))
     tables = {
-        "mean": changes_table(kept["mean"], "mean"),
-        "worst": changes_table(kept["worst"], "worst"),
+        "mean": changes_table(kept["mean"]),
+        "worst": changes_table(kept["worst"]),
         "emphasis": emphasis_table(kept),
         "learning rate": learning_rate_table(kept["mean"]),
         "properties": properties_table(kept["mean"]),
@@ -214,59 +215,78 @@ def changed(found: PairedComparison | None, estimate: Estimate | None) -> str:
     return f"{mean:+.{digits}f} ± {half:.{digits}f}{MARKS.get(found.verdict, '')}"
 
 
-def names_of(results: Results) -> list[str]:
-    """All weightings but equal weights, and each task alone."""
-    found = dict.fromkeys(
-        name for problem in results.problems for name in Analysis(results, problem).weightings
-    )
-    return [*(name for name in found if name != BASELINE), ALONE]
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """What was tuned for the same, on all problems.
+
+    Attributes:
+      results: the results.
+      of: what they were tuned for.
+    """
+
+    results: Results
+    of: Select
+
+    @functools.cached_property
+    def analyses(self) -> dict[str, Analysis]:
+        """What the results on each problem say."""
+        return {problem: Analysis(self.results, problem) for problem in self.results.problems}
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """All weightings but equal weights, and each task alone."""
+        found = dict.fromkeys(name for one in self.analyses.values() for name in one.weightings)
+        return [*(name for name in found if name != BASELINE), ALONE]
+
+    @functools.cached_property
+    def compared(self) -> dict[str, dict[str, PairedComparison]]:
+        """All weightings against equal weights on all problems, corrected together."""
+        return over_problems(self.results, of=self.of, others=self.names)
+
+    def change(self, problem: str, name: str, reference: str = BASELINE) -> Estimate | None:
+        """The change of a row against another one."""
+        analysis = self.analyses[problem]
+        change = analysis.mean_change if self.of == "mean" else analysis.worst_change
+        return change(name, reference)
+
+    def entry(self, problem: str, name: str) -> str:
+        """The change against equal weights, with its verdict."""
+        found = self.compared.get(problem, {}).get(name)
+        return "" if found is None else changed(found, self.change(problem, name))
 
 
-def changes_table(results: Results, of: Select) -> str:
+def changes_table(tuned: Tuned) -> str:
     """Every weighting against equal weights on every problem."""
-    names = names_of(results)
-    compared = over_problems(results, of=of, others=names)
-    analyses = {problem: Analysis(results, problem) for problem in results.problems}
-
-    def entry(name: str, problem: str) -> str:
-        analysis = analyses[problem]
-        change = analysis.mean_change if of == "mean" else analysis.worst_change
-        found = compared.get(problem, {}).get(name)
-        return "" if found is None else changed(found, change(name, BASELINE))
-
-    rows = [[named(name), *(entry(name, problem) for problem in analyses)] for name in names]
-    return markdown(["", *map(linked, analyses)], rows)
+    rows = [
+        [named(name), *(tuned.entry(problem, name) for problem in tuned.analyses)]
+        for name in tuned.names
+    ]
+    return markdown(["", *map(linked, tuned.analyses)], rows)
 
 
-def emphasis_table(kept: Mapping[Select, Results]) -> str:
+def emphasis_table(kept: Mapping[Select, Tuned]) -> str:
     """Each form of emphasis against what it is said to be better than."""
-    problems = list(kept["mean"].problems)
+    problems = list(kept["mean"].analyses)
     rows = []
-    for of, results in kept.items():
-        for form in EMPHASIS:
-            if not any(form in Analysis(results, name).weightings for name in results.problems):
-                continue
-            compared = over_problems(results, form, of=of, others=CLAIMED)
+    for of, tuned in kept.items():
+        for form in (form for form in EMPHASIS if form in tuned.names):
+            compared = over_problems(tuned.results, form, of=of, others=CLAIMED)
             for other in CLAIMED:
-                row = [of if form == EMPHASIS[0] and other == CLAIMED[0] else ""]
-                row += [named(form) if other == CLAIMED[0] else "", other]
+                first = other == CLAIMED[0]
+                row = [of if first and form == EMPHASIS[0] else "", named(form) if first else ""]
                 for problem in problems:
                     found = compared.get(problem, {}).get(other)
-                    if found is None:
-                        row.append("")
-                        continue
-                    analysis = Analysis(results, problem)
-                    change = analysis.mean_change if of == "mean" else analysis.worst_change
-                    row.append(changed(found, change(form, other)))
-                rows.append(row)
+                    estimate = found and tuned.change(problem, form, other)
+                    row.append(changed(found, estimate) if found else "")
+                rows.append([*row[:2], other, *row[2:]])
     return markdown(["", "form", "against", *map(linked, problems)], rows)
 
 
-def learning_rate_table(results: Results) -> str:
+def learning_rate_table(tuned: Tuned) -> str:
     """What the learning rate is worth, and what is left of a gain at the default after tuning."""
     rows = []
-    for problem in results.problems:
-        analysis, tuning = Analysis(results, problem), results.tunings[problem]
+    for problem, analysis in tuned.analyses.items():
+        tuning = tuned.results.tunings[problem]
 
         def score(trial: Trial) -> float:
             return -math.inf if trial.score is None else trial.score
@@ -279,14 +299,13 @@ def learning_rate_table(results: Results) -> str:
         best = max(at_default, key=lambda name: at_default[name])
         equal = score(tuning.chosen(BASELINE))
         left = score(tuning.chosen(best)) - equal
-        compared = over_problems(results, others=[best])[problem][best]
         rows.append(
             [
                 linked(problem),
                 f"{100 * equal:+.1f}",
                 f"{best} {100 * at_default[best]:+.1f}",
                 f"{100 * left:+.1f}",
-                changed(compared, analysis.mean_change(best, BASELINE)),
+                tuned.entry(problem, best),
             ]
         )
     header = [
@@ -299,11 +318,10 @@ def learning_rate_table(results: Results) -> str:
     return markdown(header, rows)
 
 
-def properties_table(results: Results) -> str:
+def properties_table(tuned: Tuned) -> str:
     """Properties of the problems that may tell where a weighting helps."""
     rows = []
-    for problem in results.problems:
-        analysis = Analysis(results, problem)
+    for problem, analysis in tuned.analyses.items():
         equal = analysis.weightings[BASELINE]
         first, last = (
             {
@@ -322,11 +340,10 @@ def properties_table(results: Results) -> str:
             for run in runs
             if run.conflict
         ]
-        compared = over_problems(results, others=names_of(results)[:-1])[problem]
         gains = {
             name: estimate.mean
-            for name in compared
-            if (estimate := analysis.mean_change(name, BASELINE)) is not None
+            for name in tuned.names[:-1]
+            if (estimate := tuned.change(problem, name)) is not None
         }
         best = max(gains, key=lambda name: gains[name])
         rows.append(
@@ -339,7 +356,7 @@ def properties_table(results: Results) -> str:
                 f"{100 * np.mean(shares):.0f} %" if shares else "",
                 f"{round(100 * unfinished(analysis), 1) + 0.0:.1f} %",  # never "-0.0"
                 "" if alone is None else f"{100 * alone.mean:+.1f}, {100 * worst:+.1f}",
-                changed(compared[best], analysis.mean_change(best, BASELINE)) + f" {best}",
+                f"{tuned.entry(problem, best)} {best}",
             ]
         )
     header = [
@@ -368,33 +385,28 @@ def unfinished(analysis: Analysis) -> float:
     return float(np.nanmean(changes))
 
 
-def small_table(kept: Mapping[Select, Results]) -> str:
+def small_table(kept: Mapping[Select, Tuned]) -> str:
     """The README's: the mean and the worst task, of the weightings that the project is about."""
+    others = "best other"
     rows = []
-    for name in (*EMPHASIS[:3], *CLAIMED[1:], "best other", ALONE):
+    for name in (*EMPHASIS[:3], *CLAIMED[1:], others, ALONE):
         row = [named(name)]
-        for problem in kept["mean"].problems:
-            of_name, entries = name, []
-            for of, results in kept.items():
-                if problem not in results.problems:
-                    continue
-                analysis = Analysis(results, problem)
-                compared = over_problems(results, of=of, others=names_of(results))[problem]
-                change = analysis.mean_change if of == "mean" else analysis.worst_change
-                if name == "best other":
+        for problem in kept["mean"].analyses:
+            entries = []
+            for tuned in (tuned for tuned in kept.values() if problem in tuned.analyses):
+                found = name
+                if name == others:
                     rest = {
                         other: estimate.mean
-                        for other in compared
+                        for other in tuned.names
                         if other not in (*EMPHASIS, *CLAIMED, ALONE)
-                        and (estimate := change(other, BASELINE)) is not None
+                        and (estimate := tuned.change(problem, other)) is not None
                     }
-                    of_name = max(rest, key=lambda other: rest[other])
-                if of_name in compared:
-                    entry = changed(compared[of_name], change(of_name, BASELINE))
-                    entries.append(entry.replace(" ± ", " ± "))
-            row.append(" / ".join(entries))
+                    found = max(rest, key=lambda other: rest[other])
+                entries.append(tuned.entry(problem, found))
+            row.append(" / ".join(filter(None, entries)))
         rows.append(row)
-    return markdown(["", *kept["mean"].problems], rows)
+    return markdown(["", *kept["mean"].analyses], rows)
 
 
 def linked(problem: str) -> str:
@@ -417,15 +429,15 @@ def filled(page: str, tables: Mapping[str, str]) -> str:
     return page
 
 
-def problem_page(kept: Mapping[Select, Results], problem: str) -> str:
+def problem_page(kept: Mapping[Select, Tuned], problem: str) -> str:
     """The page of a problem: verdicts, what was reached, what tuning chose."""
-    first = Analysis(kept["mean"], problem)
+    first = kept["mean"].analyses[problem]
     lines = [f"# {problem}", "", first.info.description, "", settings_text(first), ""]
     lines += [f"Made from records by `{MARK.removeprefix('made by ')}`.", ""]
-    for select, results in kept.items():
-        if problem not in results.problems:
+    for select, tuned in kept.items():
+        if problem not in tuned.analyses:
             continue
-        analysis = Analysis(results, problem)
+        analysis = tuned.analyses[problem]
         lines += [f"## Tuned for {SELECTIONS[select]}", "", verdicts_text(analysis), ""]
         lines += [*(f"- {sentence}" for sentence in verdicts(analysis)), ""]
         lines += [main_text(analysis), "", main_table(analysis, timing=False).markdown(), ""]
@@ -440,16 +452,16 @@ def problem_page(kept: Mapping[Select, Results], problem: str) -> str:
 # The picture
 
 
-def changes_figure(kept: Mapping[Select, Results]) -> matplotlib.figure.Figure:
+def changes_figure(kept: Mapping[Select, Tuned]) -> matplotlib.figure.Figure:
     """For every problem the change from equal weights of all weightings, mean and worst task."""
-    problems, names = list(kept["mean"].problems), names_of(kept["mean"])
+    problems, names = list(kept["mean"].analyses), kept["mean"].names
     columns = min(4, len(problems))
     rows = math.ceil(len(problems) / columns)
     figure = matplotlib.figure.Figure((2.6 * columns + 1.2, 3.6 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flat
     for axes, problem in zip(panels, problems, strict=False):
-        for of, results in kept.items():
-            draw_changes(axes, results, problem, of, names)
+        for tuned in kept.values():
+            draw_changes(axes, tuned, problem, names)
         axes.axvline(0, color="0.6", linewidth=1)
         axes.set_title(problem, fontsize=10)
         axes.set_yticks(range(0, -len(names), -1), names, fontsize=8)
@@ -460,25 +472,15 @@ def changes_figure(kept: Mapping[Select, Results]) -> matplotlib.figure.Figure:
     return figure
 
 
-def draw_changes(
-    axes: Any,
-    results: Results,
-    problem: str,
-    of: Select,
-    names: Sequence[str],
-) -> None:
+def draw_changes(axes: Any, tuned: Tuned, problem: str, names: Sequence[str]) -> None:
     """Points with intervals, those of the mean above those of the worst task."""
-    if problem not in results.problems:
+    if problem not in tuned.analyses:
         return
-    offset, color = {"mean": (0.15, "tab:blue"), "worst": (-0.15, "tab:orange")}[of]
-    analysis = Analysis(results, problem)
-    change: Callable[[str, str], Estimate | None] = (
-        analysis.mean_change if of == "mean" else analysis.worst_change
-    )
+    offset, color = {"mean": (0.15, "tab:blue"), "worst": (-0.15, "tab:orange")}[tuned.of]
     found = {
         place: estimate
         for place, name in enumerate(names)
-        if (estimate := change(name, BASELINE)) is not None and not math.isnan(estimate.mean)
+        if (estimate := tuned.change(problem, name)) is not None and not math.isnan(estimate.mean)
     }
     axes.errorbar(
         [100 * one.mean for one in found.values()],

@@ -425,7 +425,7 @@ def filled(page: str, tables: Mapping[str, str]) -> str:
         start, end = f"<!-- {name}: {MARK} -->\n", f"<!-- end of {name} -->"
         if start in page:
             before, rest = page.split(start)
-            page = f"{before}{start}\n{table}\n{end}{rest.split(end, maxsplit=1)[1]}"
+            page = f"{before}{start}{table}{end}{rest.split(end, maxsplit=1)[1]}"
     return page
 
 

@@ -97,7 +97,7 @@ def burgers() -> Problem:
         solution=burgers_solution,
         grid=(np.linspace(0, 1, 100), 2 * edge - 1),
         hidden=(50,) * 5,
-        learning_rate=3e-2,
+        learning_rate=5e-3,
         epochs=60,
     )
 

@@ -15,6 +15,7 @@ PROBLEMS = {
     "news_and_utterances": "news_and_utterances",
     "burgers": "pde",
     "helmholtz": "pde",
+    "helmholtz_small": "pde",
     "klein_gordon": "pde",
 }
 """For each problem the module that has the function of its name."""

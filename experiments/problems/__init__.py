@@ -22,6 +22,7 @@ PROBLEMS = {
     "nyuv2_40": "nyuv2",
     "burgers": "pde",
     "helmholtz": "pde",
+    "helmholtz_small": "pde",
     "klein_gordon": "pde",
 }
 """For each problem the module that has the function of its name."""

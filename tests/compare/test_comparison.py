@@ -203,7 +203,7 @@ def test_wrong_settings_are_errors_before_training(problem, tmp_path, monkeypatc
     ):
         with pytest.raises(ValueError, match=message):
             compare(problem, {}, tmp_path / "none", **options)
-    with pytest.raises(ValueError, match="`resume` and `log` need a folder"):
+    with pytest.raises(ValueError, match="`resume`, `reuse` and `log` need a folder"):
         compare(problem, {}, resume=True)
     with pytest.raises(ValueError, match="the same name"):
         compare([problem, problem], {})

@@ -134,7 +134,7 @@ def test_the_verdicts_come_first():
     assert titles[:2] == ["Verdicts", "After the last epoch"]
     assert titles[-1] == "Chosen by tuning"
     assert "- gains: better in topic by 10, undecided in depth; mean +9.9 %." in text
-    assert "relative change of the worst task from equal weights" in text
+    assert "worst task's relative change from what it reached alone" in text
     assert "learning rate as tuned (default: 0.01); 4 seeds." in text
     assert "    mtl-jax compare my:problem" in text
 

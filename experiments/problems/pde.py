@@ -223,7 +223,7 @@ def klein_gordon() -> Problem:
         solution=solution,
         grid=(line, line),
         hidden=(50,) * 5,
-        learning_rate=5e-3,
+        learning_rate=2e-3,
         epochs=60,
     )
 

@@ -71,7 +71,7 @@ $(VENV)/chromium/installed: tests/chromium.py | $(VENV)/installed-test
 
 $(LOWEST)/installed: pyproject.toml
 	$(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/$(PIP) hatchling pytest pytest-xdist hypothesis \
+	$(LOWEST)/bin/$(PIP) hatchling hatch-fancy-pypi-readme pytest pytest-xdist hypothesis \
 		$$($(PYTHON) .ci/lowest_versions.py)
 	touch $@
 

@@ -6,7 +6,7 @@ import tomllib
 project = tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]
 requirements = project["dependencies"] + [
     requirement
-    for requirement in project["optional-dependencies"]["experiments"]
+    for requirement in project["optional-dependencies"]["compare"]
     if requirement.startswith("flax")
 ]
 print(*(requirement.replace(">=", "==") for requirement in requirements))

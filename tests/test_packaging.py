@@ -97,6 +97,19 @@ def test_the_index_would_take_both(sdist, wheel):
     assert not failed, printed.getvalue()
 
 
+def test_what_the_index_shows_has_no_link_into_the_repository(wheel):
+    """There it would lead nowhere."""
+    info = f"mtl_jax-{mtl_jax.__version__}.dist-info"
+    shown = email.message_from_bytes(contents(wheel)[f"{info}/METADATA"]).get_payload()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\[([^\]]+)\]\(([^)]+)\)", readme)
+    inside = [text for text, target in links if not target.startswith("https://")]
+    assert len(inside) > 10
+    assert all(text in shown for text in inside)
+    assert all(target.startswith("https://") for target in re.findall(r"\]\(([^)]+)\)", shown))
+    assert len(shown.splitlines()) == len(readme.splitlines())
+
+
 def test_the_version_is_said_once():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == mtl_jax.__version__

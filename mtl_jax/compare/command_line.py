@@ -1,8 +1,10 @@
-"""The program ``mtl-jax``: ``compare``, ``list`` and ``report``."""
+"""The program ``mtl-jax``: ``new``, ``compare``, ``report`` and ``list``."""
 
 import dataclasses
+import importlib.util
 import inspect
 import itertools
+import keyword
 import os
 import pathlib
 import shlex
@@ -14,6 +16,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import absl.logging
 import jax
+import jinja2
 import rich.box
 import rich.console
 import rich.table
@@ -38,6 +41,19 @@ _PROBLEM_HELP = (
     "Your problems, each as package.module:name, the name of a Problem or of a function that "
     "returns one; the module may lie in the working folder."
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class New:
+    """Write NAME.py, a problem that runs as it is and is marked where to make it yours.
+
+    Attributes:
+      name: The problem's name; also that of the file, in the working folder.
+      inputs: What the network reads: the columns of a table, pictures, or texts.
+    """
+
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
+    inputs: Literal["table", "images", "text"] = "table"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,9 +149,10 @@ class List:
 
 
 Command = (
-    Annotated[Compare, tyro.conf.subcommand("compare")]
-    | Annotated[List, tyro.conf.subcommand("list")]
+    Annotated[New, tyro.conf.subcommand("new")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[List, tyro.conf.subcommand("list")]
 )
 
 
@@ -145,14 +162,16 @@ def main(arguments: list[str] | None = None) -> None:
     config = tyro.cli(
         Command,  # pyright: ignore[reportArgumentType]  (a union of types is one for tyro)
         prog="mtl-jax",
-        description="Balance the losses of several tasks: compare weightings, show what was found "
-        "again, list the methods.",
+        description="Balance the losses of several tasks: begin a problem of your own, compare "
+        "weightings on it, show what was found again, list the methods.",
         args=given,
     )
     if isinstance(config, List):
         terminal().print(methods_table())
     elif isinstance(config, Report):
         report_main(config)
+    elif isinstance(config, New):
+        new(config)
     else:
         run(config, config.problem, load_problem, ["mtl-jax", *given])
 
@@ -310,6 +329,35 @@ def fail(error: object, status: int = 2) -> NoReturn:
     """Say what is wrong and exit."""
     print(f"error: {error}", file=sys.stderr)
     sys.exit(status)
+
+
+# A new problem
+
+
+def new(config: New) -> None:
+    """Write a problem to begin with; exits with status 2 if that is not possible."""
+    path = pathlib.Path(f"{config.name}.py")
+    if not config.name.isidentifier() or keyword.iskeyword(config.name):
+        fail(f"NAME must be one that Python can import, such as my_problem; got {config.name!r}.")
+    if importlib.util.find_spec(config.name) is not None and not path.exists():
+        fail(f"{config.name!r} is the name of an installed module; take another one.")
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("mtl_jax", "compare"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    text = templates.get_template("problem.py.jinja").render(dataclasses.asdict(config))
+    try:
+        with path.open("x") as file:
+            file.write(text)
+    except FileExistsError:
+        fail(f"{path} exists already; take another NAME.")
+    print(
+        f"Written: {path}, a problem that runs as it is. CHANGE marks what to replace for your "
+        f"data.\n\n    mtl-jax compare {config.name}:problem --seeds 5"
+    )
 
 
 # The methods

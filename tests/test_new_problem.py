@@ -1,0 +1,156 @@
+"""``mtl-jax new``: a problem that runs as it is, and on data of one's own where it says CHANGE."""
+
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from mtl_jax.__main__ import main
+from mtl_jax.compare import compare, load_problem
+
+ROOT = pathlib.Path(__file__).parents[1]
+TABLE = '    # CHANGE: return pd.read_csv("homes.csv")\n'
+TEXT = (
+    '    # CHANGE: return pd.read_csv("reviews.tsv", sep="\\t", names=["text", "topic", "stars"])\n'
+)
+IMAGES = """    # CHANGE: for a table with the names of the files and their labels,
+    #   table = pd.read_csv("pictures/labels.csv")
+    #   table["image"] = [read_image(f"pictures/{file}") for file in table["file"]]
+    #   return table
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    for name in ("my_problem", "my_table", "my_images", "my_text"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("inputs", ["table", "images", "text"])
+def test_it_runs_as_it_is(inputs, folder, capsys):
+    name = f"my_{inputs}"
+    main(["new", name, "--inputs", inputs])
+    assert f"mtl-jax compare {name}:problem --seeds 5" in capsys.readouterr().out
+    path = folder / f"{name}.py"
+    assert len(path.read_text().splitlines()) < 150
+    for words in (["check", "--ignore", "D102"], ["format", "--check"]):
+        config = ["--config", str(ROOT / "pyproject.toml"), "--no-cache", name + ".py"]
+        ruff = subprocess.run([sys.executable, "-m", "ruff", *words, *config], capture_output=True)
+        assert ruff.returncode == 0, ruff.stdout.decode()
+
+    problem = load_problem(f"{name}:problem")
+    assert sum(problem.size(split) for split in ("train", "validation", "test")) == 1000
+    assert [len(task.metrics) for task in problem.tasks.values()] == [2, 2]
+    # A tenth of one task's labels is missing, and is not counted.
+    known = problem.labelled({field: np.asarray(problem.train[field]) for field in problem.train})
+    assert sorted(round(float(np.mean(k)), 1) for k in known.values()) == [0.9, 1.0]
+    results = compare(problem.with_settings(epochs=8), ["adaptive"], seeds=[0], alone=False)
+    (run,) = (run for run in results.runs if run.weighting == "equal")
+    a_class, number = run.metrics["test"].values()
+    assert a_class["accuracy"][-1] > 0.8
+    assert number["R2"][-1] > 0.5
+
+
+def test_a_table_of_ones_own(folder):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 2))
+    table = pd.DataFrame({"a": x[:, 0], "b": x[:, 1], "id": np.arange(400)})
+    table["word"] = rng.choice(["up", "down"], 400)
+    table["price"] = 1000 + 300 * x[:, 0] * (table["word"] == "up") + 50 * x[:, 1]
+    table["heating"] = np.where(x[:, 1] > 0, 7, 3)  # classes may be numbers
+    table.loc[::7, "a"] = None  # missing inputs and missing labels
+    table.loc[::5, "price"] = None
+    table.to_csv("homes.csv", index=False)
+    main(["new", "my_problem"])
+    text = (folder / "my_problem.py").read_text()
+    assert TABLE in text
+    (folder / "my_problem.py").write_text(text.replace(TABLE, TABLE.replace("# CHANGE: ", "")))
+    problem = load_problem("my_problem:problem")
+    assert problem.train["x"].shape == (280, 4)  # a, b, word_down, word_up
+    np.testing.assert_allclose(problem.train["x"].mean(0), 0, atol=0.1)
+    splits = [problem.train, problem.validation, problem.test]
+    price = np.concatenate([split["price"] for split in splits])
+    np.testing.assert_allclose(np.nanmean(price), table["price"].mean(), rtol=1e-5)
+    assert np.isnan(price).sum() == 80
+    params, model_state = problem.init(jax.random.key(0))
+    batch = {field: values[:50] for field, values in problem.train.items()}
+    losses, _ = problem.losses(params, model_state, jax.random.key(0), batch)
+    # The loss of the examples whose price is known, in units of the standard deviation.
+    known = ~np.isnan(batch["price"])
+    predicted = problem.predict(params, model_state, batch)["price"]
+    error = (np.asarray(predicted)[known] - batch["price"][known]) / np.nanstd(
+        problem.train["price"]
+    )
+    np.testing.assert_allclose(losses["price"], np.mean(error**2), rtol=1e-4)
+
+
+def test_pictures_of_ones_own(folder):
+    """Two tasks that are classes, of files of any size."""
+    (folder / "pictures").mkdir()
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(60):
+        mode, size = [("RGB", (40, 30)), ("L", (20, 50))][i % 2]
+        picture = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), np.uint8)).convert(mode)
+        picture.save(folder / "pictures" / f"{i}.png")
+        rows.append({"file": f"{i}.png", "color": mode, "area": ["small", "large"][i % 3 == 0]})
+    pd.DataFrame(rows).to_csv(folder / "pictures" / "labels.csv", index=False)
+    main(["new", "my_problem", "--inputs", "images"])
+    text = (folder / "my_problem.py").read_text()
+    assert IMAGES in text
+    lines = IMAGES.splitlines(keepends=True)[1:]
+    text = text.replace(IMAGES, "".join(line.replace("#   ", "") for line in lines))
+    numbers = 'NUMBERS = {"area": [mean_absolute_error(), r2()]}'
+    assert numbers in text
+    text = text.replace(numbers, 'NUMBERS = {}\nCLASSES["area"] = [accuracy()]')
+    (folder / "my_problem.py").write_text(text)
+    problem = load_problem("my_problem:problem").with_settings(epochs=1, batch_size=16)
+    assert problem.train["x"].shape == (42, 32, 32, 3)
+    assert problem.train["x"].dtype == np.uint8
+    results = compare(problem, [], seeds=[0], alone=False)
+    assert set(results.runs[0].metrics["test"]) == {"color", "area"}
+
+
+def test_texts_of_ones_own(folder):
+    texts = ["Good, good page!", "a Bad screen", "", "good " * 100] * 10
+    rows = [f"{text}\t{['book', 'film'][i % 2]}\t{i % 5}" for i, text in enumerate(texts)]
+    (folder / "reviews.tsv").write_text("\n".join(rows))
+    main(["new", "my_problem", "--inputs", "text"])
+    text = (folder / "my_problem.py").read_text()
+    assert TEXT in text
+    (folder / "my_problem.py").write_text(text.replace(TEXT, TEXT.replace("# CHANGE: ", "")))
+    problem = load_problem("my_problem:problem")
+    x = np.concatenate([problem.train["x"], problem.validation["x"], problem.test["x"]])
+    assert x.shape == (40, 64)
+    assert sorted((x > 0).sum(1)) == [1] * 10 + [3] * 10 + [5] * 10 + [64] * 10
+    params, model_state = problem.init(jax.random.key(0))
+    found = problem.predict(params, model_state, problem.test)
+    assert found["topic"].shape == (6, 2)
+    assert all(np.isfinite(values).all() for values in found.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("my-problem", "must be one that Python can import"),
+        ("class", "must be one that Python can import"),
+        ("json", "'json' is the name of an installed module"),
+        ("there", "there.py exists already"),
+    ],
+)
+def test_a_name_that_cannot_be(name, message, folder, capsys):
+    (folder / "there.py").write_text("kept = True\n")
+    with pytest.raises(SystemExit) as error:
+        main(["new", name])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+    assert {path.name for path in folder.iterdir()} == {"there.py"}
+    assert (folder / "there.py").read_text() == "kept = True\n"

@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import matplotlib.figure
 import matplotlib.ticker
@@ -25,8 +25,14 @@ CONFLICT_POINTS = 25
 """Points of a curve of conflicts, which are noisier than weights: of two tasks, 0 or 1 a step."""
 LEGEND_LINE = 0.24
 """The height of a line of the legend, in inches."""
+LONGEST_LABEL = 9
+"""Longer names of tasks stand upright under a table's columns."""
 LONGEST_STEP = 0.05
 """Between known points farther apart than this share of the axis, unless all are, is a gap."""
+COLORED = 2
+"""Relative weights from 2 to the power of minus this to 2 to the power of it differ in color."""
+LOWEST = 5
+"""Of many tasks, relative weights are drawn down to 2 to the power of minus this."""
 SMALL = 6
 """With more panels they are small, and more of them in a row."""
 
@@ -39,13 +45,20 @@ CAPTIONS = {
         "weights where that was not done: mean over the seeds with its 95 % interval; the "
         "weighting with the best mean is on top."
     ),
-    "metrics": "Every test metric after every epoch: which weighting learns faster, and how far.",
+    "metrics": (
+        "Every test metric after every epoch: which weighting learns faster, and how far. What is "
+        "outside the range of the curves after the first quarter is cut off."
+    ),
     "losses": "The mean training loss in every epoch: whether a task still learns at the end.",
-    "weights": "The weight of each task over the training steps.",
+    "weights": (
+        "The weight of each task over the training steps, relative to the mean of the tasks: what "
+        "a weighting prefers, and when."
+    ),
     "difficulty": (
-        "Whether a weighting gives harder tasks more weight: to the right are the tasks of which "
-        "more of the first epoch's training loss is left in the last one; in parentheses is the "
-        "rank correlation of the two."
+        "Whether a weighting gives harder tasks more weight: the mean weight of each task over the "
+        "training, relative to the mean of the tasks. To the right are the tasks of which more of "
+        "the first epoch's training loss is left in the last one; in parentheses is the rank "
+        "correlation of the two."
     ),
     "front": (
         "What one metric gains and the other one loses: on the Pareto front no other weighting is "
@@ -147,6 +160,7 @@ def metrics_figure(analysis: Analysis) -> Figure | None:
                 column.scale * np.array(run.metrics["test"][column.task][column.metric])
             ),
         )
+        _without_the_start(axis)
         unit = column.info.unit
         axis.set_title(column.name)
         if several:  # the title names the metric
@@ -171,7 +185,9 @@ def losses_figure(analysis: Analysis) -> Figure | None:
 
 
 def weights_figure(analysis: Analysis) -> Figure | None:
-    """Weight of each task over the steps: mean over seeds, band of one deviation.
+    """Weight of each task over the steps, relative to the mean of the tasks that have one.
+
+    Mean over seeds, band of one deviation; all panels have one scale.
 
     A panel for each weighting, and for more than six tasks a panel for each task. Aggregators,
     which have no weights, are left out; ``None`` if there are aggregators only.
@@ -183,18 +199,28 @@ def weights_figure(analysis: Analysis) -> Figure | None:
     many = len(tasks) > SMALL
     figure, axes = panels(len(tasks) if many else len(weighted))
     for column, (name, runs) in enumerate(weighted.items()):
+        steps, thin = _steps(runs, POINTS)
+        relative = [_relative_weights(run, tasks) for run in thin]
         for number, task in enumerate(tasks):
-            steps, thin = _steps(runs, POINTS)
-            values = over_seeds([run.weights[task] for run in thin])
+            values = over_seeds([run[task] for run in relative])
             axis, label = (axes[number], name) if many else (axes[column], task)
             color, kind = style(names.index(name)) if many else style(number)
             line(axis, steps, values, label, color, kind)
             axis.set_title(task if many else name)
-    for axis in axes:
+    lowest = min((np.nanmin(curve.get_ydata()) for axis in axes for curve in axis.lines), default=0)
+    for number, axis in enumerate(axes):
         axis.set_xlabel("step")
-        axis.set_ylabel("weight")
-        if not any((np.asarray(curve.get_ydata()) < 0).any() for curve in axis.lines):
-            axis.set_ylim(bottom=0)
+        axis.sharey(axes[0])
+        if number % axis.get_subplotspec().get_gridspec().ncols == 0:
+            axis.set_ylabel("relative weight")
+        else:
+            axis.tick_params(labelleft=False)
+    if many and lowest >= 0:
+        axes[0].set_yscale("log", base=4)
+        axes[0].yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axes[0].set_ylim(max(lowest, 2.0**-LOWEST), 1.3 * len(tasks))
+    else:
+        axes[0].set_ylim(bottom=None if lowest < 0 else 0)
     finish(figure, axes, f"{analysis.problem}: weight of each task", analysis)
     return figure
 
@@ -264,49 +290,53 @@ def front_figure(analysis: Analysis) -> Figure | None:
 
 
 def difficulty_figure(analysis: Analysis) -> Figure | None:
-    """How hard each task is against the weight that it got: whether harder tasks got more.
+    """The weight that each task got, from the easiest to the hardest one.
 
     A task is the harder, the more of its first epoch's training loss is left in the last epoch:
     where it was trained alone, since a weighting changes what is left, or with equal weights if
-    that was not done. Its weight is the mean over all steps, relative to the mean of the tasks. The
-    titles have the rank correlation of the two, Spearman's.
+    that was not done. Its weight is the mean over all steps, relative to the mean of the tasks.
+    Beside the names is the rank correlation of the two, Spearman's, from three tasks on.
 
-    ``None`` for less than three tasks, of which it would say nothing, for one epoch, without
-    weights, and for losses that are not positive.
+    ``None`` for a single task, for one epoch, without weights, and for losses that are not
+    positive.
     """
     tasks = list(analysis.info.tasks)
     weighted = _weighted(analysis)
     of_task = analysis.alone or dict.fromkeys(tasks, analysis.weightings.get(BASELINE, []))
     left = {task: _left(of_task.get(task, ()), task) for task in tasks}
-    if len(tasks) < 3 or not weighted or not all(len(shares) for shares in left.values()):
+    if len(tasks) < 2 or not weighted or not all(len(shares) for shares in left.values()):
         return None
-    figure, axes = panels(len(weighted))
-    for axis, (name, runs) in zip(axes, weighted.items(), strict=True):
-        weights = {task: _relative_weights(complete(runs), tasks, task) for task in tasks}
-        for number, (task, found) in enumerate(weights.items()):
-            if not found.size:
-                continue
-            few = len(tasks) <= SMALL
-            axis.errorbar(
-                left[task].mean(),
-                found.mean(),
-                xerr=left[task].std(),
-                yerr=found.std(),
-                fmt="o",
-                color=style(number)[0] if few else "C0",
-                label=task if few else None,
-                elinewidth=1,
-            )
-        axis.axhline(1, color="gray", linewidth=0.8, zorder=0)
-        axis.set_title(name + _correlation(left, weights))
-        axis.set_xlabel("share of the first loss left")
-        axis.set_ylabel("relative weight")
-        axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
-        low, high = axis.get_ylim()
-        axis.set_ylim(min(0, low), 1.1 * max(1, high))
+    tasks.sort(key=lambda task: left[task].mean())
+    found = np.full((len(weighted), len(tasks)), np.nan)
+    for row, runs in zip(found, weighted.values(), strict=True):
+        relative = [_relative_weights(run, tasks) for run in complete(runs)]
+        for number, task in enumerate(tasks):
+            of_runs = [np.nanmean(w[task]) for w in relative if np.isfinite(w[task]).any()]
+            row[number] = np.mean(of_runs) if of_runs else np.nan
+    shares = np.array([left[task].mean() for task in tasks])
+    longest = max(map(len, tasks))
+    slanted = longest > LONGEST_LABEL
+    width = 2.4 + max(0.75 * len(tasks), 2.8)
+    height = 1.6 + 0.3 * len(weighted) + (0.1 * longest if slanted else 0)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axis = figure.subplots()
+    colors = np.log2(np.clip(found, 2.0**-COLORED, 2.0**COLORED))
+    axis.imshow(colors, cmap="coolwarm", vmin=-COLORED, vmax=COLORED, aspect="auto", alpha=0.8)
+    for (row, column), weight in np.ndenumerate(found):
+        text = "" if np.isnan(weight) else f"{weight:.2f}"
+        axis.text(column, row, text, ha="center", va="center", fontsize=9)
+    names = [f"{n}{_correlation(shares, r)}" for n, r in zip(weighted, found, strict=True)]
+    axis.set_yticks(range(len(names)), names)
+    labels = [f"{task}\n{share:.2g}" for task, share in zip(tasks, shares, strict=True)]
+    axis.set_xticks(range(len(tasks)), labels, rotation=90 if slanted else 0)
+    axis.tick_params(length=0)
     how = "trained alone" if analysis.alone else "with equal weights"
-    title = f"{analysis.problem}: weight against difficulty, {how}"
-    finish(figure, axes, title, analysis)
+    axis.set_xlabel(
+        f"share of the first epoch's loss left in the last,\n{how}: the harder, the more"
+    )
+    finish(figure, [axis], f"{analysis.problem}: relative weight", analysis, "mean over")
+    axis.grid(visible=False)
+    axis.spines[:].set_visible(False)
     return figure
 
 
@@ -424,6 +454,17 @@ def _over_epochs(
     axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
 
 
+def _without_the_start(axis: Axes) -> None:
+    """Show the range of the curves after the first quarter, in which they would be one line."""
+    ends = [np.asarray(curve.get_ydata(), float) for curve in axis.lines]
+    ends = np.concatenate([curve[len(curve) // 4 :] for curve in ends] or [[]])
+    ends = ends[np.isfinite(ends)]
+    if ends.size and np.ptp(ends) > 0:
+        margin = 0.08 * np.ptp(ends)
+        low, high = axis.get_ylim()
+        axis.set_ylim(max(low, ends.min() - margin), min(high, ends.max() + margin))
+
+
 def _log_if_wide(axis: Axes) -> None:
     """A logarithmic axis where all curves are positive and span more than a factor of 20."""
     values = np.concatenate([np.asarray(curve.get_ydata(), float) for curve in axis.lines] or [[]])
@@ -450,27 +491,20 @@ def _left(runs: Sequence[Run], task: str) -> Float[np.ndarray, "seeds"]:
     return np.array([share for share in shares if math.isfinite(share)])
 
 
-def _relative_weights(
-    runs: Sequence[Run], tasks: Sequence[str], task: str
-) -> Float[np.ndarray, "seeds"]:
-    """The mean weight of a task over the steps that have it, relative to all tasks', of each run.
-
-    Runs that never gave it a weight are left out.
-    """
-    found = []
-    for run in runs:
-        finite = {name: run.weights[name][np.isfinite(run.weights[name])] for name in tasks}
-        means = {name: float(weights.mean()) for name, weights in finite.items() if weights.size}
-        if task in means and sum(means.values()):
-            found.append(means[task] / np.mean(list(means.values())))
-    return np.array(found)
+def _relative_weights(run: Run, tasks: Sequence[str]) -> dict[str, Float[np.ndarray, "steps"]]:
+    """The weights of a run divided by their mean over the tasks that have one at the step."""
+    weights = np.array([run.weights[task] for task in tasks], float)
+    known = np.isfinite(weights)
+    mean = np.where(known, weights, 0).sum(0) / np.maximum(known.sum(0), 1)
+    relative = np.where(known & (mean != 0), weights / np.where(mean == 0, 1, mean), np.nan)
+    return dict(zip(tasks, relative, strict=True))
 
 
-def _correlation(difficulty: Mapping[str, np.ndarray], weights: Mapping[str, np.ndarray]) -> str:
-    """Spearman's correlation of the means, for a title; empty where it says nothing."""
-    known = [task for task, found in weights.items() if found.size]
-    pairs = np.array([(difficulty[task].mean(), weights[task].mean()) for task in known])
-    if len(pairs) < 3 or (np.ptp(pairs, axis=0) < 1e-6).any():
+def _correlation(difficulty: np.ndarray, weights: np.ndarray) -> str:
+    """Spearman's correlation, for a label; empty where it says nothing."""
+    known = np.isfinite(weights)
+    pairs = difficulty[known], weights[known]
+    if known.sum() < 3 or min(map(np.ptp, pairs)) < 1e-6:
         return ""
-    correlation, _ = scipy.stats.spearmanr(*pairs.T)
+    correlation, _ = scipy.stats.spearmanr(*pairs)
     return f" ({correlation:+.2f})"

@@ -39,12 +39,16 @@ def titles(figure):
     return [axis.get_title() for axis in figure.axes]
 
 
+def names_of(texts):
+    return [text.get_text() for text in texts]
+
+
 def labels(axis):
     return [line.get_label() for line in axis.lines]
 
 
 def legend(figure):
-    return [text.get_text() for text in figure.legends[0].get_texts()]
+    return names_of(figure.legends[0].get_texts())
 
 
 def drawn(figure, path):
@@ -71,11 +75,21 @@ def test_pictures_show_every_task_and_weighting(analysis):
     assert [axis.get_yscale() for axis in figure.axes] == ["linear", "log"]
 
     figure = weights_figure(analysis)
+    assert len({axis.get_ylim() for axis in figure.axes}) == 1
     assert titles(figure) == ["equal", "adaptive", "bad"]
     assert labels(figure.axes[1]) == ["topic", "depth"]
     total = sum(line.get_ydata() for line in figure.axes[1].lines)
     np.testing.assert_allclose(total, 2, rtol=1e-5)
     assert len(total) == 18
+
+
+def test_the_start_does_not_hide_the_end():
+    made = analysed({"equal": EQUAL})
+    for run in made.weightings["equal"]:
+        run.metrics["test"]["topic"]["accuracy"] = [0.1, 0.5, 0.55, 0.6, 0.58, 0.6]
+    low, high = metrics_figure(made).axes[0].get_ylim()
+    assert 40 < low < 50
+    assert 60 < high < 65
 
 
 def test_every_metric_of_a_task_has_a_panel():
@@ -127,8 +141,10 @@ def test_an_absent_task_is_a_gap_and_not_a_weight_of_0():
     (axis,) = weights_figure(made_weights(weights)).axes
     line = axis.lines[1]
     known = np.isfinite(line.get_ydata())
-    assert set(line.get_ydata()[known]) == {2.0}
+    np.testing.assert_allclose(line.get_ydata()[known], 2 / 1.5)
     assert (~known).sum() == 1
+    # Relative to the tasks that are there: alone, a task has the mean of all.
+    np.testing.assert_allclose(np.unique(np.round(axis.lines[0].get_ydata(), 6)), [0.666667, 1])
     assert not ((line.get_xdata() > 300) & (line.get_xdata() < 599)).any()
 
 
@@ -203,16 +219,26 @@ def test_difficulty_against_weight():
     weights = zip(tasks, (2.0, 4.0, 6.0), strict=True)
     steps = {task: np.array([weight, np.nan, weight]) for task, weight in weights}
     made.weightings["other"][0].weights = steps
-    figure = difficulty_figure(made)
-    assert titles(figure) == ["equal", "other (+1.00)"]
-    points = [container.lines[0].get_xydata()[0] for container in figure.axes[1].containers]
-    np.testing.assert_allclose(points, [[0.1, 0.5], [0.4, 1.0], [0.9, 1.5]])
+    (axis,) = difficulty_figure(made).axes
+    assert names_of(axis.get_yticklabels()) == ["equal", "other (+1.00)"]
+    assert names_of(axis.get_xticklabels()) == ["easy\n0.1", "middle\n0.4", "hard\n0.9"]
+    assert names_of(axis.texts) == ["1.00", "1.00", "1.00", "0.50", "1.00", "1.50"]
+    colors = axis.images[0].get_array()
+    np.testing.assert_allclose(colors, np.log2([[1, 1, 1], [0.5, 1, 1.5]]))
     made.weightings["other"][0].weights = dict(zip(tasks, reversed(steps.values()), strict=True))
-    assert titles(difficulty_figure(made))[1] == "other (-1.00)"
+    (axis,) = difficulty_figure(made).axes
+    assert names_of(axis.get_yticklabels())[1] == "other (-1.00)"
+    made.alone["easy"][0].train_losses = {"easy": [2.0, 1.0, 1.0]}  # the tasks are in their order
+    (axis,) = difficulty_figure(made).axes
+    assert names_of(axis.get_xticklabels()) == ["middle\n0.4", "easy\n0.5", "hard\n0.9"]
+    assert names_of(axis.texts)[3:] == ["1.00", "1.50", "0.50"]
     made.alone["hard"][0].train_losses["hard"][0] = -1.0  # no share of that is left
     assert difficulty_figure(made) is None
     assert "difficulty" not in figures(made)
-    assert difficulty_figure(analysed({"equal": EQUAL}, alone=EQUAL)) is None  # two tasks
+    two = analysed({"equal": EQUAL, "other": EQUAL}, alone=EQUAL)
+    two.weightings["other"][0].weights = {"topic": np.array([1.0, 3.0]), "depth": np.ones(2)}
+    (axis,) = difficulty_figure(two).axes
+    assert names_of(axis.get_yticklabels()) == ["equal", "other"]  # of two tasks, no correlation
 
 
 def test_twenty_tasks_have_a_small_panel_each(tmp_path):
@@ -229,6 +255,8 @@ def test_twenty_tasks_have_a_small_panel_each(tmp_path):
     assert legend(made["changes"]) == ["a task", "mean of the tasks"]
     assert not made["difficulty"].legends
     assert drawn(made["weights"], tmp_path / "weights.png")
+    assert drawn(made["difficulty"], tmp_path / "difficulty.png")
+    assert made["weights"].axes[0].get_ylim()[1] > 20  # all tasks' weight on one
 
 
 def test_a_long_legend_leaves_room_for_a_single_panel(tmp_path):

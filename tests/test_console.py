@@ -22,7 +22,8 @@ ROOT = pathlib.Path(__file__).parents[1]
     ("arguments", "message"),
     [
         ([], "A problem is needed, as package.module:name"),
-        (["math"], "named as package.module:name; got 'math'"),
+        (["math"], "named as package.module:name; got 'math'. Is it 'math:problem'"),
+        (["math.py:tau"], "named as package.module:name; got 'math.py:tau'. Is it 'math:tau'"),
         ([":problem"], "named as package.module:name; got ':problem'"),
         (["no_such_module:problem"], "'no_such_module:problem': No module named 'no_such_module'"),
         (["math:taw"], "The module 'math' has no 'taw'"),

@@ -22,6 +22,7 @@ from mtl_jax.evaluation import (
     mean_rank,
     pareto_front,
 )
+from mtl_jax.evaluation._paired import FEWEST_SEEDS
 
 ALONE = "each task alone"
 """The row of the tasks that were each trained alone."""
@@ -67,7 +68,8 @@ class Estimate:
     Attributes:
       values: the value with each seed; NaN where there is none.
       mean: the mean of those that are there; NaN without any.
-      half_width: that of its 95 % interval, by Student's t distribution; NaN for less than two.
+      half_width: that of its 95 % interval, by Student's t distribution; NaN for less than three
+        values, whose interval would be wider than anything that is compared.
     """
 
     values: tuple[float, ...]
@@ -79,6 +81,7 @@ class Estimate:
         """The mean of values, and its interval."""
         known = [float(value) for value in values if not math.isnan(value)]
         mean, half_width = mean_interval(known) if known else (math.nan, math.nan)
+        half_width = half_width if len(known) >= FEWEST_SEEDS else math.nan
         return Estimate(tuple(map(float, values)), mean, half_width)
 
 
@@ -283,6 +286,16 @@ class Analysis:
         return {name: list(row.values()) for name, row in compared.items()}
 
     @functools.cached_property
+    def mean_against_equal(self) -> dict[str, PairedComparison]:
+        """The mean over the tasks of every row's change from equal weights, compared with none.
+
+        Corrected by Holm's method for all rows.
+        """
+        changes = {name: self.mean_change(name, BASELINE) for name in self.values}
+        found = {name: np.array(one.values) for name, one in changes.items() if one is not None}
+        return dict(zip(found, _against_nothing(found.values()), strict=True)) if found else {}
+
+    @functools.cached_property
     def rows(self) -> list[Row]:
         """All weightings, then each task alone."""
         ranks, front, volumes = self._ranks(), self._front(), self._hypervolumes()
@@ -427,11 +440,18 @@ class Analysis:
         return tuple(cells)
 
     def _means(self) -> dict[str, Float[np.ndarray, "columns"]]:
-        """The mean test metrics of each weighting; NaN if one of its runs failed."""
+        """The mean test metrics of each weighting; NaN if one of its runs failed.
+
+        Rounded to what records hold, so that equal means are equal, whatever they were added from.
+        """
         if not self.seeds or not self.columns:
             return {}
         rows = self.values.items()
-        return {name: values.mean(axis=1) for name, values in rows if name != ALONE}
+        means = {name: values.mean(axis=1) for name, values in rows if name != ALONE}
+        return {
+            name: np.array([float(f"{mean:.5g}") for mean in of_name])
+            for name, of_name in means.items()
+        }
 
     def _ranks(self) -> dict[str, float]:
         numbers = [str(number) for number in range(len(self.columns))]

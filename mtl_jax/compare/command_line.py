@@ -233,6 +233,7 @@ def _run(
         mesh = all_devices() if options.data_parallel or options.distributed else None
         for problem in problems:
             trainer = Trainer(problem, mesh=mesh)
+            trainer.check_metrics()
             for setting in settings_of(problem, with_baselines(weightings), options.alone):
                 trainer.new_run(setting, 0)
     except (ValueError, FileNotFoundError) as error:
@@ -326,8 +327,10 @@ class _Signals:
 
 
 def fail(error: object, status: int = 2) -> NoReturn:
-    """Say what is wrong and exit."""
-    print(f"error: {error}", file=sys.stderr)
+    """Say what is wrong, with where it is if the error has a note of that, and exit."""
+    notes = [note for note in getattr(error, "__notes__", ()) if note.startswith("in ")]
+    notes = "".join(f" ({note})" for note in notes)  # not those of JAX
+    print(f"error: {error}{notes}", file=sys.stderr)
     sys.exit(status)
 
 

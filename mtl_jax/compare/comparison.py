@@ -124,8 +124,8 @@ def compare(
 
     Raises:
       ValueError: if there are no seeds or one is given twice, a problem's settings do not fit
-        its data, a weighting cannot run on a problem, or another argument is wrong; before anything
-        is trained.
+        its data, a metric does not fit what is predicted, a weighting cannot run on a problem, or
+        another argument is wrong; before anything is trained.
       FileExistsError: if the folder holds a comparison that this is not to continue, or that it
         could not continue.
       OtherSettingsError: a ``ValueError``; if it holds runs with other settings or other data, or
@@ -159,6 +159,7 @@ def compare(
     plans = []
     for problem in problems:
         trainer = Trainer(problem, conflict=conflict, mesh=mesh)
+        trainer.check_metrics()
         settings = settings_of(problem, with_baselines(weightings, tuned=tune is not None), alone)
         for setting in settings:
             trainer.new_run(setting, seeds[0])  # raises where it cannot run
@@ -185,6 +186,13 @@ def compare(
     events = None
     if log and output.folder is not None:
         events = TensorBoard(output.folder / "tensorboard")
+    number = sum(len(plan.runs) + len(plan.settings) * (tune or 0) for plan in plans)
+    if output.console is not None:
+        output.console.print(
+            f"{number:,} runs. The first of each weighting is compiled, which can take longer than "
+            "its training.",
+            highlight=False,
+        )
     with (
         _Progress(plans, tune or 0, output.console) as progress,
         events or contextlib.nullcontext(),
@@ -250,10 +258,12 @@ class _Output:
 
     def show(self, problem: str, *, pictures: bool) -> None:
         """Write all results so far, and print what the last problem's are."""
+        results = self.results
         if self.folder is not None:
-            write_report(self.results, self.folder, pictures=[problem] if pictures else [])
+            write_report(results, self.folder, pictures=[problem] if pictures else [])
+            results = Results.read(self.folder)  # what is printed is what can be shown again
         if self.console is not None:
-            print_tables(self.results, problem, self.console)
+            print_tables(results, problem, self.console)
 
     def end(self) -> None:
         """Say where to look."""
@@ -340,7 +350,7 @@ def _runs(
     progress: "_Progress",
 ) -> Iterator[Run]:
     """The runs of a plan, each after every epoch of it, or as it was read."""
-    if finished and len(finished) < len(plan.runs):
+    if finished:
         _warn_of_another_network(plan, finished.values())
     alone = {(run.task, run.seed): run for run in finished.values() if run.task is not None}
     for run in finished.values():
@@ -394,24 +404,29 @@ def _check_folder(folder: pathlib.Path, results: Results, resume: bool) -> None:
     """
     ways_out = "choose another folder (--name on the command line), or remove this one"
     parts = [folder / name for name in ("records", "checkpoints", "tuning")]
-    if not resume and any(path.exists() for path in (folder / "results.json", *parts)):
-        raise FileExistsError(
-            f"{folder} holds a comparison already. Continue it with resume=True (--resume on the "
-            f"command line), or {ways_out}."
-        )
-    others = {
+    held = {
         urllib.parse.unquote(path.name)
         for part in parts
         if part.exists()
         for path in part.iterdir()
-        if path.is_dir()
+        if any(file.is_file() for file in (path, *path.rglob("*")))
     }
+    path = folder / "results.json"
+    if not held and (not path.exists() or (path.is_file() and not Results.read(folder).runs)):
+        path.unlink(missing_ok=True)  # nothing was finished there
+        return
+    if not resume:
+        raise FileExistsError(
+            f"{folder} holds a comparison already. Continue it with resume=True (--resume on the "
+            f"command line), or {ways_out}."
+        )
+    others = held
     if others := others - set(results.problems):
         raise FileExistsError(
             f"{folder} holds a comparison on {', '.join(sorted(others))}, too. To continue it, "
             f"give all its problems; else {ways_out}."
         )
-    if (folder / "results.json").exists():
+    if path.exists():
         _check_same_problems(folder, results)
 
 

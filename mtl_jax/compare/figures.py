@@ -41,9 +41,9 @@ Figure = matplotlib.figure.Figure
 
 CAPTIONS = {
     "changes": (
-        "What every task gains (right of 0) or loses from being trained alone, or from equal "
-        "weights where that was not done: mean over the seeds with its 95 % interval; the "
-        "weighting with the best mean is on top."
+        "What every task gains (right of 0) or loses: from equal weights, and from being trained "
+        "alone, where that was done. Mean over the seeds with its 95 % interval, the best mean on "
+        "top."
     ),
     "metrics": (
         "Every test metric after every epoch: which weighting learns faster, and how far. What is "
@@ -66,7 +66,7 @@ CAPTIONS = {
     ),
     "conflict": (
         "How the tasks' gradients lie to each other over the training steps: two of them conflict "
-        "where their cosine is negative."
+        "where their cosine is negative, and hardly do where it is near 0, at right angles."
     ),
 }
 """What is to be seen in each picture, in the order of the page."""
@@ -88,59 +88,66 @@ def figures(analysis: Analysis) -> dict[str, Figure]:
 
 
 def changes_figure(analysis: Analysis) -> Figure | None:
-    """The relative change of every task from being trained alone, or from equal weights.
+    """The relative change of every task: from equal weights, and from being trained alone.
 
     A row for each weighting, the best mean on top; ``None`` if there is nothing to compare with.
     """
-    reference = ALONE if ALONE in analysis.values else BASELINE
-    rows: dict[str, tuple[Estimate, dict[str, Estimate]]] = {}
-    for name in analysis.weightings:
-        mean, tasks = analysis.mean_change(name, reference), analysis.task_changes(name, reference)
-        if mean is not None and not math.isnan(mean.mean):
-            rows[name] = mean, {task: Estimate.from_values(v) for task, v in tasks.items()}
-    if not rows:
+    references = [one for one in (BASELINE, ALONE) if one in analysis.values]
+    means = {
+        (name, reference): mean
+        for name in analysis.values
+        for reference in references
+        if (mean := analysis.mean_change(name, reference)) and math.isfinite(mean.mean)
+    }
+    # Equal weights stand where nothing is gained; each task alone, only in their panel.
+    order = {name: mean.mean for (name, of), mean in means.items() if of == references[0]}
+    order |= {BASELINE: 0.0} if (BASELINE, ALONE) in means else {}
+    if not order:
         return None
-    names = sorted(rows, key=lambda name: -rows[name][0].mean)
-    tasks = list(rows[names[0]][1])
+    names = sorted(order, key=lambda name: -order[name])
+    tasks = list(analysis.task_changes(*next(iter(means))))
     few = len(tasks) <= SMALL
-    figure = Figure(figsize=(5.0, 1.2 + 0.42 * len(names)), layout="constrained")
-    axis = figure.subplots()
-    for place, name in enumerate(names):
-        mean, of_tasks = rows[name]
-        # The mean above a few tasks, so that it hides none of them, and among many.
-        offsets = np.linspace(-0.3, 0.3, len(tasks) + 1)
-        offsets[0] = offsets[0] if 1 < len(tasks) <= SMALL else 0
-        for number, task in enumerate(tasks if len(tasks) > 1 else []):
-            found = of_tasks[task]
+    size = (0.6 + 3.8 * len(references), 1.2 + 0.42 * len(names))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = list(figure.subplots(1, len(references), sharey=True, squeeze=False).flat)
+    # The mean above a few tasks, so that it hides none of them, and among many.
+    offsets = np.linspace(-0.3, 0.3, len(tasks) + 1)
+    offsets[0] = offsets[0] if 1 < len(tasks) <= SMALL else 0
+    for axis, reference in zip(axes, references, strict=True):
+        for place, name in enumerate(names):
+            if (name, reference) not in means:
+                continue
+            mean, of_tasks = means[name, reference], analysis.task_changes(name, reference)
+            for number, task in enumerate(tasks if len(tasks) > 1 else []):
+                found = Estimate.from_values(of_tasks[task])
+                axis.errorbar(
+                    100 * found.mean,
+                    place + offsets[number + 1],
+                    xerr=100 * np.nan_to_num(found.half_width) if few else None,
+                    fmt="o",
+                    markersize=4 if few else 3,
+                    elinewidth=1,
+                    color=style(number)[0] if few else "0.6",
+                    label=task if few else "a task",
+                )
             axis.errorbar(
-                100 * found.mean,
-                place + offsets[number + 1],
-                xerr=100 * np.nan_to_num(found.half_width) if few else None,
-                fmt="o",
-                markersize=4 if few else 3,
-                elinewidth=1,
-                color=style(number)[0] if few else "0.6",
-                label=task if few else "a task",
+                100 * mean.mean,
+                place + offsets[0],
+                xerr=100 * np.nan_to_num(mean.half_width),
+                fmt="D",
+                markersize=6,
+                capsize=3,
+                color="black",
+                label="mean of the tasks" if len(tasks) > 1 else tasks[0],
+                zorder=3,
             )
-        axis.errorbar(
-            100 * mean.mean,
-            place + offsets[0],
-            xerr=100 * np.nan_to_num(mean.half_width),
-            fmt="D",
-            markersize=6,
-            capsize=3,
-            color="black",
-            label="mean of the tasks" if len(tasks) > 1 else tasks[0],
-            zorder=3,
-        )
-    axis.axvline(0, color="gray", linewidth=0.8, zorder=0)
-    axis.set_yticks(range(len(names)), names)
-    axis.set_ylim(len(names) - 0.5, -0.5)
-    against = "each task alone" if reference == ALONE else "equal weights"
-    axis.set_xlabel(f"change from {against} (%), more is better")
-    finish(
-        figure, [axis], f"{analysis.problem}: change of every task", analysis, "95 % intervals over"
-    )
+        axis.axvline(0, color="gray", linewidth=0.8, zorder=0)
+        against = "each task alone" if reference == ALONE else "equal weights"
+        axis.set_xlabel(f"change from {against} (%)")
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].set_ylim(len(names) - 0.5, -0.5)
+    title = f"{analysis.problem}: change of every task, more is better"
+    finish(figure, axes, title, analysis, "95 % intervals over")
     return figure
 
 

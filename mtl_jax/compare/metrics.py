@@ -692,6 +692,12 @@ def _of_scores(
     def statistics(output: Array, label: Array, counted: Array) -> dict[str, Array]:
         if output.shape == (*label.shape, 2):
             output = output[..., 1] - output[..., 0]
+        if output.shape != label.shape:
+            raise ValueError(
+                f"{name}: a label is yes (1) or no (0), and the output a score, or the logits of "
+                f"these two classes; got an output of shape {output.shape} for labels of shape "
+                f"{label.shape}."
+            )
         output, label = _same_shape(name, output, label)
         return {"score": output, "label": label, "valid": _valid(label, counted, ignore)}
 

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -455,6 +456,13 @@ class Problem:
         )
 
 
+def _place(error: Exception, module: Any) -> str:
+    """Where in a module the error came from: the last of its lines that was being executed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == module.__file__]
+    return f"in {os.path.basename(module.__file__)}, line {lines[-1]}" if lines else ""
+
+
 def load_problem(name: str, data_dir: str | None = None) -> Problem:
     """The problem at ``package.module:name``.
 
@@ -476,8 +484,11 @@ def load_problem(name: str, data_dir: str | None = None) -> Problem:
       ValueError: 'math:tau' is a float; a Problem is wanted, or a function that returns one.
     """
     module_name, separator, attribute = name.partition(":")
-    if not (module_name and separator and attribute):
-        raise ValueError(f"A problem is named as package.module:name; got {name!r}.")
+    if not (module_name and separator and attribute) or module_name.endswith(".py"):
+        likely = f"{module_name.removesuffix('.py') or 'module'}:{attribute or 'problem'}"
+        raise ValueError(
+            f"A problem is named as package.module:name; got {name!r}. Is it {likely!r}?"
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -490,7 +501,11 @@ def load_problem(name: str, data_dir: str | None = None) -> Problem:
     found: Any = getattr(module, attribute)
     if callable(found):
         takes_folder = "data_dir" in inspect.signature(found).parameters
-        found = found(data_dir=data_dir) if takes_folder else found()
+        try:
+            found = found(data_dir=data_dir) if takes_folder else found()
+        except (ValueError, FileNotFoundError) as error:
+            error.add_note(_place(error, module))
+            raise
     if not isinstance(found, Problem):
         raise ValueError(
             f"{name!r} is a {type(found).__name__}; a Problem is wanted, or a function that "

@@ -2,14 +2,16 @@
 
 import base64
 import dataclasses
+import math
 import os
 import pathlib
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any
 
 import jinja2
 import matplotlib
+import numpy as np
 import rich.console
 import rich.markup
 import rich.text
@@ -17,11 +19,12 @@ import tyro
 
 from mtl_jax.compare.analysis import Analysis, made_with
 from mtl_jax.compare.figures import CAPTIONS, figures
-from mtl_jax.compare.results import Results, file_name, replace_file, write_text
+from mtl_jax.compare.results import Results, Run, file_name, replace_file, write_text
 from mtl_jax.compare.tables import (
     Entry,
     Section,
     Table,
+    answer,
     by_metric_table,
     cost_table,
     main_table,
@@ -34,6 +37,9 @@ from mtl_jax.compare.tables import (
 
 FORMATS = ("png", "pdf", "svg")
 """Of the pictures. The page holds the first."""
+
+RISEN = 1.5
+"""A training loss that is so many times the first epoch's at the end makes a warning."""
 
 _STYLE: Any = {"svg.hashsalt": "mtl_jax", "pdf.fonttype": 42}
 """The same picture is the same file; letters are letters, as publishers want it."""
@@ -118,7 +124,10 @@ def markdown_report(analysis: Analysis) -> str:
     for warning in warnings_of(analysis):
         lines += ["", f"**{warning}**"]
     if sentences := verdicts(analysis):
-        lines += ["", "## Verdicts", "", verdicts_text(analysis), ""]
+        lines += ["", "## Verdicts", ""]
+        if whole := answer(analysis):
+            lines += [f"**{whole}**", ""]
+        lines += [verdicts_text(analysis), ""]
         lines += [f"- {sentence}" for sentence in sentences]
     return _markdown(sections(analysis), "\n".join(lines), analysis.results.command)
 
@@ -140,6 +149,8 @@ def print_tables(results: Results, problem: str, console: rich.console.Console) 
     )
     for warning in warnings_of(analysis):
         console.print(rich.text.Text(warning, "bold red"))
+    if whole := answer(analysis):
+        console.print(rich.text.Text(whole, "bold"))
     for text in (*verdicts(analysis), verdicts_text(analysis)):
         console.print(rich.text.Text(text))
     table = main_table(analysis)
@@ -180,18 +191,43 @@ def warnings_of(analysis: Analysis) -> list[str]:
         for run in analysis.all_runs
         if run.failure
     ]
+    for name, runs in {**analysis.weightings, **analysis.alone}.items():
+        rising = [
+            f"{task} (from {start:.2g} to {end:.2g})"
+            for task in analysis.info.tasks
+            for start, end in [_mean_losses(runs, task)]
+            if end > RISEN * max(start, 0)
+        ]
+        if rising:
+            found.append(
+                f"Diverged? With {name} the mean training loss rose from the first to the last "
+                f"epoch: {', '.join(rising)}."
+            )
     differing = "; ".join(
         f"{what} {_counted(by_value)}" for what, by_value in analysis.provenance.items()
     )
     if differing:
         found.append(
-            f"Runs were not all made with the same: {differing}. Their times do not compare, and "
-            "their metrics may differ for no other reason."
+            f"Runs were not all made with the same: {differing}. Do not compare their times; and a "
+            "difference of their metrics may come from that alone."
         )
     begun = sum("begun with" in run.provenance for run in analysis.all_runs)
     if begun:
         found.append(f"Begun with other versions or on another device than ended: {begun} runs.")
     return found
+
+
+def _mean_losses(runs: Sequence[Run], task: str) -> tuple[float, float]:
+    """The task's training loss in the first and in the last epoch, the mean over the runs."""
+    losses = [
+        (run.train_losses[task][0], run.train_losses[task][-1])
+        for run in runs
+        if run.failure is None and run.train_losses.get(task) and run.task in (None, task)
+    ]
+    if not losses:
+        return math.nan, math.nan
+    first, last = np.mean(losses, axis=0)
+    return float(first), float(last)
 
 
 def numbers_text(numbers: Mapping[str, int]) -> str:
@@ -263,6 +299,7 @@ def _problem(analysis: Analysis, folder: pathlib.Path | None) -> dict[str, Any]:
         "description": analysis.info.description,
         "settings": settings_text(analysis),
         "warnings": warnings_of(analysis),
+        "answer": answer(analysis),
         "verdicts": verdicts(analysis),
         "verdicts_text": verdicts_text(analysis),
         "sections": sections(analysis),

@@ -142,6 +142,15 @@ class Trainer:
         self._tell = jax.jit(with_metrics, out_shardings=self.devices.whole)
         self._programs: dict[Any, _Program] = {}
 
+    def check_metrics(self) -> None:
+        """Trace the metrics on the first batch of the validation split.
+
+        Raises:
+          ValueError: if one does not fit what the problem predicts, or its labels.
+        """
+        params, model_state = self.shapes[0]
+        self.evaluate.check(params, model_state)
+
     # One run
 
     def new_run(self, setting: Setting, seed: int) -> Run:
@@ -469,6 +478,14 @@ class Evaluator:
             if tasks is None or name in tasks
         }
 
+    def check(self, params: PyTree, model_state: PyTree) -> None:
+        """Trace the metrics of one batch; parameters and model state may be shapes."""
+        batch, valid = next(iter(self.problem.evaluation_batches("validation", self._batch_size)))
+        batch, valid = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), (batch, valid)
+        )
+        jax.eval_shape(self._statistics, params, model_state, batch, valid)
+
     def _statistics(
         self,
         params: PyTree,
@@ -478,13 +495,19 @@ class Evaluator:
     ) -> tuple[dict[str, dict[str, PyTree]], dict[str, Bool[Array, "batch"]]]:
         outputs = self.problem.predict(params, model_state, batch)
         labels, counted = self.problem.labels(batch), self.problem.counted(batch, valid)
-        statistics = {
-            name: {
-                metric.name: metric.statistics(outputs[name], labels[name], counted[name])
-                for metric in task.metrics
-            }
-            for name, task in self.problem.tasks.items()
-        }
+        statistics: dict[str, dict[str, PyTree]] = {}
+        for name, task in self.problem.tasks.items():
+            found = statistics.setdefault(name, {})
+            for metric in task.metrics:
+                try:
+                    found[metric.name] = metric.statistics(
+                        outputs[name], labels[name], counted[name]
+                    )
+                except ValueError as error:
+                    raise ValueError(
+                        f"The metric {metric.name!r} of the task {name!r} does not fit what "
+                        f"`predict` returns for it, or its labels. {error}"
+                    ) from error
         return statistics, counted
 
     def _batches(self, split: str) -> Iterable[tuple[Batch, PyTree]]:

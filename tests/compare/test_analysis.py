@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 import scipy.stats
 from made_runs import ACCURACY, EQUAL, ERROR, made_results, made_run, made_tuning, shifted
+from statsmodels.stats.multitest import multipletests
 
 from mtl_jax.compare import MetricInfo, Results
 from mtl_jax.compare.analysis import ALONE, Analysis, over_problems
 from mtl_jax.compare.tables import (
     Entry,
     Table,
+    _detectable,
     against_equal_table,
+    answer,
     by_metric_table,
     cost_table,
     main_table,
@@ -124,7 +127,55 @@ def test_a_sentence_for_every_weighting(found):
     gains = {task: np.add([0.1, 0.11, 0.09, 0.1], values) for task, values in equal.items()}
     gains["task 3"] = equal["task 3"]
     many = Analysis(made_results({"equal": equal, "gains": gains}, tasks=tasks), "made")
-    assert verdicts(many) == ["gains: better in 11 of 12, undecided in task 3; mean +18.3 %."]
+    (sentence,) = verdicts(many)
+    (row,) = main_table(many).rows[1:]
+    change = next(entry.text for entry in row if entry.text.startswith("+18.3"))
+    assert sentence == (f"gains: better in 11 of 12, undecided in task 3; mean {change} %, better.")
+
+
+def test_the_answer_is_one_sentence(found):
+    alone = 100 * np.mean(found.mean_change(ALONE, "equal").values)
+    nothing = "No weighting is better than equal weights in the mean over the tasks beyond noise."
+    why = f" Each task alone is better by {alone:.1f} %: the tasks disturb each other."
+    assert answer(found) == nothing + why
+    # The test is that of the change alone, corrected for all rows.
+    rows = ("gains", "loses", ALONE)
+    changes = [found.mean_change(name, "equal").values for name in rows]
+    p_values = [scipy.stats.ttest_1samp(values, 0).pvalue for values in changes]
+    corrected = multipletests(p_values, method="holm")[1]
+    for name, p_value in zip(rows, corrected, strict=True):
+        assert found.mean_against_equal[name].corrected_p_value == pytest.approx(p_value)
+    steady = {"topic": [0.100, 0.110, 0.090, 0.105], "depth": [-0.1, -0.11, -0.09, -0.1]}
+    rows = {"equal": EQUAL, "some": shifted(steady)}
+    rows |= {f"more{i}": shifted({t: 2 * np.array(v) for t, v in steady.items()}) for i in range(4)}
+    better = answer(Analysis(made_results(rows), "made"))
+    change = 100 * np.mean(
+        Analysis(made_results(rows), "made").mean_change("more0", "equal").values
+    )
+    assert better.startswith(
+        "Better than equal weights in the mean over the tasks, beyond noise: "
+        f"more0 by {change:.1f} %, more1 by"
+    )
+    assert better.endswith(" and 1 more.")
+    two = {name: {task: values[:2] for task, values in row.items()} for name, row in ROWS.items()}
+    assert answer(Analysis(made_results(two), "made")) == ""
+
+
+@pytest.mark.parametrize(("seeds", "comparisons"), [(3, 12), (5, 1), (10, 30), (20, 30)])
+def test_what_the_seeds_can_find(seeds, comparisons):
+    """Of differences of the size that is said, four in five are found."""
+    size = _detectable(seeds, comparisons)
+    differences = np.random.default_rng(0).normal(size, 1, (20_000, seeds))
+    p_values = scipy.stats.ttest_1samp(differences, 0, axis=1).pvalue
+    assert np.mean(p_values * comparisons < 0.05) == pytest.approx(0.8, abs=0.01)
+
+
+def test_equal_means_are_equal_whatever_they_were_added_from():
+    rows = {"equal": {"topic": [0.1, 0.2, 0.3]}, "other": {"topic": [0.3, 0.2, 0.1]}}
+    found = Analysis(made_results(rows, {"topic": ACCURACY}), "made")
+    sums = [values.mean() for values in found.values.values()]
+    assert sums[0] != sums[1]  # by rounding
+    assert [row.rank for row in found.rows] == [1.5, 1.5]
 
 
 def test_changes_and_ranks(found):
@@ -314,7 +365,7 @@ def test_time_until_as_good_as_equal():
     table = cost_table(analysis)
     assert table.headers[-3:] == ["memory, MB", "compiling, s", "until as good as equal"]
     until = [row[-1] for row in texts(table)]
-    assert until == ["4 s (epoch 2)", "3 s (epoch 1)", "not reached", "not reached"]
+    assert until == ["", "3 s (epoch 1)", "not reached", "not reached"]
     assert texts(table)[1][1] == "1.50"
     assert texts(table)[0][2:4] == ["333", "12.3"]
     # One task may have lost what the other one gained.

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 
 import jax
@@ -8,11 +9,13 @@ import rich.console
 from toy_problem import IN_PARTS, TARGETS, make_problem, split
 
 import mtl_jax
-from mtl_jax.compare import Results, compare, named_weightings
+from mtl_jax.compare import Results, Task, compare, mean_of, named_weightings
 from mtl_jax.compare.comparison import _Progress
+from mtl_jax.compare.report import print_tables
 from tests.compare.problems import ALL
 
 ERROR = "squared error"
+scores_of_no_example = mean_of(lambda output, label: output.sum(), "nothing")
 
 
 def nothing_finite(settings):
@@ -214,16 +217,34 @@ def test_wrong_settings_are_errors_before_training(problem, tmp_path, monkeypatc
     ):
         with pytest.raises(ValueError, match=message):
             compare(problem.with_settings(**changes), {})
+    first = next(iter(problem.tasks))
+    unfit = dataclasses.replace(problem, tasks={**problem.tasks, first: Task(scores_of_no_example)})
+    message = f"metric 'nothing' of the task '{first}' does not fit what `predict`.*each of the"
+    with pytest.raises(ValueError, match=message):
+        compare(unfit, {}, tmp_path / "none")
     assert not any(tmp_path.iterdir())
 
 
 def test_an_error_of_a_metric_ends_the_comparison(tmp_path):
-    def broken(params, model_state, batch):
+    def broken(statistics):
         raise RuntimeError("this metric is broken")
 
+    metric = dataclasses.replace(scores_of_no_example, statistics=lambda *args: {}, compute=broken)
+    problem = make_problem()
+    problem = dataclasses.replace(problem, tasks=dict.fromkeys(problem.tasks, Task(metric)))
     with pytest.raises(RuntimeError, match="this metric is broken"):
-        compare(make_problem(predict=broken), {}, tmp_path, seeds=[0], alone=False)
+        compare(problem, {}, tmp_path, seeds=[0], alone=False)
     assert Results.read(tmp_path).unfinished("toy") == [("equal", 0)]
+
+
+def test_what_is_printed_is_what_the_report_says(tmp_path):
+    """Records hold rounded numbers, by which a tie could be broken in one of the two."""
+    console = rich.console.Console(file=io.StringIO(), width=200)
+    compare(make_problem(), ["adaptive", "dwa"], tmp_path, seeds=[0, 1, 2], console=console)
+    printed = io.StringIO()
+    print_tables(Results.read(tmp_path), "toy", rich.console.Console(file=printed, width=200))
+    assert console.file.getvalue().count("equal") > 3
+    assert printed.getvalue().strip() in console.file.getvalue()
 
 
 # What is shown while it runs

@@ -103,23 +103,30 @@ def test_every_metric_of_a_task_has_a_panel():
 
 
 def test_change_of_every_task(analysis):
-    (axis,) = changes_figure(analysis).axes
-    names = [tick.get_text() for tick in axis.get_yticklabels()]
-    assert names == ["adaptive", "equal"]  # the best on top; "bad" has none
-    rows = {row.name: row for row in analysis.rows}
-    for place, name in enumerate(names):
-        topic, depth, mean = axis.containers[3 * place : 3 * place + 3]
-        assert mean.lines[0].get_xdata()[0] == pytest.approx(100 * rows[name].against_alone.mean)
-        heights = [one.lines[0].get_ydata()[0] for one in (mean, topic, depth)]
-        np.testing.assert_allclose(heights, [place - 0.3, place, place + 0.3])
-        changes = analysis.task_changes(name, ALONE)
-        for task, container in (("topic", topic), ("depth", depth)):
-            shown = container.lines[0].get_xdata()[0]
-            assert shown == pytest.approx(100 * changes[task].mean())
+    axes = changes_figure(analysis).axes
+    assert [axis.get_xlabel() for axis in axes] == [
+        "change from equal weights (%)",
+        "change from each task alone (%)",
+    ]
+    names = names_of(axes[0].get_yticklabels())
+    assert names == ["adaptive", ALONE, "equal"]  # the best on top; "bad" has none
+    for axis, reference in zip(axes, ("equal", ALONE), strict=True):
+        shown = [name for name in names if name != reference]
+        for place, name in enumerate(shown):
+            topic, depth, mean = axis.containers[3 * place : 3 * place + 3]
+            of_mean = analysis.mean_change(name, reference).mean
+            assert mean.lines[0].get_xdata()[0] == pytest.approx(100 * of_mean)
+            heights = [one.lines[0].get_ydata()[0] for one in (mean, topic, depth)]
+            row = names.index(name)
+            np.testing.assert_allclose(heights, [row - 0.3, row, row + 0.3])
+            changes = analysis.task_changes(name, reference)
+            for task, container in (("topic", topic), ("depth", depth)):
+                value = container.lines[0].get_xdata()[0]
+                assert value == pytest.approx(100 * changes[task].mean(), abs=1e-9)
     without = analysed({"equal": EQUAL, "other": shifted(EQUAL)})
     (axis,) = changes_figure(without).axes
     assert "from equal weights" in axis.get_xlabel()
-    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["other"]
+    assert names_of(axis.get_yticklabels()) == ["other"]
     assert changes_figure(analysed({"equal": EQUAL})) is None
 
 

@@ -339,7 +339,7 @@ def test_outputs_of_low_precision_are_summed_in_float32():
         (mean_iou(3), (4, 2), (4,), r"mIoU: .* an axis of 3 classes, \(4, 3\); got \(4, 2\)"),
         (f1(), (4, 3), (4,), "there are two classes"),
         (entity_f1(TAGS), (4, 5), (4,), r"entity F1: labels \[batch, length\]"),
-        (roc_auc(), (4, 3), (4,), "ROC-AUC: output and label must have the same shape"),
+        (roc_auc(), (4, 3), (4,), r"ROC-AUC: a label is yes \(1\) or no \(0\)"),
         (r2(), (4, 1), (4,), "R2: output and label must have the same shape"),
         (mean_absolute_error(), (4, 1), (4,), "absolute error: output and label must"),
         (mean_of(lambda x, y: x.sum(), "sum"), (4,), (4,), r"'sum': .* each of the 4 examples"),

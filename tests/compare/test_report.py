@@ -1,5 +1,6 @@
 import io
 import json
+import re
 
 import numpy as np
 import PIL.Image
@@ -133,7 +134,9 @@ def test_the_verdicts_come_first():
     titles = [line[3:] for line in text.splitlines() if line.startswith("## ")]
     assert titles[:2] == ["Verdicts", "After the last epoch"]
     assert titles[-1] == "Chosen by tuning"
-    assert "- gains: better in topic by 10, undecided in depth; mean +9.9 %." in text
+    sentence = r"- gains: better in topic by 10, undecided in depth; mean \+9\.\d\d ± \d+\.\d\d %\."
+    assert re.search(sentence, text)
+    assert "\n\n**No weighting is better than equal weights in the mean over the tasks" in text
     assert "worst task's relative change from what it reached alone" in text
     assert "learning rate as tuned (default: 0.01); 4 seeds." in text
     assert "    mtl-jax compare my:problem" in text
@@ -162,6 +165,17 @@ def test_what_the_reader_must_know():
     assert "jax 0.10.0 (15 runs), 0.9.0 (1 run)." in versions
     assert "numpy" not in versions
     assert "**Interrupted: 1 run not finished.**" in markdown_report(Analysis(results, "made"))
+
+
+def test_a_loss_that_rose_is_said():
+    results = made()
+    for run in results.of("made")["gains"]:
+        run.train_losses = {"topic": [2.0, 1.0, 3.5], "depth": [2.0, 1.0, 2.5]}
+    (warning,) = warnings_of(Analysis(results, "made"))
+    assert warning == (
+        "Diverged? With gains the mean training loss rose from the first to the last epoch: topic "
+        "(from 2 to 3.5)."
+    )
 
 
 def test_a_report_of_an_interrupted_comparison(tmp_path):

@@ -230,7 +230,10 @@ def test_another_network_is_said(once, tmp_path):
     folder = tmp_path / "folder"
     shutil.copytree(once, folder)
     problem = make_problem(epochs=1)  # not in parts
-    with pytest.warns(UserWarning, match="losses of 'toy' are not those that its finished runs"):
+    said = "losses of 'toy' are not those that its finished runs"
+    with pytest.warns(UserWarning, match=said):
+        compare(problem, {}, folder, seeds=[0, 1], alone=False, resume=True)
+    with pytest.warns(UserWarning, match=said):  # also where nothing is left to train
         compare(problem, {}, folder, seeds=[0, 1], alone=False, resume=True)
 
 
@@ -259,12 +262,25 @@ def test_a_folder_holds_one_comparison(once, tmp_path):
     with pytest.raises(FileExistsError, match=r"holds a comparison on toy, too"):
         compare(other, {}, folder, resume=True, **options)
     assert results_of(folder) == results_of(once)
-    for part in ("results.json", "records", "checkpoints"):
-        empty = tmp_path / part
-        empty.mkdir()
-        (empty / part).mkdir()
+    for part in ("results.json", "records/toy", "checkpoints/toy", "tuning/toy"):
+        some = tmp_path / part.replace("/", "_")
+        (some / part).mkdir(parents=True)
+        (some / part / "a file").write_text("something")
         with pytest.raises(FileExistsError, match="holds a comparison already"):
-            compare(problem, {}, empty, **options)
+            compare(problem, {}, some, **options)
+
+
+def test_a_folder_in_which_nothing_was_finished_holds_none(tmp_path, trained):
+    """A mistake that stopped the first run need not be cleaned up after."""
+
+    options = {"seeds": [0], "alone": False, "checkpoint_seconds": None}
+    with stopped_at("equal", 0, 6):
+        compare(make_problem(epochs=1), {}, tmp_path, **options)
+    assert Results.read(tmp_path).runs == []
+    mended = make_problem(epochs=2, learning_rate=0.02)
+    results = compare(mended, {}, tmp_path, **options)
+    assert Results.read(tmp_path).problems["toy"].epochs == 2
+    assert [run.epochs for run in results.runs] == [2]
 
 
 def test_without_checkpoints_finished_runs_are_kept_all_the_same(tmp_path, trained):

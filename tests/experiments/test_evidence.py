@@ -164,7 +164,7 @@ def test_the_page_of_a_problem(pages):
     assert page.count("mtl-jax compare my:problem") == 2
     for title in ("## Tuned for the mean over the tasks", "## Tuned for the worst task"):
         assert title in page
-    assert "- adaptive: better in topic by 10, worse in depth by 0.50; mean -14.4 %." in page
+    assert "- adaptive: better in topic by 10, worse in depth by 0.50; mean -14.4" in page
 
 
 def test_what_cannot_be_kept_is_said(pages, capsys):

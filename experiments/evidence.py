@@ -25,6 +25,7 @@ from mtl_jax.compare.analysis import ALONE, Analysis, Estimate, over_problems
 from mtl_jax.compare.report import settings_text
 from mtl_jax.compare.results import BASELINE, Run, Trial, replace_file, write_text
 from mtl_jax.compare.tables import (
+    answer,
     by_metric_table,
     main_table,
     main_text,
@@ -438,7 +439,8 @@ def problem_page(kept: Mapping[Select, Tuned], problem: str) -> str:
         if problem not in tuned.analyses:
             continue
         analysis = tuned.analyses[problem]
-        lines += [f"## Tuned for {SELECTIONS[select]}", "", verdicts_text(analysis), ""]
+        lines += [f"## Tuned for {SELECTIONS[select]}", "", f"**{answer(analysis)}**", ""]
+        lines += [verdicts_text(analysis), ""]
         lines += [*(f"- {sentence}" for sentence in verdicts(analysis)), ""]
         lines += [main_text(analysis), "", main_table(analysis, timing=False).markdown(), ""]
         if "better, worse" in main_table(analysis).headers:

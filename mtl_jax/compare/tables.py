@@ -131,7 +131,7 @@ def main_table(analysis: Analysis, *, metrics: bool = True, timing: bool = True)
       metrics: whether to show the metrics, or only what they come to.
       timing: whether to show the time of a step relative to equal weights.
     """
-    rows, columns = analysis.rows, analysis.columns
+    rows, columns, means = analysis.rows, analysis.columns, analysis.mean_against_equal
     table: list[tuple[str, list[Entry]]] = [("weighting", [Entry(row.name) for row in rows])]
     if metrics and len(columns) <= MOST_COLUMNS:
         for number, column in enumerate(columns):
@@ -147,7 +147,7 @@ def main_table(analysis: Analysis, *, metrics: bool = True, timing: bool = True)
     reference = "alone" if ALONE in analysis.values else BASELINE
     several = len({column.task for column in columns}) > 1
     table += [
-        ("Δm vs equal, %", [_change(row.against_equal) for row in rows]),
+        ("Δm vs equal, %", [_mean_change(row, means.get(row.name)) for row in rows]),
         ("Δm vs alone, %", [_change(row.against_alone) for row in rows]),
         (f"worst task vs {reference}, %", [_worst(row) if several else Entry() for row in rows]),
         ("mean rank", [_number(row.rank) for row in rows]),
@@ -328,9 +328,9 @@ def _sentence(row: Row, columns: Sequence[Column], mean: PairedComparison | None
     elif seeds:
         parts.append(f"undecided, with {seeds} seed{'s' * (seeds != 1)}")
     sentence = ", ".join(parts) or "nothing to compare with"
-    if mean_text := _change(row.against_equal).text:
-        decided = _verdict(mean).verdict if mean else ""
-        sentence += f"; mean {mean_text} %" + f", {decided}" * bool(decided)
+    change = _mean_change(row, mean)
+    if change.text:
+        sentence += f"; mean {change.text} %" + f", {change.verdict}" * bool(change.verdict)
     return f"{row.name}: {sentence}."
 
 
@@ -507,6 +507,12 @@ def _estimate(found: Estimate | None, scale: int, digits: int, sign: str = "") -
 
 def _change(found: Estimate | None) -> Entry:
     return _estimate(found, 100, 2, "+")
+
+
+def _mean_change(row: Row, found: PairedComparison | None) -> Entry:
+    """The mean change from equal weights, and its verdict."""
+    verdict = _verdict(found).verdict if found is not None else ""
+    return _change(row.against_equal)._replace(verdict=verdict)
 
 
 def _worst(row: Row) -> Entry:

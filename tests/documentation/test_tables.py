@@ -115,8 +115,9 @@ def test_results_are_made_from_the_kept_records(tmp_path):
     made = ["README.md", "docs/results.md", "docs/choosing.md"]
     made += [f"docs/results/{path.name}" for path in docs.glob("results/*.md")]
     assert [name for name in made if PAGES[name] != (tmp_path / name).read_text("utf-8")] == []
-    picture = docs / "pictures" / "evidence.svg"
-    assert picture.read_bytes() == (DOCS / "pictures" / "evidence.svg").read_bytes()
+    for name in ("evidence.svg", "predictors.svg"):
+        made = (docs / "pictures" / name).read_bytes()
+        assert made == (DOCS / "pictures" / name).read_bytes(), name
     size = sum(path.stat().st_size for path in docs.rglob("results.json"))
     assert size < 2e6
 

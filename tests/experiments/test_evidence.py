@@ -1,16 +1,18 @@
 """The pages of results are made from kept records."""
 
 import dataclasses
+import json
+import pathlib
 
 import numpy as np
 import pytest
 from made_runs import EQUAL, TASKS, made_results, made_tuning, shifted
 
-from experiments.evidence import MARK, anywhere, main
+from experiments.evidence import MARK, PUBLISHED, anywhere, main
 from mtl_jax.compare import Results, Trial
-from mtl_jax.evaluation import mean_interval
+from mtl_jax.evaluation import delta_m, mean_interval
 
-NAMES = ("mean", "worst", "emphasis", "learning rate", "properties", "in small")
+NAMES = ("mean", "worst", "emphasis", "learning rate", "properties", "published", "in small")
 MARKS = "".join(
     f"<!-- {name}: {MARK} -->\nold\n<!-- end of {name} -->\nbetween\n" for name in NAMES
 )
@@ -126,6 +128,38 @@ def test_pages_are_made_from_records(pages):
         *("2", "8", "2.5", "20 to 75 %", "30 %"),
         "0.0 %",
     ]
+
+
+def test_published_changes_are_those_of_the_published_metrics():
+    data = pathlib.Path(__file__).parents[1] / "data" / "published_metrics.json"
+    rows = json.loads(data.read_text())["tables"]["famo"]["rows"]
+    higher = {"segmentation": {"mIoU": True, "pixel": True}, "depth": {"a": False, "r": False}}
+
+    def metrics(row):
+        values = iter(rows[row]["metrics"])
+        return {task: {m: next(values) for m in of_task} for task, of_task in higher.items()}
+
+    names = {"equal": "LS", "dwa": "DWA", "uncertainty": "UW", "nash_mtl": "Nash-MTL"}
+    for name, published in PUBLISHED["nyuv2"].items():
+        found = 100 * delta_m(metrics(names[name]), metrics("STL"), higher)
+        assert published == pytest.approx(found, abs=0.05)
+
+
+def test_what_was_published_is_beside_what_was_found(pages, monkeypatch):
+    monkeypatch.setitem(PUBLISHED, "made", {"upgrad": 12.3})
+    run(pages, "made_mean")
+    (row,) = table((pages / "results.md").read_text(), "published")[1:]
+    found = np.mean(
+        [
+            np.array(ROWS["upgrad"]["topic"]) / ALONE["topic"] - 1,
+            1 - np.array(ROWS["upgrad"]["depth"]) / ALONE["depth"],
+        ],
+        axis=0,
+    )
+    mean, half_width = mean_interval(found)
+    assert row[1].strip() == "`upgrad`"
+    assert row[2].strip() == "+12.3"
+    assert row[3].strip() == f"{100 * mean:+.1f} ± {100 * half_width:.1f}"
 
 
 def test_kept_records_are_enough_and_small(pages):

@@ -139,7 +139,7 @@ def aggregators() -> str:
 def measured() -> str:
     """The sentence on which methods docs/speed.md has step times of."""
     page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
-    found = set(re.findall(r"^\| (\w+) +\|", page, re.MULTILINE)) | {"constant"}
+    found = set(re.findall(r"^\| `?(\w+)`? +\|", page, re.MULTILINE)) | {"constant"}
     names = (name for method in METHODS.values() for name in (method.name, *method.variants))
     missing = [f"`{name}`" for name in names if name not in found]
     said = "Measured: [speed.md](speed.md); a step of `constant` is one of `equal`."

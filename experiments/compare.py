@@ -1,4 +1,4 @@
-"""Compare weightings on the shipped problems: ``python -m experiments.compare --help``."""
+"""Compare weightings on the problems here: ``python -m experiments.compare --help``."""
 
 import dataclasses
 import sys

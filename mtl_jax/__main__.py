@@ -4,7 +4,7 @@ import sys
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run ``mtl-jax compare``, ``mtl-jax report`` or ``mtl-jax list``."""
+    """Run the program."""
     try:
         import mtl_jax.compare.command_line as command_line
     except ModuleNotFoundError as error:

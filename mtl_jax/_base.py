@@ -328,10 +328,6 @@ def check_weighting(weighting: Any) -> None:
             given = {name: function for name, function in optional.items() if function is not None}
             check_functions("The weighting", init=method.init, update=method.update, **given)
             check_flags("The weighting", positive_losses=method.positive_losses)
-            if not isinstance(method.needs, Signal):
-                raise TypeError(
-                    f"The weighting: `needs` must be a mtl_jax.Signal, got {method.needs!r}."
-                )
             return
     if isinstance(weighting, Aggregator):
         raise TypeError(

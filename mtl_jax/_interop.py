@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from mtl_jax._base import Weighting, check_weighting
+from mtl_jax._base import Signal, Weighting, check_weighting
 from mtl_jax._checks import leaf_types, read_integer, read_key
 from mtl_jax._jacobian import gramian_of, nonzero_rows
 from mtl_jax._lift import leading_axis, weighted_sum
@@ -42,16 +42,18 @@ def as_aggregator(
     Returns:
       The aggregator. ``init(params)`` is the weighting's state; ``update(task_gradients, state,
       params=None, *, losses=None, mask=None)`` combines gradients whose leaves have the tasks as
-      their leading axis. ``losses``, a pytree of K losses, need only be given for a weighting
-      that reads them besides the Gramian (:func:`mtl_jax.gradnorm`, and :func:`mtl_jax.mgda`
-      normalised by the losses): they are 1 by default. If something is not finite, the state is
+      their leading axis. ``losses``, a pytree of K losses, must be given for a weighting of the
+      losses, for :func:`mtl_jax.gradnorm`, and for :func:`mtl_jax.norm_balance` of the root losses;
+      they are 1 by default for the others, of which :func:`mtl_jax.mgda` normalised by the losses
+      reads them. If something is not finite, the state is
       returned as it was and the update is NaN. Gradients without arrays are returned as they are.
 
     Raises:
       ValueError: if ``num_tasks`` is not a positive integer; in ``update``, if there are gradients
         of another number of tasks.
-      TypeError: if ``weighting`` is not a :class:`mtl_jax.Weighting`, or ``key`` not a key; in
-        ``init`` and ``update``, if a parameter or its gradients are not floating-point.
+      TypeError: if ``weighting`` is not a :class:`mtl_jax.Weighting` or reads a second batch, or
+        ``key`` is not a key; in ``init`` and ``update``, if a parameter or its gradients are not
+        floating-point; in ``update``, if the weighting needs ``losses`` and there are none.
       ImportError: with an optax older than 0.2.7.
 
     Example:
@@ -68,6 +70,13 @@ def as_aggregator(
     from optax.experimental import aggregating
 
     check_weighting(weighting)
+    needs = weighting.method.needs
+    if needs is Signal.SECOND_BATCH:
+        raise TypeError(
+            "as_aggregator: the weighting reads a second batch, which optax does not hand on. "
+            "mtl_jax.value_and_grad takes it: `second=`."
+        )
+    needs_losses = needs is Signal.LOSSES or weighting.method.positive_losses
     read_integer(num_tasks, "as_aggregator: `num_tasks`")
     key = read_key(key)
 
@@ -112,6 +121,10 @@ def as_aggregator(
             raise ValueError(
                 f"as_aggregator was made for {num_tasks} tasks, but there are gradients of "
                 f"{leading_axis(updates)}."
+            )
+        if losses is None and needs_losses:
+            raise TypeError(
+                "as_aggregator: the weighting reads the losses; hand them to `update` as `losses=`."
             )
         _real_dtypes(updates, "The gradient")
         leaf_types(state, "The state's leaf")

@@ -91,8 +91,8 @@ def vector_weighting(
       needs: the signal that ``update`` reads.
       due: ``due(state) -> bool``, for a method that reads its signal only now and then: whether it
         must be measured at this step. Where it need not, ``update`` is called with ``None`` for it.
-      positive_losses: whether a loss of exactly 0 has no answer, or teaches the method what is not
-        meant. :func:`mtl_jax.value_and_grad` and its like then leave the task out of the step, as
+      positive_losses: whether a loss of exactly 0 has no answer, or misleads what the method
+        learns. :func:`mtl_jax.value_and_grad` and its like then leave the task out of the step, as
         if it had no labels; ``update`` itself is not changed by it.
       directions: with ``Signal.SECOND_BATCH`` ``directions(state, present) -> (combinations,
         step)``: which gradients are taken on the second batch. With ``combinations`` c of shape
@@ -431,7 +431,7 @@ def carry_over(old: WeightingState, new: WeightingState) -> WeightingState:
             raise ValueError(
                 "The states are not of the same weighting: a leaf is "
                 f"{old.dtype}{list(old.shape)} in the old one and {new.dtype}{list(new.shape)} in "
-                "the new one."
+                "the new one. Make the new one with `init` of the same weighting."
             )
         return new.at[own_rows].set(old[rows]) if new.ndim else old
 
@@ -440,7 +440,7 @@ def carry_over(old: WeightingState, new: WeightingState) -> WeightingState:
     if len(old_leaves) != len(leaves):
         raise ValueError(
             f"The states are not of the same weighting: they have {len(old_leaves)} and "
-            f"{len(leaves)} leaves."
+            f"{len(leaves)} leaves. Make the new one with `init` of the same weighting."
         )
     found = [carried(*pair) for pair in zip(old_leaves, leaves, strict=True)]
     return jax.tree.unflatten(structure, found)

@@ -22,7 +22,7 @@ class Metrics(NamedTuple):
     Attributes:
       latest: the numbers that were set last.
       fresh: which of them have not been taken in.
-      average: the moving average of what was taken in; what it is before that is not to be used.
+      average: the moving average of what was taken in; undefined before that.
       updates: for each task, how many numbers were taken in.
       tasks: whose numbers they are; not an array.
     """

@@ -96,7 +96,7 @@ class TrainStep:
 
     Raises:
       ValueError: by ``init``: if there are no parameters; and as the weighting's ``init``, such as
-        for a loss that is not a scalar, or a missing key. By ``update``: as the gradient, and if
+        for a loss with two axes, or a missing key. By ``update``: as the gradient, and if
         the new model state has another structure than the old.
       TypeError: by ``init``: if a key is none, a parameter is not floating-point, or a leaf of the
         model state not an array. By ``update``: as the gradient, and if the state is not a
@@ -213,7 +213,9 @@ def make_train_step(
         second: tuple[Any, ...] | None = None,
     ) -> tuple[TrainState, MultiTaskValue]:
         if not isinstance(state, TrainState):
-            raise TypeError(f"Expected a TrainState, got {type(state)}.")
+            raise TypeError(
+                f"Expected a TrainState, as `init` or a step returns it; got {type(state)}."
+            )
         number = 2 if second is None else 3
         keys = [None] * 3 if state.rng is None else jax.random.split(state.rng, number)
         next_rng, step_rng = keys[:2]

@@ -177,7 +177,7 @@ def value_and_grad(
     if rows == "low_memory" and _reads_rows(weighting):
         raise ValueError(
             "rows='low_memory' holds one task gradient at a time, and this weighting or aggregator "
-            "reads all of them."
+            "reads all of them: choose rows='map'."
         )
     if groups is not None:
         _check_groups(weighting, rows)
@@ -365,7 +365,9 @@ def _check_second(weighting: Weighting | Aggregator, second: Any) -> None:
             "tuple, such as second=(batch,)."
         )
     if second is not None and not reads:
-        raise ValueError("`second` is a second batch, which this weighting does not read.")
+        raise ValueError(
+            "`second` is a second batch, which this weighting does not read: leave it out."
+        )
     if second is not None and not isinstance(second, tuple):
         raise TypeError(
             "`second` must be the tuple of the further arguments of the losses, such as "
@@ -381,7 +383,7 @@ def _check_groups(weighting: Weighting | Aggregator, rows: RowsMode) -> None:
             "the losses alone has the same weights in every group. Leave `groups` out."
         )
     if not isinstance(weighting, Aggregator) and weighting.needs is Signal.SECOND_BATCH:
-        raise ValueError("`groups` is not for a weighting that reads a second batch.")
+        raise ValueError("`groups` is not for a weighting that reads a second batch: leave it out.")
     if rows == "low_memory":
         raise ValueError(
             "rows='low_memory' does not hold the task gradients of which `groups` takes the parts: "

@@ -129,8 +129,8 @@ def ema(
 
     .. math:: \bar w_k(t) = \frac{1 - d}{1 - d^t} \sum_{s \le t} d^{t - s} w_k(s)
 
-    Each task's steps count where it is present. So all of its weights count alike but for their
-    age. With ``initial`` the average has a beginning instead, which is forgotten at the same rate:
+    Each task's steps count where it is present. With ``initial`` the average has a beginning
+    instead, which is forgotten at the same rate:
 
     .. math:: \bar w_k(t) = d\, \bar w_k(t - 1) + (1 - d)\, w_k(t)
 

@@ -4,6 +4,7 @@ They are forked from one process that has imported what they import, which takes
 """
 
 import atexit
+import importlib.metadata
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -16,9 +17,11 @@ import sys
 import tempfile
 import time
 
+JAXLIB = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
 QUICKLY_COMPILED = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    "--xla_cpu_parallel_codegen_split_count=1"
+    + " --xla_cpu_use_fusion_emitters=false" * (JAXLIB < (0, 11))  # an unknown flag later
 )
 """Flags of XLA with which small programs take a quarter of the time to compile."""
 

@@ -119,5 +119,12 @@ def test_errors():
         aggregator.update(ROWS, aggregator.init(PARAMS))
     with pytest.raises(ValueError, match="as the leading axis of every leaf"):
         aggregator.update(ROWS | {"b": jnp.ones(2)}, aggregator.init(PARAMS))
+    with pytest.raises(TypeError, match="second batch, which optax does not hand on"):
+        mtl_jax.as_aggregator(mtl_jax.modo(), 4)
+    for weighting in (mtl_jax.adaptive(), mtl_jax.norm_balance(norm_of="root_loss")):
+        aggregator = mtl_jax.as_aggregator(weighting, 4)
+        with pytest.raises(TypeError, match="reads the losses; hand them to `update`"):
+            aggregator.update(ROWS, aggregator.init(PARAMS))
+        aggregator.update(ROWS, aggregator.init(PARAMS), losses=jnp.arange(1.0, 5.0))
     with pytest.raises(ValueError, match="draws random numbers"):
         mtl_jax.as_aggregator(mtl_jax.pcgrad(), 4).init(PARAMS)

@@ -370,7 +370,7 @@ class Analysis:
         """
         validation = [
             (Column(task, metric, self.info.tasks[task][metric], "", 0), values)
-            for task, metrics in run.metrics["validation"].items()
+            for task, metrics in run.metrics.get("validation", {}).items()
             for metric, values in metrics.items()
             if math.isfinite(values[-1]) and values[-1] != 0
         ]

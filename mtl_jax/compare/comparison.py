@@ -420,8 +420,7 @@ def _check_folder(folder: pathlib.Path, results: Results, resume: bool) -> None:
             f"{folder} holds a comparison already. Continue it with resume=True (--resume on the "
             f"command line), or {ways_out}."
         )
-    others = held
-    if others := others - set(results.problems):
+    if others := held - set(results.problems):
         raise FileExistsError(
             f"{folder} holds a comparison on {', '.join(sorted(others))}, too. To continue it, "
             f"give all its problems; else {ways_out}."

@@ -215,13 +215,13 @@ def weights_figure(analysis: Analysis) -> Figure | None:
             line(axis, steps, values, label, color, kind)
             axis.set_title(task if many else name)
     lowest = min((np.nanmin(curve.get_ydata()) for axis in axes for curve in axis.lines), default=0)
-    for number, axis in enumerate(axes):
+    for axis in axes:
         axis.set_xlabel("step")
+        axis.set_ylabel("relative weight")
         axis.sharey(axes[0])
-        if number % axis.get_subplotspec().get_gridspec().ncols == 0:
-            axis.set_ylabel("relative weight")
-        else:
-            axis.tick_params(labelleft=False)
+        axis.label_outer(remove_inner_ticks=False)  # the first column's; of steps, the last row's
+        axis.xaxis.set_tick_params(labelbottom=True)
+        axis.set_xlabel("step")
     if many and lowest >= 0:
         axes[0].set_yscale("log", base=4)
         axes[0].yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))

@@ -374,9 +374,10 @@ def _detectable(seeds: int, comparisons: int) -> float:
     critical = scipy.stats.t.isf(0.025 / max(comparisons, 1), freedom)
 
     def power(difference: float) -> float:
-        return scipy.stats.nct.sf(critical, freedom, difference * math.sqrt(seeds))
+        return float(scipy.stats.nct.sf(critical, freedom, difference * math.sqrt(seeds)))
 
-    return scipy.optimize.brentq(lambda difference: power(difference) - 0.8, 0, 5 * critical)
+    found: Any = scipy.optimize.brentq(lambda size: power(size) - 0.8, 0, 5 * critical)
+    return float(found)
 
 
 def main_text(analysis: Analysis) -> str:

@@ -90,7 +90,7 @@ def delta_m(
         )
     zero = _names([name for name, value in base.items() if value == 0])
     if zero:
-        raise ValueError(f"delta_m: the baseline of {', '.join(zero)} is 0.")
+        raise ValueError(f"delta_m: the baseline of {', '.join(zero)} is 0: leave it out.")
     by_task: dict[str, list[float]] = {}
     for name, value in base.items():
         sign = 1 if directions[name] else -1

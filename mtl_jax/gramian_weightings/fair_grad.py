@@ -23,8 +23,8 @@ def fair_grad(alpha: float = 1.0) -> Weighting:
     multiplies the weights by K besides.)
 
     With :math:`\alpha = 0` the weights are 1: the plain sum has the greatest total gain, whoever
-    loses by it. It is the limit of small :math:`\alpha` only where no task does, since with these
-    every gain is positive.
+    loses by it. Small :math:`\alpha` tends to it only where no task loses: with
+    :math:`\alpha > 0` every gain is positive.
 
     At Pareto-stationary parameters there is no solution. The weights are then finite and sum to 1,
     the direction is near 0, and ``state.inner.residual`` is about 1. A task with a zero gradient

@@ -98,6 +98,7 @@ def step_times(size):
 def test_what_is_measured():
     """The speed page has the price of every method but those that are said to lack one."""
     seen = {row.split()[0] for size in NETWORKS for row in step_times(size)}
+    seen |= set(re.findall(r"^\| `(\w+)` \| \d", PAGES["docs/speed.md"], re.MULTILINE))
     missing = re.findall(r"Not measured yet: ([^.]*)\.", PAGES["docs/methods.md"])
     said = {"constant", *re.findall(r"`(\w+)`", "".join(missing))}
     assert (METHODS | VARIANTS) - seen == said
@@ -120,6 +121,35 @@ def test_results_are_made_from_the_kept_records(tmp_path):
         assert made == (DOCS / "pictures" / name).read_bytes(), name
     size = sum(path.stat().st_size for path in docs.rglob("results.json"))
     assert size < 2e6
+
+
+def names_in(page, start, end):
+    text = PAGES[page][PAGES[page].index(start) :]
+    return {name.split("(")[0] for name in re.findall(r"`(\w+[^`]*)`", text[: text.index(end)])}
+
+
+def test_which_weights_sum_to_the_number_of_tasks():
+    said = names_in("docs/how_it_works.md", "- `equal`, `adaptive`, `group_dro`", " sum to K")
+    assert said == {name for name, method in mtl_jax.METHODS.items() if method.total == "K"}
+
+
+def test_which_methods_need_positive_losses():
+    """Those that say so of themselves, in the form that their parameters choose."""
+    said = names_in("docs/missing_labels.md", "exactly 0: `geometric`", ".\n")
+    folders = DOCS.parent / "mtl_jax"
+    files = [path for folder in folders.glob("*_weightings") for path in folder.glob("*.py")]
+    found = {path.stem for path in files if "positive_losses=" in path.read_text("utf-8")}
+    assert said == found | {"log_losses"}
+
+
+def test_the_page_of_problems_names_every_metric():
+    module = mtl_jax.compare.metrics
+    functions = inspect.getmembers(module, inspect.isfunction)
+    made = {
+        n for n, f in functions if n in mtl_jax.compare.__all__ and f.__module__ == module.__name__
+    }
+    table = section("docs/problem.md", "Metrics")
+    assert made <= set(re.findall(r"`(\w+)", table))
 
 
 def test_prices_of_gramians():

@@ -10,6 +10,7 @@ from made_runs import EQUAL, TASKS, made_results, made_tuning, shifted
 
 from experiments.evidence import MARK, PUBLISHED, anywhere, main
 from mtl_jax.compare import Results, Trial
+from mtl_jax.compare.report import Report, report_main
 from mtl_jax.evaluation import delta_m, mean_interval
 
 NAMES = ("mean", "worst", "emphasis", "learning rate", "properties", "published", "in small")
@@ -179,6 +180,14 @@ def test_kept_records_are_enough_and_small(pages):
                 found = short.metrics["test"][task][metric]
                 assert found[-1] == pytest.approx(course[-1], rel=1e-4)
                 assert len(found) == (3 if run_.weighting == "equal" else 1)
+
+
+def test_kept_records_are_reported_as_any_others(pages):
+    run(pages, "made_mean")
+    folder = pages / "report"
+    report_main(Report((pages / "results" / "made_mean",), folder))
+    assert "- adaptive: better in topic by 10" in (folder / "made.md").read_text()
+    assert (folder / "made_changes.png").exists()
 
 
 def test_commands_are_for_any_machine():

@@ -293,3 +293,15 @@ def test_no_gradient_flows_through_the_weights(name):
     by_losses, by_gramian = jax.jit(jax.grad(total, (0, 1)))(jnp.ones(SIZE), jnp.eye(SIZE))
     np.testing.assert_array_equal(by_losses, 0)
     np.testing.assert_array_equal(by_gramian, 0)
+
+
+# Which direction does not depend on the losses' scale, as docs/choosing.md says.
+@pytest.mark.parametrize("name", ["nash_mtl", "conflict_free"])
+def test_the_unit_of_a_loss_does_not_turn_the_direction(name):
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        J = rng.normal(size=(3, 6)).astype(np.float32) + 0.5
+        scaled = J * np.array([[1.0], [100.0], [0.05]], np.float32)
+        ours, theirs = (weights_of(name, rows)[0] @ rows for rows in (J, scaled))
+        cosine = ours @ theirs / np.linalg.norm(ours) / np.linalg.norm(theirs)
+        assert cosine > 1 - 1e-4

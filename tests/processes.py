@@ -21,7 +21,8 @@ JAXLIB = tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2]))
 QUICKLY_COMPILED = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     "--xla_cpu_parallel_codegen_split_count=1"
-    + " --xla_cpu_use_fusion_emitters=false" * (JAXLIB < (0, 11))  # an unknown flag later
+    + " --xla_cpu_use_fusion_emitters=false"
+    * (JAXLIB < (0, 11))  # an unknown flag later
 )
 """Flags of XLA with which small programs take a quarter of the time to compile."""
 

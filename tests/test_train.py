@@ -233,7 +233,9 @@ def test_what_is_no_optimizer(optimizer, says):
 
 def test_no_train_state():
     _, step = setting()
-    with pytest.raises(TypeError, match="Expected a TrainState, got"):
+    with pytest.raises(
+        TypeError, match="Expected a TrainState, as `init` or a step returns it; got"
+    ):
         step(params_(), BATCHES[0])
 
 

@@ -238,8 +238,9 @@ def _check_arguments(
     checkpoint_seconds: float | None,
     log: str | None,
 ) -> None:
-    if len({problem.name for problem in problems}) != len(problems):
-        raise ValueError("Two of the problems have the same name.")
+    names = [problem.name for problem in problems]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"Two of the problems have the same name: {', '.join(sorted(twice))}.")
     if not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"At least one seed is needed, and none twice; got {list(seeds)}.")
     if checkpoint_seconds is not None and not checkpoint_seconds >= 0:

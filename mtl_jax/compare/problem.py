@@ -236,7 +236,9 @@ class Problem:
 
     def __post_init__(self) -> None:
         if not any(task.metrics for task in self.tasks.values()):
-            raise ValueError(f"The problem {self.name!r} has no task with a metric.")
+            raise ValueError(
+                f"The problem {self.name!r} has no task with a metric; one at least needs one."
+            )
         self._check_datasets()
         self._check_labels()
         self._check_transformations()
@@ -497,7 +499,9 @@ def load_problem(name: str, data_dir: str | None = None) -> Problem:
         # The message of a module that the user's own imports in vain says which one.
         raise ValueError(f"{name!r}: {error}.") from error
     if not hasattr(module, attribute):
-        raise ValueError(f"The module {module_name!r} has no {attribute!r}.")
+        problems = [key for key, value in vars(module).items() if isinstance(value, Problem)]
+        there = f"; its problems are {', '.join(problems)}" if problems else ""
+        raise ValueError(f"The module {module_name!r} has no {attribute!r}{there}.")
     found: Any = getattr(module, attribute)
     if callable(found):
         takes_folder = "data_dir" in inspect.signature(found).parameters

@@ -317,7 +317,10 @@ class Results:
         folder = pathlib.Path(folder)
         path = folder / "results.json"
         if not path.exists():
-            raise FileNotFoundError(f"{folder} holds no results of a comparison (results.json).")
+            raise FileNotFoundError(
+                f"{folder} holds no results of a comparison (results.json); name the folder that "
+                "one wrote, such as runs/compare."
+            )
         times = folder / "timing.json"
         timing = _read_json(times) if times.exists() else {"runs": [], "tunings": {}}
         try:

@@ -171,7 +171,10 @@ def tune_with(
     check_tuning(trials, select, alone)
     weightings = with_baselines(weightings, tuned=True)
     if unknown := set(spaces) - set(weightings):
-        raise ValueError(f"There are spaces for {sorted(unknown)}, and no such weightings.")
+        raise ValueError(
+            f"There are spaces for {sorted(unknown)}, which are not compared; the weightings are "
+            f"{', '.join(weightings)}."
+        )
     known = (name for name in SPACES if weightings.get(name) is WEIGHTINGS[name])
     spaces = {name: SPACES[name] for name in known} | dict(spaces)
     problem = trainer.problem

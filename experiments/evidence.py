@@ -163,7 +163,7 @@ def shortened(run: Run) -> Run:
 
     return dataclasses.replace(
         run.thinned(1),
-        train_losses={task: values(course) for task, course in run.train_losses.items()},
+        train_losses=run.train_losses if curves else {},
         metrics={
             split: {
                 task: {metric: values(course) for metric, course in metrics.items()}
@@ -505,7 +505,9 @@ def problem_page(kept: Mapping[Select, Tuned], problem: str) -> str:
         if "better, worse" in main_table(analysis).headers:
             lines += [by_metric_table(analysis).markdown(), ""]
         lines += [tuning_text(analysis), "", tuning_table(analysis).markdown(), ""]
-        lines += ["    " + line for line in analysis.results.command.splitlines()]
+        commands = analysis.results.command.splitlines()
+        own = [line for line in commands if f"--problem {problem} " in f"{line} "]
+        lines += [f"    {line}" for line in own or commands]
         lines += [""]
     return "\n".join(lines)
 

@@ -183,7 +183,9 @@ def losses_figure(analysis: Analysis) -> Figure | None:
     tasks = list(analysis.info.tasks)
     figure, axes = panels(len(tasks))
     for axis, task in zip(axes, tasks, strict=True):
-        _over_epochs(analysis, axis, task, lambda run, task=task: np.array(run.train_losses[task]))
+        _over_epochs(
+            analysis, axis, task, lambda run, task=task: np.array(run.train_losses.get(task, ()))
+        )
         axis.set_title(task)
         axis.set_ylabel("training loss")
         _log_if_wide(axis)

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 import matplotlib
 import matplotlib.figure
+import matplotlib.lines
 import numpy as np
 import tyro
 
@@ -519,38 +520,40 @@ def predictors_figure(tuned: Tuned) -> matplotlib.figure.Figure:
     """What the best weighting gains, against what one can know before: a point a problem."""
     figure = matplotlib.figure.Figure((8.0, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for problem in tuned.analyses:
+    left.set_xscale("log")
+    right.set_xscale("symlog", linthresh=1)
+    for number, problem in enumerate(tuned.analyses):
         found = properties(tuned, problem)
         gain = tuned.change(problem, found.best)
         assert gain is not None
         for axes, x in ((left, found.spread), (right, -100 * found.worst)):
-            if not math.isfinite(x):
-                continue
-            axes.errorbar(x, 100 * gain.mean, yerr=100 * gain.half_width, fmt="o", color="tab:blue")
-            axes.annotate(
-                f"{problem}: {found.best}",
-                (x, 100 * gain.mean),
-                xytext=(5, 5),
-                textcoords="offset points",
-                fontsize=8,
+            axes.errorbar(
+                x,
+                100 * gain.mean,
+                yerr=100 * gain.half_width,
+                fmt="os^Dv"[number // 10 % 5],
+                color=f"C{number % 10}",
+                label=f"{problem}: {found.best}",
             )
-    left.set_xscale("log")
     left.set_xlabel("largest loss to smallest, at the end")
     left.set_ylabel("best weighting against equal, %")
     right.set_xlabel("what the worst task loses to being alone, %")
     for axes in (left, right):
         axes.axhline(0, color="0.6", linewidth=1)
-        axes.margins(x=0.25)
+        axes.grid(alpha=0.3)
+        axes.margins(x=0.1)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     return figure
 
 
 def changes_figure(kept: Mapping[Select, Tuned]) -> matplotlib.figure.Figure:
     """For every problem the change from equal weights of all weightings, mean and worst task."""
     problems, names = list(kept["mean"].analyses), kept["mean"].names
-    columns = min(4, len(problems))
+    columns = min(3, len(problems))
     rows = math.ceil(len(problems) / columns)
     figure = matplotlib.figure.Figure((2.6 * columns + 1.2, 3.6 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
     for axes, problem in zip(panels, problems, strict=False):
         for tuned in kept.values():
             draw_changes(axes, tuned, problem, names)
@@ -558,17 +561,29 @@ def changes_figure(kept: Mapping[Select, Tuned]) -> matplotlib.figure.Figure:
         axes.set_title(problem, fontsize=10)
         axes.set_yticks(range(0, -len(names), -1), names, fontsize=8)
         axes.tick_params(axis="x", labelsize=8)
-    for axes in list(panels):
-        axes.set_visible(False)
-    figure.supxlabel("change from equal weights, %: the mean over the tasks, the worst task")
+    for axes in panels[len(problems) :]:
+        axes.remove()
+    shown = {f"tuned for {SELECTIONS[of]}": color for of, (_, color) in DRAWN.items()}
+    handles = [
+        matplotlib.lines.Line2D([], [], color=c, marker="o", label=n) for n, c in shown.items()
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    figure.supxlabel("change from equal weights, %", fontsize=10)
     return figure
+
+
+DRAWN: dict[Select, tuple[float, str]] = {
+    "mean": (0.15, "tab:blue"),
+    "worst": (-0.15, "tab:orange"),
+}
+"""Where in its row a change is drawn, and in which color."""
 
 
 def draw_changes(axes: Any, tuned: Tuned, problem: str, names: Sequence[str]) -> None:
     """Points with intervals, those of the mean above those of the worst task."""
     if problem not in tuned.analyses:
         return
-    offset, color = {"mean": (0.15, "tab:blue"), "worst": (-0.15, "tab:orange")}[tuned.of]
+    offset, color = DRAWN[tuned.of]
     found = {
         place: estimate
         for place, name in enumerate(names)

@@ -15,7 +15,7 @@ from tests.experiments.tfds_folders import write_stories
 
 ROOT = pathlib.Path(__file__).parents[2]
 EPOCHS = 6
-PICTURES = ("changes", "conflict", "front", "losses", "metrics", "weights")  # of two tasks
+PICTURES = ("changes", "conflict", "difficulty", "front", "losses", "metrics", "weights")
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def gaps(module, name):
         signature = inspect.signature(thing)
         wanted += ["Args:"] if signature.parameters else []
         wanted += ["Returns:"] if signature.return_annotation is not None else []
-        wanted += ["Example:"] if module is not mtl_jax.compare else []
+        wanted += ["Example:"]
     elif issubclass(thing, tuple):
         wanted += ["Attributes:"]
     lacking = [f"{name}: {part}" for part in wanted if part not in text]

@@ -159,6 +159,16 @@ def mean_iou(classes: int, *, ignore: int | None = None, name: str = "mIoU") -> 
 
     Raises:
       ValueError: if ``classes`` is less than 2.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtl_jax.compare import mean_iou
+      >>> metric = mean_iou(3, ignore=0)
+      >>> logits, label = jnp.eye(3)[jnp.array([[1, 1, 2, 2]])], jnp.array([[1, 2, 2, 0]])
+      >>> counted = jnp.ones(1, bool)
+      >>> statistics = metric.statistics(logits, label, counted)
+      >>> round(metric.over([(statistics, counted)]), 3)
+      0.5
     """
     if classes < 2:
         raise ValueError(f"`classes` of {name} must be at least 2, got {classes}.")
@@ -220,6 +230,16 @@ def f1(
 
     Raises:
       ValueError: if ``average`` is unknown.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtl_jax.compare import f1
+      >>> metric = f1()
+      >>> logits, label = jnp.array([2.0, 1.0, -1.0, -3.0]), jnp.array([1, 0, 1, 0])
+      >>> counted = jnp.ones(4, bool)
+      >>> statistics = metric.statistics(logits, label, counted)
+      >>> round(metric.over([(statistics, counted)]), 3)
+      0.5
     """
     check_option(average, ("binary", "macro", "micro", "weighted"), "`average` of f1")
     name = name or ("F1" if average == "binary" else f"{average} F1")
@@ -278,6 +298,16 @@ def entity_f1(tags: Sequence[str], *, ignore: int | None = None, name: str = "en
     References:
       Tjong Kim Sang and Buchholz, `Introduction to the CoNLL-2000 Shared Task: Chunking
       <https://aclanthology.org/W00-0726>`_, 2000
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtl_jax.compare import entity_f1
+      >>> metric = entity_f1(["O", "B-city", "I-city"], ignore=-1)
+      >>> logits, label = jnp.eye(3)[jnp.array([[1, 2, 0, 1]])], jnp.array([[1, 2, 0, -1]])
+      >>> counted = jnp.ones(1, bool)
+      >>> statistics = metric.statistics(logits, label, counted)
+      >>> round(metric.over([(statistics, counted)]), 3)
+      1.0
     """
     for tag in tags:
         if tag != "O" and tag[:2] not in ("B-", "I-"):
@@ -313,10 +343,13 @@ def entity_f1(tags: Sequence[str], *, ignore: int | None = None, name: str = "en
 
 
 def roc_auc(*, ignore: float | None = None, name: str = "ROC-AUC") -> Metric:
-    """The area under the receiver operating characteristic of a binary label.
+    r"""The area under the receiver operating characteristic of a binary label.
 
     That is the share of pairs of a positive and a negative example in which the positive one has
-    the higher logit, ties counting half.
+    the higher logit, ties counting half:
+
+    .. math:: \frac{1}{N_1 N_0} \sum_{i: y_i = 1} \sum_{j: y_j = 0}
+       \big([z_i > z_j] + \tfrac{1}{2} [z_i = z_j]\big)
 
     Args:
       ignore: the label of elements that do not count.
@@ -325,6 +358,16 @@ def roc_auc(*, ignore: float | None = None, name: str = "ROC-AUC") -> Metric:
     Returns:
       The metric, in %. The output is one logit for each label, or two, ``[batch, ..., 2]``; the
       label is 0 or 1. It is NaN if all labels are the same.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtl_jax.compare import roc_auc
+      >>> metric = roc_auc()
+      >>> score, label = jnp.array([0.9, 0.2, 0.4, 0.1]), jnp.array([1, 0, 0, 1])
+      >>> counted = jnp.ones(4, bool)
+      >>> statistics = metric.statistics(score, label, counted)
+      >>> round(metric.over([(statistics, counted)]), 3)
+      0.5
     """
 
     def compute(label: np.ndarray, score: np.ndarray) -> float:
@@ -346,6 +389,16 @@ def average_precision(*, ignore: float | None = None, name: str = "average preci
 
     Returns:
       The metric, in %. Output and label are as for :func:`roc_auc`. It is NaN without a positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtl_jax.compare import average_precision
+      >>> metric = average_precision()
+      >>> score, label = jnp.array([0.9, 0.2, 0.4, 0.1]), jnp.array([1, 0, 0, 1])
+      >>> counted = jnp.ones(4, bool)
+      >>> statistics = metric.statistics(score, label, counted)
+      >>> round(metric.over([(statistics, counted)]), 3)
+      0.75
     """
 
     def compute(label: np.ndarray, score: np.ndarray) -> float:
@@ -416,6 +469,16 @@ def root_mean_squared_error(
     Returns:
       The metric, lower being better. Output and label have the same shape, ``[batch, ...]``; the
       mean is over all elements of the split.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtl_jax.compare import root_mean_squared_error
+      >>> metric = root_mean_squared_error(unit="m")
+      >>> output, label = jnp.array([1.0, 2.0, 3.0]), jnp.array([1.0, 2.0, 6.0])
+      >>> counted = jnp.ones(3, bool)
+      >>> statistics = metric.statistics(output, label, counted)
+      >>> round(metric.over([(statistics, counted)]), 3)
+      1.732
     """
     scale = read_number(scale, "`scale`", "(0, inf)")
 
@@ -441,6 +504,16 @@ def relative_error(
     Returns:
       The metric, lower being better. Output and label have the same shape, ``[batch, ...]``. An
       element whose label is 0 has no relative error and does not count.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtl_jax.compare import relative_error
+      >>> metric = relative_error()
+      >>> output, label = jnp.array([1.0, 2.0, 3.0]), jnp.array([1.0, 4.0, 6.0])
+      >>> counted = jnp.ones(3, bool)
+      >>> statistics = metric.statistics(output, label, counted)
+      >>> round(metric.over([(statistics, counted)]), 3)
+      0.333
     """
 
     def share(output: Array, label: Array) -> Array:
@@ -509,6 +582,16 @@ def r2(*, name: str = "R2") -> Metric:
     Returns:
       The metric. Output and label have the same shape, ``[batch, ...]``; with further axes it is
       the mean of each output's. NaN if the labels of an output are all the same.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtl_jax.compare import r2
+      >>> metric = r2()
+      >>> output, label = jnp.array([1.0, 2.0, 4.0]), jnp.array([1.0, 2.0, 3.0])
+      >>> counted = jnp.ones(3, bool)
+      >>> statistics = metric.statistics(output, label, counted)
+      >>> round(metric.over([(statistics, counted)]), 3)
+      0.5
     """
 
     def compute(found: dict[str, np.ndarray]) -> float:
@@ -530,7 +613,10 @@ def r2(*, name: str = "R2") -> Metric:
 def correlation(
     kind: Literal["pearson", "spearman"] = "pearson", *, name: str | None = None
 ) -> Metric:
-    """The correlation of the outputs with the labels.
+    r"""The correlation of the outputs with the labels.
+
+    .. math:: \frac{\sum_i (\hat y_i - \bar{\hat y}) (y_i - \bar y)}{\sqrt{
+       \sum_i (\hat y_i - \bar{\hat y})^2 \sum_i (y_i - \bar y)^2}}
 
     Args:
       kind: ``"pearson"`` for the linear one, ``"spearman"`` for that of the ranks.
@@ -542,6 +628,16 @@ def correlation(
 
     Raises:
       ValueError: if ``kind`` is unknown.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from mtl_jax.compare import correlation
+      >>> metric = correlation("spearman")
+      >>> output, label = jnp.array([1.0, 2.0, 9.0]), jnp.array([3.0, 5.0, 6.0])
+      >>> counted = jnp.ones(3, bool)
+      >>> statistics = metric.statistics(output, label, counted)
+      >>> round(metric.over([(statistics, counted)]), 3)
+      1.0
     """
     check_option(kind, ("pearson", "spearman"), "`kind` of correlation")
     name = name or f"{kind.capitalize()} correlation"

@@ -71,6 +71,12 @@ def write_report(
 
     Raises:
       ValueError: if that weighting has no runs.
+
+    Example:
+      What two comparisons found, on one page::
+
+          results = compare([molecules, images], ["adaptive", "dwa"])
+          write_report(results, "runs/both", weighting="adaptive")
     """
     results.write(folder)
     # What is drawn is what the files hold, so that it is the same whenever it is drawn again.

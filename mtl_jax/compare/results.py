@@ -517,6 +517,12 @@ def load_curves(folder: str | os.PathLike[str]) -> "pandas.DataFrame":
 
     Raises:
       FileNotFoundError, DamagedFileError: as :meth:`Results.read`.
+
+    Example:
+      The mean weight of each task, by weighting::
+
+          curves = load_curves("runs/compare").query("curve == 'weight'")
+          curves.groupby(["weighting", "task"])["value"].mean()
     """
     import pandas
 

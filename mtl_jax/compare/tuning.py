@@ -132,6 +132,12 @@ def tune(
         run on the problem.
       TuningError: a ``ValueError``; if the reference failed, or left all metrics of a task at 0.
       OtherSettingsError: a ``ValueError``; if the folder's trials are of another search.
+
+    Example:
+      With the problem ``molecules`` of the example of :class:`Problem`::
+
+          tuning = tune(molecules, named_weightings(["adaptive", "dwa"]), trials=10)
+          tuning.chosen("adaptive").learning_rate
     """
     return tune_with(
         Trainer(problem, mesh=mesh),

@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import absl.logging
 import jax
-import jinja2
 import rich.box
 import rich.console
 import rich.table
@@ -26,7 +25,7 @@ from mtl_jax.compare.checkpoints import OtherSettingsError
 from mtl_jax.compare.comparison import compare
 from mtl_jax.compare.devices import all_devices
 from mtl_jax.compare.problem import Problem, load_problem
-from mtl_jax.compare.report import Report, report_main, terminal
+from mtl_jax.compare.report import Report, report_main, template, terminal
 from mtl_jax.compare.results import DamagedFileError
 from mtl_jax.compare.training import Trainer, settings_of
 from mtl_jax.compare.tuning import TUNING_SEED, Select, TuningError, with_baselines
@@ -344,14 +343,7 @@ def new(config: New) -> None:
         fail(f"NAME must be one that Python can import, such as my_problem; got {config.name!r}.")
     if importlib.util.find_spec(config.name) is not None and not path.exists():
         fail(f"{config.name!r} is the name of an installed module; take another one.")
-    templates = jinja2.Environment(
-        loader=jinja2.PackageLoader("mtl_jax", "compare"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    text = templates.get_template("problem.py.jinja").render(dataclasses.asdict(config))
+    text = template("problem.py.jinja").render(dataclasses.asdict(config))
     try:
         with path.open("x") as file:
             file.write(text)

@@ -177,11 +177,11 @@ def compare(
     for other in others:
         _check_same_problems(other, results)
     if folder is not None:
-        _check_folder(folder, results, resume)
+        holds_one = _check_folder(folder, results, resume)
         for plan in plans if tune is None else ():
             plan.read_finished(folder)  # all are checked before anything is trained
         wait_for_all("the folder is looked at")
-        if first and not (folder / "results.json").exists():
+        if first and not (holds_one and (folder / "results.json").exists()):
             results.write(folder)
     events = None
     if log and output.folder is not None:
@@ -395,8 +395,8 @@ def _warn_of_another_network(plan: _Plan, finished: Iterable[Run]) -> None:
         )
 
 
-def _check_folder(folder: pathlib.Path, results: Results, resume: bool) -> None:
-    """Never mix two comparisons in a folder.
+def _check_folder(folder: pathlib.Path, results: Results, resume: bool) -> bool:
+    """Never mix two comparisons in a folder; returns whether there is one to continue.
 
     Raises:
       FileExistsError: if the folder holds a comparison that this is not to continue, or that it
@@ -410,12 +410,11 @@ def _check_folder(folder: pathlib.Path, results: Results, resume: bool) -> None:
         for part in parts
         if part.exists()
         for path in part.iterdir()
-        if any(file.is_file() for file in (path, *path.rglob("*")))
+        if path.is_file() or any(file.is_file() for file in path.rglob("*"))
     }
     path = folder / "results.json"
     if not held and (not path.exists() or (path.is_file() and not Results.read(folder).runs)):
-        path.unlink(missing_ok=True)  # nothing was finished there
-        return
+        return False  # nothing was finished there
     if not resume:
         raise FileExistsError(
             f"{folder} holds a comparison already. Continue it with resume=True (--resume on the "
@@ -428,6 +427,7 @@ def _check_folder(folder: pathlib.Path, results: Results, resume: bool) -> None:
         )
     if path.exists():
         _check_same_problems(folder, results)
+    return True
 
 
 def _check_same_problems(folder: pathlib.Path, results: Results) -> None:

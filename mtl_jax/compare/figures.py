@@ -218,10 +218,9 @@ def weights_figure(analysis: Analysis) -> Figure | None:
             axis.set_title(task if many else name)
     lowest = min((np.nanmin(curve.get_ydata()) for axis in axes for curve in axis.lines), default=0)
     for axis in axes:
-        axis.set_xlabel("step")
         axis.set_ylabel("relative weight")
         axis.sharey(axes[0])
-        axis.label_outer(remove_inner_ticks=False)  # the first column's; of steps, the last row's
+        axis.label_outer(remove_inner_ticks=False)  # those of the first column
         axis.xaxis.set_tick_params(labelbottom=True)
         axis.set_xlabel("step")
     if many and lowest >= 0:

@@ -508,7 +508,8 @@ def load_problem(name: str, data_dir: str | None = None) -> Problem:
         try:
             found = found(data_dir=data_dir) if takes_folder else found()
         except (ValueError, FileNotFoundError) as error:
-            error.add_note(_place(error, module))
+            if place := _place(error, module):
+                error.add_note(place)
             raise
     if not isinstance(found, Problem):
         raise ValueError(

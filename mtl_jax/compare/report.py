@@ -197,7 +197,7 @@ def warnings_of(analysis: Analysis) -> list[str]:
         for run in analysis.all_runs
         if run.failure
     ]
-    for name, runs in {**analysis.weightings, **analysis.alone}.items():
+    for name, runs in analysis.results.of(analysis.problem).items():
         rising = [
             f"{task} (from {start:.2g} to {end:.2g})"
             for task in analysis.info.tasks
@@ -279,16 +279,22 @@ def _counted(by_value: Mapping[str, int]) -> str:
     return ", ".join(f"{v} ({n} run{'s' * (n != 1)})" for v, n in by_value.items())
 
 
-def _page(problems: list[dict[str, Any]], over: list[Section], results: Results) -> str:
+def template(name: str) -> jinja2.Template:
+    """A template of this folder; what is put into HTML is escaped."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mtl_jax.compare", "."),
-        autoescape=True,
+        loader=jinja2.PackageLoader("mtl_jax", "compare"),
+        autoescape=jinja2.select_autoescape(["html"]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
+    return environment.get_template(name)
+
+
+def _page(problems: list[dict[str, Any]], over: list[Section], results: Results) -> str:
     made = {what: _counted(by_value) for what, by_value in made_with(results.runs).items()}
-    return environment.get_template("page.html").render(
+    return template("page.html").render(
         problems=problems,
         over_problems=over,
         command=results.command,

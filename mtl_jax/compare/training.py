@@ -331,8 +331,7 @@ class Trainer:
     @functools.cached_property
     def shapes(self) -> tuple[tuple[PyTree, PyTree], Batch]:
         """The shapes of the parameters and the model state, and of a batch."""
-        batch = self.problem.train_batches(0).example()
-        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), batch)
+        batch = _shapes_of(self.problem.train_batches(0).example())
         return jax.eval_shape(self.problem.init, jax.random.key(0)), batch
 
     @functools.cached_property
@@ -480,11 +479,8 @@ class Evaluator:
 
     def check(self, params: PyTree, model_state: PyTree) -> None:
         """Trace the metrics of one batch; parameters and model state may be shapes."""
-        batch, valid = next(iter(self.problem.evaluation_batches("validation", self._batch_size)))
-        batch, valid = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), (batch, valid)
-        )
-        jax.eval_shape(self._statistics, params, model_state, batch, valid)
+        batches = self.problem.evaluation_batches("validation", self._batch_size)
+        jax.eval_shape(self._statistics, params, model_state, *_shapes_of(next(iter(batches))))
 
     def _statistics(
         self,
@@ -728,6 +724,10 @@ class _Loop:
         self.state, self._found, tick = self._program.steps(self._numbers, arguments, compiling)
         self.step += len(items)
         return tick
+
+
+def _shapes_of(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), tree)
 
 
 def _both(mask: PyTree | None, other: PyTree | None) -> PyTree | None:

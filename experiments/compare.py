@@ -23,7 +23,11 @@ class Config(Options):
     one page in report.html, and what is needed to continue with --resume.
     """
 
-    problem: Annotated[tuple[str, ...], tyro.conf.arg(help=_HELP)] = ("multimnist", "utterances")
+    problem: Annotated[tuple[str, ...], tyro.conf.arg(help=_HELP)] = (
+        "multimnist",
+        "utterances",
+        "helmholtz_small",
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

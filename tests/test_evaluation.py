@@ -115,10 +115,11 @@ def test_mean_rank_errors():
         mean_rank({"a": {}}, {})
 
 
-def test_mean_interval_is_that_of_a_t_test():
+@pytest.mark.parametrize("confidence", [0.95, 0.5])
+def test_mean_interval_is_that_of_a_t_test(confidence):
     values = np.random.default_rng(0).normal(3, 2, 7)
-    mean, half_width = mean_interval(values)
-    interval = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    mean, half_width = mean_interval(values, confidence)
+    interval = scipy.stats.ttest_1samp(values, 0).confidence_interval(confidence)
     np.testing.assert_allclose([mean - half_width, mean + half_width], interval)
 
 

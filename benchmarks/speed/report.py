@@ -105,7 +105,7 @@ def peer_table(result: NetworkResult, peer: NetworkResult) -> str:
             [theirs.method, theirs.note, _milliseconds(theirs.step_seconds)]
             + [
                 "" if one is None else f"{one.step_seconds / theirs.step_seconds:.3f}"
-                for form in ("rows", "encoder rows", "representation")
+                for form in ("rows", "encoder rows", "representation", "second batch")
                 for one in [result.find(theirs.method, form)]
             ]
         )
@@ -116,6 +116,7 @@ def peer_table(result: NetworkResult, peer: NetworkResult) -> str:
         "ours: rows",
         "encoder rows",
         "representation",
+        "second batch",
     ]
     return _table(rows, headers)
 

@@ -48,6 +48,11 @@ PEERS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "excess_mtl": ("ExcessMTL", {"robust_step_size": 0.01}),
 }
 """TorchJD's name of a method, and the arguments that make it ours."""
+SECOND_BATCH: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "modo": ("MoDoWeighting", {"gamma": 0.001, "rho": 0.1}),
+    "sdmgrad": ("SDMGradWeighting", {}),
+}
+"""The same of the methods that read the products of the gradients on two batches."""
 
 
 class Way(NamedTuple):
@@ -57,23 +62,27 @@ class Way(NamedTuple):
       chunk: ``parallel_chunk_size``: ``None`` for all tasks at once, 1 for one after the other.
       by_leaf: ``optimize_gramian_computation``: the Gramian without one large Jacobian.
       autogram: the Gramian from the autogram engine, then one backward pass with the weights.
+      second: ``jac`` on two batches, then one backward pass with the weights.
     """
 
     chunk: int | None = None
     by_leaf: bool = False
     autogram: bool = False
+    second: bool = False
 
     def __str__(self) -> str:
         if self.autogram:
             return "autogram"
         order = "parallel" if self.chunk is None else "sequential"
-        return f"mtl_backward, {order}" + (", Gramian by leaf" if self.by_leaf else "")
+        function = "jac twice" if self.second else "mtl_backward"
+        return f"{function}, {order}" + (", Gramian by leaf" if self.by_leaf else "")
 
 
 WAYS = (
     *(Way(chunk, by_leaf) for chunk, by_leaf in itertools.product((None, 1), (False, True))),
     Way(autogram=True),
 )
+SECOND_WAYS = (Way(second=True), Way(chunk=1, second=True))
 
 
 class Model:
@@ -105,12 +114,14 @@ class Model:
         self._inputs = torch.randn(network.batch_size, depth, *space)
         shape = (network.tasks, network.batch_size)
         self._labels = torch.unbind(torch.randint(network.classes, shape))
+        self._second = self._inputs.flip(0), [labels.flip(0) for labels in self._labels]
         self._loss = nn.functional.cross_entropy
 
-    def losses(self) -> tuple[Any, list[Any]]:
-        """The representation and the task losses."""
-        z = self.encoder(self._inputs)
-        pairs = zip(self.heads, self._labels, strict=True)
+    def losses(self, second: bool = False) -> tuple[Any, list[Any]]:
+        """The representation and the task losses; of a second batch, the first in another order."""
+        batch = self._second if second else (self._inputs, self._labels)
+        z = self.encoder(batch[0])
+        pairs = zip(self.heads, batch[1], strict=True)
         return z, [self._loss(head(z), labels) for head, labels in pairs]
 
 
@@ -168,6 +179,30 @@ def peer_step(torch: Any, network: Network, method: str, way: Way) -> Timed:
     return _repeated(step)
 
 
+def second_batch_step(torch: Any, network: Network, method: str, way: Way) -> Timed:
+    """A step of TorchJD with two batches, trained on the first."""
+    aggregation = importlib.import_module("torchjd.aggregation")
+    jac = importlib.import_module("torchjd.autojac").jac
+    name, arguments = SECOND_BATCH[method]
+    weighting = getattr(aggregation, name)(**arguments)
+    model = Model(torch, network)
+    shared = list(model.encoder.parameters())
+
+    def rows(losses: list[Any], retain_graph: bool) -> Any:
+        leaves = jac(losses, shared, retain_graph=retain_graph, parallel_chunk_size=way.chunk)
+        return torch.cat([leaf.flatten(1) for leaf in leaves], dim=1)
+
+    def step() -> None:
+        model.optimizer.zero_grad()
+        losses = model.losses()[1]
+        first = rows(losses, retain_graph=True)
+        second = rows(model.losses(second=True)[1], retain_graph=False)
+        torch.stack(losses).backward(weighting(first @ second.T))
+        model.optimizer.step()
+
+    return _repeated(step)
+
+
 def _repeated(step: Callable[[], None]) -> Timed:
     def run(number: int) -> None:
         for _ in range(number):
@@ -177,6 +212,10 @@ def _repeated(step: Callable[[], None]) -> Timed:
 
 
 def _ways(torch: Any, network: Network, method: str) -> Iterator[tuple[Way, Timed]]:
+    if method in SECOND_BATCH:
+        for way in SECOND_WAYS:
+            yield way, second_batch_step(torch, network, method, way)
+        return
     for way in WAYS:
         try:
             yield way, peer_step(torch, network, method, way)
@@ -200,8 +239,9 @@ def measure_network(torch: Any, name: str, request: Request) -> NetworkResult:
     """Time the plain step and all methods on one network."""
     clock, network = time.process_time, NETWORKS[name]
     variants, ways, left_out = {"plain": plain_step(torch, network)}, {}, []
-    for method in request.methods or PEERS:
-        if method not in PEERS or network.tasks < least_tasks(method):
+    known = (*PEERS, *SECOND_BATCH)
+    for method in request.methods or known:
+        if method not in known or network.tasks < least_tasks(method):
             continue
         try:
             ways[method], variants[method] = fastest(torch, network, method, request.seconds, clock)

@@ -447,15 +447,6 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         ) from error
 
 
-def read_runs(folder: str | os.PathLike[str]) -> list[Run]:
-    """Read all records of runs in a folder of results; none if it has none.
-
-    Raises:
-      DamagedFileError: a ``ValueError``; if one is not what was written.
-    """
-    return [read_run(path) for path in sorted(pathlib.Path(folder).glob("records/*/*.json"))]
-
-
 def record_path(folder: str | os.PathLike[str], problem: str, name: str, seed: int) -> pathlib.Path:
     """The file with the record of a run."""
     return (

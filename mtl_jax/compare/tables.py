@@ -260,10 +260,9 @@ def over_problems_table(
     weighting: str | None = None,
     *,
     of: Literal["mean", "worst"] = "mean",
-    others: Sequence[str] | None = None,
 ) -> Table:
     """The verdicts over several problems, of every weighting or of one (see ``over_problems``)."""
-    compared = over_problems(results, weighting, of=of, others=others)
+    compared = over_problems(results, weighting, of=of)
     names = list(dict.fromkeys(name for row in compared.values() for name in row))
     first = "against equal" if weighting is None else f"{weighting} against"
     columns = [(first, [Entry(name) for name in names])]

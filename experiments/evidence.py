@@ -520,28 +520,35 @@ def predictors_figure(tuned: Tuned) -> matplotlib.figure.Figure:
     """What the best weighting gains, against what one can know before: a point a problem."""
     figure = matplotlib.figure.Figure((8.0, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    left.set_xscale("log")
-    right.set_xscale("symlog", linthresh=1)
-    for number, problem in enumerate(tuned.analyses):
-        found = properties(tuned, problem)
-        gain = tuned.change(problem, found.best)
-        assert gain is not None
-        for axes, x in ((left, found.spread), (right, -100 * found.worst)):
+    known = {problem: properties(tuned, problem) for problem in tuned.analyses}
+    spreads = {problem: found.spread for problem, found in known.items()}
+    lost = {problem: -100 * found.worst for problem, found in known.items()}
+    left.set_yscale("symlog", linthresh=1)  # of the right, too
+    for axes, values in ((left, spreads), (right, lost)):
+        for number, (problem, x) in enumerate(values.items()):
+            gain = tuned.change(problem, known[problem].best)
+            assert gain is not None
             axes.errorbar(
                 x,
                 100 * gain.mean,
                 yerr=100 * gain.half_width,
                 fmt="os^Dv"[number // 10 % 5],
                 color=f"C{number % 10}",
-                label=f"{problem}: {found.best}",
+                label=f"{problem}: {known[problem].best}",
             )
+    left.set_xscale("log")
+    left.set_xlim(1, 2 * max(spreads.values()))
+    right.set_xscale("symlog", linthresh=1)
+    shown = [0.5, *(value for value in lost.values() if not math.isnan(value))]
+    right.set_xlim(2 * min(0, *shown), 2 * max(shown))
     left.set_xlabel("largest loss to smallest, at the end")
     left.set_ylabel("best weighting against equal, %")
     right.set_xlabel("what the worst task loses to being alone, %")
     for axes in (left, right):
         axes.axhline(0, color="0.6", linewidth=1)
         axes.grid(alpha=0.3)
-        axes.margins(x=0.1)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_formatter("{x:g}")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     return figure
@@ -558,6 +565,9 @@ def changes_figure(kept: Mapping[Select, Tuned]) -> matplotlib.figure.Figure:
         for tuned in kept.values():
             draw_changes(axes, tuned, problem, names)
         axes.axvline(0, color="0.6", linewidth=1)
+        if max(map(abs, axes.get_xlim())) > 200:
+            axes.set_xscale("symlog", linthresh=10)
+            axes.xaxis.set_major_formatter("{x:g}")
         axes.set_title(problem, fontsize=10)
         axes.set_yticks(range(0, -len(names), -1), names, fontsize=8)
         axes.tick_params(axis="x", labelsize=8)

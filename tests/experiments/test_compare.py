@@ -53,7 +53,7 @@ def test_help_explains_every_option(capsys):
     assert error.value.code == 0
     printed = " ".join(capsys.readouterr().out.split())
     for option, default in (
-        ("--problem", "multimnist utterances"),
+        ("--problem", "multimnist utterances helmholtz_small"),
         ("--weightings", "equal adaptive adaptive_softmax dwa uncertainty"),
         ("--seeds", "3"),
         ("--epochs", "None"),

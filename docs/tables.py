@@ -1,11 +1,12 @@
 """The tables of the pages, made from the records of the methods: ``make tables``.
 
-Only what stands between a table's marks is replaced; the text around it is written by hand, and so
-are the measured prices in the README's table.
+Only what stands between a table's marks is replaced; the text around it is written by hand. The
+prices in the README's table are medians of what docs/speed.md says.
 """
 
 import pathlib
 import re
+import statistics
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -40,6 +41,11 @@ README_ROWS = {
 }
 """What the methods of a row of the README's table read, by the row's first cell."""
 
+SIZES = (2, 5, 20)
+"""The numbers of tasks K for which prices are given."""
+IN_TURN = "conflict_free_momentum"
+"""The method that takes one task's gradient a step."""
+
 
 class Part(NamedTuple):
     """A part of a page that is made.
@@ -47,19 +53,19 @@ class Part(NamedTuple):
     Attributes:
       start: the text in front of it.
       end: the text behind it.
-      make: from what is there to what belongs there.
+      make: makes what belongs between them.
     """
 
     start: str
     end: str
-    make: Callable[[str], str]
+    make: Callable[[], str]
 
 
-def marked(name: str, make: Callable[[str], str], gap: str = "\n") -> Part:
+def marked(name: str, make: Callable[[], str], gap: str = "\n") -> Part:
     """A part between two comments, which the page does not show."""
     start = f"<!-- {name}: made by docs/tables.py -->\n"
     end = f"<!-- end of {name} -->"
-    return Part(start, end, lambda old: f"{gap}{make(old)}{gap}")
+    return Part(start, end, lambda: f"{gap}{make()}{gap}")
 
 
 def reading(*reads: str, aggregators: bool | None = None) -> list[Method]:
@@ -154,17 +160,59 @@ def reference(methods: Iterable[Method]) -> str:
     )
 
 
-def readme(old: str) -> str:
-    """The README's table with all methods and the prices that it has."""
-    header, _, *rows = (
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in old.splitlines()
+def prices(form: str, names: Iterable[str]) -> str:
+    """The medians over methods of their step times on the MLP, in plain steps, for each K.
+
+    Raises:
+      ValueError: if docs/speed.md has none of them.
+    """
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    rows = "|".join(map(re.escape, names))
+    medians = []
+    for size in SIZES:
+        _, _, section = page.partition(f"\n## mlp-{size}\n")
+        pattern = rf"^\| (?:{rows}) +\| {re.escape(form)} +\| ([\d.]+) "
+        found = re.findall(pattern, section.partition("\n## ")[0], re.MULTILINE)
+        if not found:
+            raise ValueError(f"docs/speed.md: mlp-{size} has no row of {rows} with {form}.")
+        medians.append(statistics.median(map(float, found)))
+    return ", ".join(f"{price:.2f}" if price < 1.5 else f"{price:.2g}" for price in medians)
+
+
+def price(reads: str) -> str:
+    """What a step costs with the methods that read this, in passes and as measured."""
+    names = [name for method in reading(reads) for name in (method.name, *method.variants)]
+    if reads == LOSSES:
+        return f"1 forward, 1 backward: {prices('losses', names)}"
+    if reads == AFTER:
+        return f"2 forward, 1 backward: {prices('losses', names)}"
+    if reads == GRAMIAN:
+        return (
+            f"at the representation: {prices('representation', names)}; over parameters: "
+            f"1 forward, K backward: {prices('encoder rows', names)}"
+        )
+    if reads == ROWS:
+        others = [name for name in names if name != IN_TURN]
+        return (
+            f"1 forward, K backward, K gradients held: {prices('rows', others)}; "
+            f"1 backward (`{IN_TURN}`): {prices('rows', [IN_TURN])}"
+        )
+    return (
+        "2 forward, 2 backward, 1 forward derivative (`modo`): "
+        f"{prices('second batch', ['modo'])}; K + 1 and K (`sdmgrad`): "
+        f"{prices('second batch', ['sdmgrad'])}"
     )
-    if [row[0] for row in rows] != list(README_ROWS):
-        raise ValueError(f"README.md: the rows of the table must be {', '.join(README_ROWS)}.")
-    calls = (
-        " ".join(f"`{method.call}`" for method in reading(reads)) for reads in README_ROWS.values()
+
+
+def readme() -> str:
+    """The README's table of all methods, by what they read and so cost."""
+    return table(
+        ("reads", f"price in plain steps, for K = {', '.join(map(str, SIZES))} tasks", "methods"),
+        (
+            (row, price(reads), " ".join(f"`{method.call}`" for method in reading(reads)))
+            for row, reads in README_ROWS.items()
+        ),
     )
-    return table(header, [(*row[:2], names) for row, names in zip(rows, calls, strict=True)])
 
 
 def searched() -> str:
@@ -183,27 +231,27 @@ def searched() -> str:
 PARTS: Mapping[str, list[Part]] = {
     "README.md": [marked("methods", readme, gap="")],
     "docs/methods.md": [
-        marked("what is measured", lambda old: measured()),
-        marked("weightings of the losses", lambda old: weightings(LOSSES, AFTER)),
-        marked("weightings of the Gramian", lambda old: directions()),
-        marked("weightings of the task gradients", lambda old: weightings(ROWS)),
-        marked("weightings of a second batch", lambda old: weightings(SECOND)),
-        marked("aggregators", lambda old: aggregators()),
+        marked("what is measured", measured),
+        marked("weightings of the losses", lambda: weightings(LOSSES, AFTER)),
+        marked("weightings of the Gramian", directions),
+        marked("weightings of the task gradients", lambda: weightings(ROWS)),
+        marked("weightings of a second batch", lambda: weightings(SECOND)),
+        marked("aggregators", aggregators),
     ],
     "docs/reference/loss_weightings.md": [
-        marked("methods", lambda old: reference(reading(LOSSES, AFTER))),
+        marked("methods", lambda: reference(reading(LOSSES, AFTER))),
     ],
     "docs/reference/gramian_weightings.md": [
-        marked("methods", lambda old: reference(reading(GRAMIAN))),
+        marked("methods", lambda: reference(reading(GRAMIAN))),
     ],
     "docs/reference/aggregators.md": [
-        marked("methods", lambda old: reference(reading(ROWS))),
+        marked("methods", lambda: reference(reading(ROWS))),
     ],
     "docs/reference/second_batch_weightings.md": [
-        marked("methods", lambda old: reference(reading(SECOND))),
+        marked("methods", lambda: reference(reading(SECOND))),
     ],
     "docs/tuning.md": [
-        Part("| weighting | searched |\n|---|---|\n", "\n\n", lambda old: searched()),
+        Part("| weighting | searched |\n|---|---|\n", "\n\n", searched),
     ],
 }
 
@@ -215,10 +263,10 @@ def pages() -> dict[str, str]:
         text = (ROOT / path).read_text(encoding="utf-8")
         for part in parts:
             before, found, rest = text.partition(part.start)
-            old, closed, after = rest.partition(part.end)
+            _, closed, after = rest.partition(part.end)
             if not (found and closed):
                 raise ValueError(f"{path}: between {part.start!r} and {part.end!r} is nothing.")
-            text = before + part.start + part.make(old) + part.end + after
+            text = before + part.start + part.make() + part.end + after
         made[path] = text
     return made
 

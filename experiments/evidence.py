@@ -63,7 +63,7 @@ class Config:
         tyro.conf.arg(metavar="FOLDER", help="Finished comparisons to put there first."),
     ] = ()
     docs: pathlib.Path = DOCS
-    """The folder with results.md, choosing.md, results/ and pictures/."""
+    """The folder with results.md, results/ and pictures/."""
     readme: pathlib.Path = DOCS.parent / "README.md"
     """The page with the results in small."""
 
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
         "published": published_table(kept["mean"]),
         "in small": small_table(kept),
     }
-    for page in (config.docs / "results.md", config.docs / "choosing.md", config.readme):
+    for page in (config.docs / "results.md", config.readme):
         text = page.read_text(encoding="utf-8")
         write_text(page, filled(text, tables))
     with matplotlib.rc_context({"svg.hashsalt": "mtl_jax", "svg.fonttype": "none"}):

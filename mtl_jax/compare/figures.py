@@ -467,7 +467,7 @@ def _without_the_start(axis: Axes) -> None:
     ends = [np.asarray(curve.get_ydata(), float) for curve in axis.lines]
     ends = np.concatenate([curve[len(curve) // 4 :] for curve in ends] or [[]])
     ends = ends[np.isfinite(ends)]
-    if ends.size and np.ptp(ends) > 0:
+    if ends.size and np.ptp(ends) > 1e-6 * np.abs(ends).max():  # more than rounding
         margin = 0.08 * np.ptp(ends)
         low, high = axis.get_ylim()
         axis.set_ylim(max(low, ends.min() - margin), min(high, ends.max() + margin))

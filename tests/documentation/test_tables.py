@@ -17,6 +17,7 @@ import mtl_jax.evaluation
 import mtl_jax.solvers
 from benchmarks.communication import WAYS
 from experiments import evidence
+from experiments.problems import PROBLEMS
 from mtl_jax.compare import WEIGHTINGS
 
 VARIANTS = {name for method in mtl_jax.METHODS.values() for name in method.variants}
@@ -109,11 +110,10 @@ def test_results_are_made_from_the_kept_records(tmp_path):
     docs = tmp_path / "docs"
     shutil.copytree(DOCS / "results", docs / "results")
     shutil.copytree(DOCS / "pictures", docs / "pictures")
-    for page in ("results.md", "choosing.md"):
-        shutil.copy(DOCS / page, docs / page)
+    shutil.copy(DOCS / "results.md", docs / "results.md")
     shutil.copy(DOCS.parent / "README.md", tmp_path / "README.md")
     evidence.main(["--docs", str(docs), "--readme", str(tmp_path / "README.md")])
-    made = ["README.md", "docs/results.md", "docs/choosing.md"]
+    made = ["README.md", "docs/results.md"]
     made += [f"docs/results/{path.name}" for path in docs.glob("results/*.md")]
     assert [name for name in made if PAGES[name] != (tmp_path / name).read_text("utf-8")] == []
     for name in ("evidence.svg", "predictors.svg"):
@@ -150,6 +150,11 @@ def test_the_page_of_problems_names_every_metric():
     }
     table = section("docs/problem.md", "Metrics")
     assert made <= set(re.findall(r"`(\w+)", table))
+
+
+def test_the_page_of_results_names_every_problem():
+    table = section("docs/results.md", "The problems")
+    assert set(PROBLEMS) <= set(re.findall(r"\w+", table))
 
 
 def test_prices_of_gramians():

@@ -48,7 +48,7 @@ def comparison(select, name="made"):
 @pytest.fixture
 def pages(tmp_path):
     """A folder of pages with marks, and comparisons on two problems, one also for the worst."""
-    for page in ("results.md", "choosing.md", "README.md"):
+    for page in ("results.md", "README.md"):
         (tmp_path / page).write_text(f"before\n{MARKS}after\n")
     for name in ("results", "pictures"):
         (tmp_path / name).mkdir()

@@ -109,7 +109,9 @@ def test_the_version_is_said_once():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == mtl_jax.__version__
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert re.findall(r"^## \[?([\d.]+)", changes, re.MULTILINE)[0] == mtl_jax.__version__
+    version, day = re.findall(r"^## \[([\d.]+)\] - (\S+)$", changes, re.MULTILINE)[0]
+    assert version == mtl_jax.__version__
+    assert day == citation["date-released"].isoformat()
 
 
 def test_importing_it_imports_little_more_than_jax_and_optax():

@@ -58,8 +58,7 @@ def describe(result: NetworkResult) -> str:
     ]
     if (floor := lowest(result)) is not None:
         parts.append(f"floor of full rows {floor:.2f}")
-    left_out = "".join(f" Left out: {reason}." for reason in result.left_out)
-    return "; ".join(part for part in parts if part) + "." + left_out
+    return "; ".join(part for part in parts if part) + "." + _left_out(result)
 
 
 def network_table(result: NetworkResult) -> str:
@@ -88,10 +87,10 @@ def network_table(result: NetworkResult) -> str:
 def peer_sentence(result: NetworkResult, peer: NetworkResult) -> str:
     """The two plain steps."""
     ours, theirs = result.plain.step_seconds, peer.plain.step_seconds
-    left_out = "".join(f" Left out: {reason}." for reason in peer.left_out)
     return (
         f"The plain step takes {_milliseconds(ours)} ms here and {_milliseconds(theirs)} ms in "
-        f"PyTorch ({ours / theirs:.2f}). TorchJD, in its fastest way for each method:{left_out}"
+        f"PyTorch ({ours / theirs:.2f}). TorchJD, in its fastest way for each method:"
+        f"{_left_out(peer)}"
     )
 
 
@@ -140,6 +139,18 @@ def promises_table(speed: Speed) -> str:
             ]
         )
     return _table(rows, ["", "at most", "median", "worst", "where", "reached"])
+
+
+def _left_out(result: NetworkResult) -> str:
+    """What was not measured, by reason; a method that was measured in no form is named once."""
+    measured = {one.method for one in result.measured}
+    by_reason: dict[str, dict[str, None]] = {}
+    for entry in result.left_out:
+        label, _, reason = entry.partition(": ")
+        method, _, form = label.partition(", ")
+        name = f"{method} ({form})" if method in measured else method
+        by_reason.setdefault(reason, {})[name] = None
+    return "".join(f" Left out, {reason}: {', '.join(of)}." for reason, of in by_reason.items())
 
 
 def _relative(value: float | None, reference: float | None) -> str:

@@ -17,7 +17,7 @@ from benchmarks.speed.records import (
     Request,
     Speed,
 )
-from benchmarks.speed.report import markdown_report
+from benchmarks.speed.report import describe, markdown_report
 from benchmarks.speed.timing import Timed, floor_ratio, quartiles_of_ratio, time_in_rounds
 
 
@@ -142,6 +142,17 @@ def test_promises_name_their_worst_measurement():
     assert "| 0 of 1" in report
     assert kind_of("tiny") == "tiny"
     assert kind_of("tiny-scan") == "tiny-scan"
+
+
+def test_what_was_left_out_is_said_by_reason():
+    one = Measured("mgda", "rows", 0.01, (1.0, 1.0, 1.0))
+    few, none = "needs 3 tasks", "there is no forward derivative"
+    left_out = [f"krum, rows: {few}", f"krum, encoder rows: {few}", f"trimmed_mean, rows: {few}"]
+    left_out.append(f"mgda, rows=low_memory: {none}")
+    text = describe(NetworkResult("conv-2", [one], left_out=left_out))
+    assert text.endswith(
+        f". Left out, {few}: krum, trimmed_mean. Left out, {none}: mgda (rows=low_memory)."
+    )
 
 
 def test_the_peer_of_steps_in_one_call_is_that_of_single_ones():

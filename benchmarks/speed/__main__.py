@@ -27,8 +27,8 @@ _PEERS = ("torch", "torchjd")
 class Config:
     """Time a step with every weighting, in every form, beside the plain step.
 
-    Each framework runs in one process on one core; every variant is timed once a round. Prints the
-    tables and leaves them and all numbers in OUT_DIR.
+    For each network, each framework runs in one process on one core; every variant is timed once a
+    round. Prints the tables and leaves them and all numbers in OUT_DIR, after every network.
     """
 
     networks: Annotated[tuple[str, ...], tyro.conf.arg(help=_NETWORKS_HELP)] = tuple(NETWORKS)
@@ -39,6 +39,8 @@ class Config:
     """How long one timing lasts at least."""
     peers: bool = False
     """Whether to time PyTorch and TorchJD, too."""
+    resume: bool = False
+    """Whether to go on with what is in OUT_DIR: networks that are there are not measured again."""
     out_dir: pathlib.Path = pathlib.Path("runs/speed")
     """Folder for the results."""
 
@@ -72,6 +74,39 @@ def check(config: Config) -> Request:
     return Request(config.networks, config.methods, config.rounds, config.seconds)
 
 
+def measured(config: Config, request: Request, command: str) -> Speed:
+    """Measure network by network, and write what is known after each.
+
+    A process for each, since thousands of compiled programs in one are more than a system has
+    memory maps for.
+
+    Raises:
+      RuntimeError: if a process failed.
+      ValueError: if what is to be gone on with was measured in another way.
+    """
+    numbers, page = config.out_dir / "speed.json", config.out_dir / "speed.md"
+    speed = None
+    if config.resume and numbers.exists():
+        speed = Speed.from_json(json.loads(numbers.read_text(encoding="utf-8")))
+        if dataclasses.replace(speed.request, networks=request.networks) != request:
+            raise ValueError(f"{numbers} is of other options; measure again without --resume.")
+    for name in request.networks:
+        if speed is not None and name in (result.network for result in speed.ours.networks):
+            continue
+        one = dataclasses.replace(request, networks=(name,))
+        peers = ask("benchmarks.speed.torch_steps", one) if config.peers else None
+        ours = ask("benchmarks.speed.jax_steps", one)
+        found = Speed.of_this_machine(ours, peers, one, command)
+        speed = found if speed is None else speed.and_of(found)
+        config.out_dir.mkdir(parents=True, exist_ok=True)
+        page.write_text(markdown_report(speed), encoding="utf-8")
+        written = json.dumps(dataclasses.asdict(speed), indent=1, allow_nan=False)
+        numbers.write_text(written + "\n", encoding="utf-8")
+    if speed is None:
+        raise ValueError("--networks must name at least one.")
+    return speed
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line.
 
@@ -86,17 +121,11 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     command = shlex.join(["python", "-m", "benchmarks.speed", *given])
     try:
-        peers = ask("benchmarks.speed.torch_steps", request) if config.peers else None
-        ours = ask("benchmarks.speed.jax_steps", request)
-    except RuntimeError as error:
+        speed = measured(config, request, command.replace(" --resume", ""))
+    except (RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    speed = Speed.of_this_machine(ours, peers, request, command)
     report = markdown_report(speed)
-    config.out_dir.mkdir(parents=True, exist_ok=True)
-    (config.out_dir / "speed.md").write_text(report, encoding="utf-8")
-    numbers = json.dumps(dataclasses.asdict(speed), indent=1, allow_nan=False)
-    (config.out_dir / "speed.json").write_text(numbers + "\n", encoding="utf-8")
     console = rich.console.Console()
     if not console.is_terminal:  # a file or a pipe does not limit the width
         console = rich.console.Console(width=140)

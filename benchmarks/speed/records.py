@@ -187,6 +187,42 @@ class Speed:
         }
         return cls(machine, ours, peers, request, command)
 
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Speed":
+        """Read what ``dataclasses.asdict`` made, after a journey through JSON."""
+        tuples = {
+            name: tuple(given) if isinstance(given, list) else given
+            for name, given in value["request"].items()
+        }
+        frameworks = {
+            name: None if value[name] is None else FrameworkResult.from_json(value[name])
+            for name in ("ours", "peers")
+        }
+        return cls(**(value | frameworks | {"request": Request(**tuples)}))
+
+    def and_of(self, more: "Speed") -> "Speed":
+        """The results with those on further networks, in the order in which all are known.
+
+        Raises:
+          ValueError: if they are of other versions or of another machine.
+        """
+        networks = set(self.request.networks) | set(more.request.networks)
+        joined = {}
+        for name in ("ours", "peers"):
+            ours, theirs = getattr(self, name), getattr(more, name)
+            if (ours is None, more.machine) != (theirs is None, self.machine) or (
+                ours is not None and ours.versions != theirs.versions
+            ):
+                raise ValueError("what is there was measured on another machine, or by others.")
+            if ours is not None:
+                found = {result.network: result for result in (*ours.networks, *theirs.networks)}
+                ordered = [found[network] for network in NETWORKS if network in found]
+                joined[name] = dataclasses.replace(ours, networks=ordered)
+        request = dataclasses.replace(
+            self.request, networks=tuple(name for name in NETWORKS if name in networks)
+        )
+        return dataclasses.replace(self, request=request, command=more.command, **joined)
+
     def peer(self, network: str) -> NetworkResult | None:
         """What was measured in PyTorch on this network, with one call a step."""
         twin = dataclasses.replace(NETWORKS[network], scanned=1)

@@ -88,7 +88,8 @@ def measured(config: Config, request: Request, command: str) -> Speed:
     speed = None
     if config.resume and numbers.exists():
         speed = Speed.from_json(json.loads(numbers.read_text(encoding="utf-8")))
-        if dataclasses.replace(speed.request, networks=request.networks) != request:
+        same = dataclasses.replace(speed.request, networks=request.networks) == request
+        if not same or (speed.peers is None) == config.peers:
             raise ValueError(f"{numbers} is of other options; measure again without --resume.")
     for name in request.networks:
         if speed is not None and name in (result.network for result in speed.ours.networks):

@@ -41,7 +41,7 @@ def ask(module: str, request: Request) -> FrameworkResult:
 
 def serve(measure: Callable[[Request], FrameworkResult]) -> None:
     """Be such a process: the request is the argument, the answer goes to standard output."""
-    request = Request(**json.loads(sys.argv[1]))
+    request = Request.from_json(json.loads(sys.argv[1]))
     with contextlib.redirect_stdout(sys.stderr):
         result = measure(request)
     print(json.dumps(dataclasses.asdict(result), allow_nan=False))

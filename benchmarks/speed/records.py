@@ -74,6 +74,12 @@ class Request:
     rounds: int
     seconds: float
 
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Request":
+        """Read what ``dataclasses.asdict`` made, after a journey through JSON."""
+        networks, methods = tuple(value["networks"]), tuple(value["methods"])
+        return cls(networks, methods, value["rounds"], value["seconds"])
+
 
 @dataclasses.dataclass
 class Measured:
@@ -155,6 +161,18 @@ class FrameworkResult:
         value["networks"] = [NetworkResult(**network) for network in value["networks"]]
         return cls(**value)
 
+    def and_of(self, more: "FrameworkResult") -> "FrameworkResult":
+        """The results with those on further networks, in the order of ``NETWORKS``.
+
+        Raises:
+          ValueError: if they are of other versions.
+        """
+        if self.versions != more.versions:
+            raise ValueError(f"What is there is of {self.versions}, not of {more.versions}.")
+        found = {result.network: result for result in (*self.networks, *more.networks)}
+        ordered = [found[name] for name in NETWORKS if name in found]
+        return dataclasses.replace(self, networks=ordered)
+
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
@@ -190,38 +208,32 @@ class Speed:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Speed":
         """Read what ``dataclasses.asdict`` made, after a journey through JSON."""
-        tuples = {
-            name: tuple(given) if isinstance(given, list) else given
-            for name, given in value["request"].items()
-        }
-        frameworks = {
-            name: None if value[name] is None else FrameworkResult.from_json(value[name])
-            for name in ("ours", "peers")
-        }
-        return cls(**(value | frameworks | {"request": Request(**tuples)}))
+        peers = value["peers"]
+        return cls(
+            machine=value["machine"],
+            ours=FrameworkResult.from_json(value["ours"]),
+            peers=None if peers is None else FrameworkResult.from_json(peers),
+            request=Request.from_json(value["request"]),
+            command=value["command"],
+        )
 
     def and_of(self, more: "Speed") -> "Speed":
-        """The results with those on further networks, in the order in which all are known.
+        """The results with those on further networks.
 
         Raises:
           ValueError: if they are of other versions or of another machine.
         """
-        networks = set(self.request.networks) | set(more.request.networks)
-        joined = {}
-        for name in ("ours", "peers"):
-            ours, theirs = getattr(self, name), getattr(more, name)
-            if (ours is None, more.machine) != (theirs is None, self.machine) or (
-                ours is not None and ours.versions != theirs.versions
-            ):
-                raise ValueError("what is there was measured on another machine, or by others.")
-            if ours is not None:
-                found = {result.network: result for result in (*ours.networks, *theirs.networks)}
-                ordered = [found[network] for network in NETWORKS if network in found]
-                joined[name] = dataclasses.replace(ours, networks=ordered)
-        request = dataclasses.replace(
-            self.request, networks=tuple(name for name in NETWORKS if name in networks)
+        if self.machine != more.machine:
+            raise ValueError("What is there was measured on another machine.")
+        networks = {*self.request.networks, *more.request.networks}
+        return dataclasses.replace(
+            more,
+            ours=self.ours.and_of(more.ours),
+            peers=None if not (self.peers and more.peers) else self.peers.and_of(more.peers),
+            request=dataclasses.replace(
+                more.request, networks=tuple(name for name in NETWORKS if name in networks)
+            ),
         )
-        return dataclasses.replace(self, request=request, command=more.command, **joined)
 
     def peer(self, network: str) -> NetworkResult | None:
         """What was measured in PyTorch on this network, with one call a step."""

@@ -181,11 +181,43 @@ def test_a_wrong_configuration_is_said_plainly(arguments, message, capsys, monke
     assert message in capsys.readouterr().err
 
 
-def test_results_are_written_and_shown(tmp_path, capsys, monkeypatch):
-    plain = Measured("plain", "plain", 0.001, (1.0, 1.0, 1.0))
-    result = FrameworkResult("cpu", "CPU time", {"jax": "0"}, [NetworkResult("tiny", [plain])])
-    monkeypatch.setattr("benchmarks.speed.__main__.ask", lambda module, request: result)
+@pytest.fixture
+def asked(monkeypatch):
+    """The networks that were measured, by nobody; mlp-20 cannot be."""
+    networks = []
+
+    def ask(module, request):
+        (name,) = request.networks
+        if name == "mlp-20":
+            raise RuntimeError("no memory")
+        networks.append(name)
+        plain = Measured("plain", "plain", 0.001, (1.0, 1.0, 1.0))
+        return FrameworkResult("cpu", "CPU time", {"jax": "0"}, [NetworkResult(name, [plain])])
+
+    monkeypatch.setattr("benchmarks.speed.__main__.ask", ask)
+    return networks
+
+
+def test_results_are_written_and_shown(tmp_path, capsys, asked):
     main(["--networks", "tiny", "--out-dir", str(tmp_path)])
     assert "What a step costs" in capsys.readouterr().out
     assert json.loads((tmp_path / "speed.json").read_text())["machine"]["processor"]
     assert "--networks tiny" in (tmp_path / "speed.md").read_text()
+
+
+def test_what_was_measured_before_a_failure_is_kept(tmp_path, capsys, asked):
+    there = ["--out-dir", str(tmp_path), "--resume"]
+    with pytest.raises(SystemExit) as error:
+        main(["--networks", "tiny", "mlp-20", *there])
+    assert error.value.code == 1
+    assert "no memory" in capsys.readouterr().err
+    main(["--networks", "mlp-2", "tiny", *there])
+    assert asked == ["tiny", "mlp-2"]
+    page = (tmp_path / "speed.md").read_text()
+    assert page.index("## mlp-2") < page.index("## tiny")
+    assert f"--networks mlp-2 tiny --out-dir {tmp_path}\n" in page  # without --resume
+    with pytest.raises(SystemExit):
+        main(["--networks", "mlp-2", "conv-2", "--rounds", "3", *there])
+    assert "is of other options" in capsys.readouterr().err
+    main(["--networks", "conv-2", "--rounds", "3", *there[:-1]])
+    assert json.loads((tmp_path / "speed.json").read_text())["request"]["networks"] == ["conv-2"]

@@ -160,7 +160,12 @@ def reference(methods: Iterable[Method]) -> str:
     )
 
 
-def prices(form: str, names: Iterable[str]) -> str:
+def names_of(reads: str) -> list[str]:
+    """The methods that read this, in all their variants, as they are measured."""
+    return [name for method in reading(reads) for name in (method.name, *method.variants)]
+
+
+def prices(form: str, names: Iterable[str]) -> list[str]:
     """The medians over methods of their step times on the MLP, in plain steps, for each K.
 
     Raises:
@@ -176,31 +181,43 @@ def prices(form: str, names: Iterable[str]) -> str:
         if not found:
             raise ValueError(f"docs/speed.md: mlp-{size} has no row of {rows} with {form}.")
         medians.append(statistics.median(map(float, found)))
-    return ", ".join(f"{price:.2f}" if price < 1.5 else f"{price:.2g}" for price in medians)
+    digits = (2 if price < 1.5 else 1 if price < 10 else 0 for price in medians)
+    return [f"{price:.{number}f}" for price, number in zip(medians, digits, strict=True)]
 
 
 def price(reads: str) -> str:
     """What a step costs with the methods that read this, in passes and as measured."""
-    names = [name for method in reading(reads) for name in (method.name, *method.variants)]
-    if reads == LOSSES:
-        return f"1 forward, 1 backward: {prices('losses', names)}"
-    if reads == AFTER:
-        return f"2 forward, 1 backward: {prices('losses', names)}"
-    if reads == GRAMIAN:
-        return (
-            f"at the representation: {prices('representation', names)}; over parameters: "
-            f"1 forward, K backward: {prices('encoder rows', names)}"
-        )
-    if reads == ROWS:
-        others = [name for name in names if name != IN_TURN]
-        return (
-            f"1 forward, K backward, K gradients held: {prices('rows', others)}; "
-            f"1 backward (`{IN_TURN}`): {prices('rows', [IN_TURN])}"
-        )
-    return (
-        "2 forward, 2 backward, 1 forward derivative (`modo`): "
-        f"{prices('second batch', ['modo'])}; K + 1 and K (`sdmgrad`): "
-        f"{prices('second batch', ['sdmgrad'])}"
+    names = names_of(reads)
+    others = [name for name in names if name != IN_TURN]
+    how: Mapping[str, list[tuple[str, str, list[str]]]] = {
+        LOSSES: [("1 forward, 1 backward", "losses", names)],
+        AFTER: [("2 forward, 1 backward", "losses", names)],
+        GRAMIAN: [
+            ("at the representation", "representation", names),
+            ("over parameters: 1 forward, K backward", "encoder rows", names),
+        ],
+        ROWS: [
+            ("1 forward, K backward, K gradients held", "rows", others),
+            (f"1 backward (`{IN_TURN}`)", "rows", [IN_TURN]),
+        ],
+        SECOND: [
+            ("2 forward, 2 backward, 1 forward derivative (`modo`)", "second batch", ["modo"]),
+            ("K + 1 and K (`sdmgrad`)", "second batch", ["sdmgrad"]),
+        ],
+    }
+    return "; ".join(f"{passes}: {', '.join(prices(form, of))}" for passes, form, of in how[reads])
+
+
+def gramians() -> str:
+    """The prices of the Gramian, by where it is taken."""
+    places = {
+        "at the representation": "representation",
+        'over the encoder\'s parameters, `gramian="encoder"`': "encoder rows",
+        "over the parameters of any network": "rows",
+    }
+    return table(
+        ("", *(f"K = {size}" for size in SIZES)),
+        ((place, *prices(form, names_of(GRAMIAN))) for place, form in places.items()),
     )
 
 
@@ -238,6 +255,7 @@ PARTS: Mapping[str, list[Part]] = {
         marked("weightings of a second batch", lambda: weightings(SECOND)),
         marked("aggregators", aggregators),
     ],
+    "docs/representation.md": [marked("prices", gramians)],
     "docs/reference/loss_weightings.md": [
         marked("methods", lambda: reference(reading(LOSSES, AFTER))),
     ],

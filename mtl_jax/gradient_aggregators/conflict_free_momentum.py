@@ -43,9 +43,10 @@ def conflict_free_momentum(decay: float = 0.9) -> Aggregator:
     b1=decay)``: its first moment then is :math:`G_t`, its second that of the :math:`g_t`, and its
     step the paper's. ``optax.sgd`` takes the :math:`g_t` as they are.
 
-    A step costs one forward and one backward pass, as plain training, whatever the number of
+    A step computes one forward and one backward pass, as plain training, whatever the number of
     tasks: :func:`mtl_jax.value_and_grad` takes the gradient of the present task that has had the
-    fewest steps. K gradients are held. ``update`` itself takes those of all tasks that ``mask``
+    fewest steps. The K averages are held, and read several times a step: with many tasks and small
+    batches that takes longer than the passes. ``update`` itself takes those of all tasks that ``mask``
     has present. Parameters outside of ``shared`` have the gradient of the task whose turn it is.
 
     A task has a part in the direction from its first turn on, also in steps from which it is

@@ -46,8 +46,9 @@ def conflict_free_momentum(decay: float = 0.9) -> Aggregator:
     A step computes one forward and one backward pass, as plain training, whatever the number of
     tasks: :func:`mtl_jax.value_and_grad` takes the gradient of the present task that has had the
     fewest steps. The K averages are held, and read several times a step: with many tasks and small
-    batches that takes longer than the passes. ``update`` itself takes those of all tasks that ``mask``
-    has present. Parameters outside of ``shared`` have the gradient of the task whose turn it is.
+    batches that takes longer than the passes. ``update`` itself takes the gradients of all tasks
+    that ``mask`` has present. Parameters outside of ``shared`` have the gradient of the task whose
+    turn it is.
 
     A task has a part in the direction from its first turn on, also in steps from which it is
     absent: by its average. (The authors' code does not move before all tasks have had a turn.)

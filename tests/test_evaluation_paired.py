@@ -158,6 +158,19 @@ def test_holm_by_hand():
     assert holm([]).shape == (0,)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_holm_rejects_step_by_step(seed):
+    # The procedure as Holm describes it: the smallest p-value that is left against the level
+    # divided by how many are left, until one is above. Some are equal, none to a level.
+    p_values = np.random.default_rng(seed).integers(1, 30, 12) / 240.0
+    for level in (0.007, 0.05003, 0.11, 0.51):
+        rejected, left = set(), sorted(range(12), key=lambda i: p_values[i])
+        while left and p_values[left[0]] <= level / len(left):
+            rejected.add(left.pop(0))
+        assert set(np.flatnonzero(holm(p_values) <= level)) == rejected
+    assert holm(p_values).max() <= 1
+
+
 def test_table_is_corrected_for_all_its_comparisons():
     middling = EQUAL + np.array([0.010, 0.002, 0.011, 0.001, 0.009, 0.006])
     table = {

@@ -5,7 +5,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from statsmodels.stats import multitest
 
 from mtl_jax.evaluation._paired import PairedComparison, compare_to_baseline, verdict_of
 
@@ -104,6 +103,8 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     """
     corrected = np.array(p_values, np.float64)
     made = np.isfinite(corrected)
-    if made.any():
-        corrected[made] = multitest.multipletests(corrected[made], method="holm")[1]
+    rising = np.sort(corrected[made])
+    number_left = np.arange(rising.size, 0, -1)
+    bound = np.minimum(1, np.maximum.accumulate(number_left * rising))
+    corrected[made] = bound[np.searchsorted(rising, corrected[made], side="right") - 1]
     return corrected

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import scipy.stats
 from made_runs import ACCURACY, EQUAL, ERROR, made_results, made_run, made_tuning, shifted
-from statsmodels.stats.multitest import multipletests
 
 from mtl_jax.compare import MetricInfo, Results
 from mtl_jax.compare.analysis import ALONE, Analysis, over_problems
@@ -31,7 +30,7 @@ from mtl_jax.compare.tables import (
     verdicts,
     verdicts_text,
 )
-from mtl_jax.evaluation import delta_m
+from mtl_jax.evaluation import delta_m, holm
 
 ROOT = pathlib.Path(__file__).parents[2]
 GAIN = {"topic": [0.100, 0.110, 0.090, 0.105], "depth": [0.1, -0.1, 0.2, -0.3]}
@@ -142,8 +141,7 @@ def test_the_answer_is_one_sentence(found):
     rows = ("gains", "loses", ALONE)
     changes = [found.mean_change(name, "equal").values for name in rows]
     p_values = [scipy.stats.ttest_1samp(values, 0).pvalue for values in changes]
-    corrected = multipletests(p_values, method="holm")[1]
-    for name, p_value in zip(rows, corrected, strict=True):
+    for name, p_value in zip(rows, holm(p_values), strict=True):
         assert found.mean_against_equal[name].corrected_p_value == pytest.approx(p_value)
     steady = {"topic": [0.100, 0.110, 0.090, 0.105], "depth": [-0.1, -0.11, -0.09, -0.1]}
     rows = {"equal": EQUAL, "some": shifted(steady)}

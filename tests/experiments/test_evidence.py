@@ -182,7 +182,8 @@ def test_kept_records_are_enough_and_small(pages):
                 assert len(found) == (3 if run_.weighting == "equal" else 1)
 
 
-def test_kept_records_are_reported_as_any_others(pages):
+def test_kept_records_are_reported_as_any_others(pages, monkeypatch):
+    monkeypatch.setattr("mtl_jax.compare.report.FORMATS", ("png",))  # drawing takes time
     run(pages, "made_mean")
     folder = pages / "report"
     report_main(Report((pages / "results" / "made_mean",), folder))

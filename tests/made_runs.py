@@ -49,7 +49,9 @@ def made_run(info, name, seed, values, task=None, **changes):
         "learning_rate": 0.01,
         "train_losses": {of_task: [2.0] * (info.epochs - 1) + [1.0] for of_task in values},
         "metrics": {"validation": course, "test": course},
-        "weights": {of_task: np.ones(6 * info.epochs) for of_task in values},
+        "weights": {
+            of_task: np.full(6 * info.epochs, 1.0 + number) for number, of_task in enumerate(values)
+        },
         "epoch_seconds": [2.0] * info.epochs,
         "compile_seconds": 1.5,
         "compilations": 1,

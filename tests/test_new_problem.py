@@ -15,11 +15,10 @@ from mtl_jax.__main__ import main
 from mtl_jax.compare import compare, load_problem
 
 ROOT = pathlib.Path(__file__).parents[1]
-TABLE = '    # CHANGE: return pd.read_csv("homes.csv", sep=",")\n'
-TEXT = (
-    '    # CHANGE: return pd.read_csv("reviews.tsv", sep="\\t", names=["text", "topic", "stars"])\n'
-)
-IMAGES = """    #   table = pd.read_csv("labels.csv")
+CHANGE = "# CHANGE: the rest of this function, into "
+TABLE = '    # CHANGE: the rest of this function, into return pd.read_csv("homes.csv", sep=",")\n'
+TEXT = '    #   return pd.read_csv("reviews.tsv", sep="\\t", names=["text", "topic", "stars"])\n'
+IMAGES = """    #   table = pd.read_csv(FOLDER / "labels.csv")
     #   table["image"] = [read_image(file) for file in table["file"]]
     #   return table
 """
@@ -77,7 +76,7 @@ def test_a_table_of_ones_own(folder):
     main(["new", "my_problem"])
     text = (folder / "my_problem.py").read_text()
     assert TABLE in text
-    (folder / "my_problem.py").write_text(text.replace(TABLE, TABLE.replace("# CHANGE: ", "")))
+    (folder / "my_problem.py").write_text(text.replace(TABLE, TABLE.replace(CHANGE, "")))
     problem = load_problem("my_problem:problem")
     assert problem.train["x"].shape == (280, 4)  # a, b, word_down, word_up
     np.testing.assert_allclose(problem.train["x"].mean(0), 0, atol=0.1)
@@ -107,7 +106,7 @@ def test_pictures_of_ones_own(folder):
         picture = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), np.uint8)).convert(mode)
         picture.save(folder / "pictures" / f"{i}.png")
         rows.append({"file": f"{i}.png", "color": mode, "area": ["small", "large"][i % 3 == 0]})
-    pd.DataFrame(rows).to_csv(folder / "labels.csv", index=False)
+    pd.DataFrame(rows).to_csv(folder / "pictures" / "labels.csv", index=False)
     main(["new", "my_problem", "--inputs", "images"])
     text = (folder / "my_problem.py").read_text()
     assert IMAGES in text
@@ -159,7 +158,7 @@ def test_a_table_that_does_not_fit_is_said_plainly(table, message, folder, capsy
     pd.DataFrame(table | {"id": range(len(table["price"]))}).to_csv("homes.csv", index=False)
     main(["new", "my_problem"])
     text = (folder / "my_problem.py").read_text()
-    (folder / "my_problem.py").write_text(text.replace(TABLE, TABLE.replace("# CHANGE: ", "")))
+    (folder / "my_problem.py").write_text(text.replace(TABLE, TABLE.replace(CHANGE, "")))
     with pytest.raises(SystemExit):
         main(["compare", "my_problem:problem"])
     printed = capsys.readouterr().err
@@ -175,7 +174,7 @@ def test_texts_of_ones_own(folder):
     main(["new", "my_problem", "--inputs", "text"])
     text = (folder / "my_problem.py").read_text()
     assert TEXT in text
-    (folder / "my_problem.py").write_text(text.replace(TEXT, TEXT.replace("# CHANGE: ", "")))
+    (folder / "my_problem.py").write_text(text.replace(TEXT, TEXT.replace("#   ", "")))
     problem = load_problem("my_problem:problem")
     assert (problem.train["x"] == 1).any()  # a word that is in one text only
     x = np.concatenate([problem.train["x"], problem.validation["x"], problem.test["x"]])

@@ -398,6 +398,20 @@ class Analysis:
             return None
         return Estimate.from_values(np.mean(list(changes.values()), axis=0))
 
+    def weights_apart(self, name: str) -> float | None:
+        """How far the largest and the smallest weight of a step ever were apart, in their mean.
+
+        ``None`` for an aggregator, which has no weights.
+        """
+        runs = [run for run in self.weightings[name] if run.weights]
+        if not runs:
+            return None
+        weights = np.concatenate([np.stack(list(run.weights.values())) for run in runs], axis=1)
+        weights = weights[:, np.isfinite(weights).any(axis=0)]
+        low, high, mean = (f(weights, axis=0) for f in (np.nanmin, np.nanmax, np.nanmean))
+        apart = np.divide(high - low, mean, out=np.full_like(mean, np.inf), where=mean > 0)
+        return float(np.max(apart, initial=0))
+
     def worst_change(self, name: str, reference: str) -> Estimate | None:
         """How much better the worst task is than that of another row, seed by seed.
 

@@ -33,8 +33,9 @@ from mtl_jax.compare.weightings import WEIGHTINGS, named_weightings
 from mtl_jax.methods import METHODS
 
 _WEIGHTINGS_HELP = (
-    f"The weightings to compare: any of {', '.join(WEIGHTINGS)}. Equal weights are always run: "
-    "the others' step times are relative to theirs. krum and trimmed_mean need three tasks."
+    f"The weightings to compare: any of {', '.join(WEIGHTINGS)}; `mtl-jax list` says what each "
+    "reads and costs. Equal weights are always run: the others' step times are relative to "
+    "theirs. krum and trimmed_mean need three tasks."
 )
 _PROBLEM_HELP = (
     "Your problems, each as package.module:name, the name of a Problem or of a function that "
@@ -138,7 +139,8 @@ class Compare(Options):
     """
 
     problem: Annotated[
-        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(help=_PROBLEM_HELP, metavar="PROBLEM")
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(help=_PROBLEM_HELP, metavar="PROBLEM", help_behavior_hint="(at least one)"),
     ]
 
 

@@ -33,6 +33,8 @@ COLORED = 2
 """Relative weights from 2 to the power of minus this to 2 to the power of it differ in color."""
 LOWEST = 5
 """Of many tasks, relative weights are drawn down to 2 to the power of minus this."""
+MOST_BANDS = 3
+"""More bands over each other hide each other, and the lines: a panel with more has none."""
 SMALL = 6
 """With more panels they are small, and more of them in a row."""
 
@@ -57,8 +59,8 @@ CAPTIONS = {
     "difficulty": (
         "Whether a weighting gives harder tasks more weight: the mean weight of each task over the "
         "training, relative to the mean of the tasks. To the right are the tasks of which more of "
-        "the first epoch's training loss is left in the last one; in parentheses is the rank "
-        "correlation of the two."
+        "the first epoch's training loss is left in the last one; from three tasks on the rank "
+        "correlation of the two is in parentheses."
     ),
     "front": (
         "What one metric gains and the other one loses: on the Pareto front no other weighting is "
@@ -179,7 +181,7 @@ def metrics_figure(analysis: Analysis) -> Figure | None:
 
 
 def losses_figure(analysis: Analysis) -> Figure | None:
-    """Mean training loss of each task in every epoch: mean over seeds, band of one deviation."""
+    """Mean training loss of each task in every epoch: mean over seeds, few with a band."""
     tasks = list(analysis.info.tasks)
     figure, axes = panels(len(tasks))
     for axis, task in zip(axes, tasks, strict=True):
@@ -411,10 +413,10 @@ def finish(
     axes: Sequence[Axes],
     title: str,
     analysis: Analysis,
-    shown: str = "mean and standard deviation over",
+    shown: str = "",
 ) -> None:
     """Title, grid, and one legend for all panels, for which the figure is made wider."""
-    small = len(axes) > SMALL
+    small, banded = len(axes) > SMALL, False
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
@@ -424,8 +426,9 @@ def finish(
             axis.set_xlabel(axis.get_xlabel(), fontsize=8)
             axis.set_ylabel(axis.get_ylabel(), fontsize=8)
         bands = [drawn for drawn in axis.collections if isinstance(drawn, PolyCollection)]
-        for band in bands:  # many bands over each other would hide the lines
-            band.set_alpha(min(0.15, 0.6 / len(bands)))
+        for band in bands:
+            band.set_alpha(0.15) if len(bands) <= MOST_BANDS else band.remove()
+        banded |= 0 < len(bands) <= MOST_BANDS
     labelled = {}
     for axis in axes:
         handles, labels = axis.get_legend_handles_labels()
@@ -438,6 +441,7 @@ def finish(
             labelled.values(), labelled, loc="outside right center", frameon=False, ncols=columns
         )
     number = len(analysis.planned_seeds)
+    shown = shown or ("mean and standard deviation over" if banded else "mean over")
     seeds = "one seed" if number == 1 else f"{shown} {number} seeds"
     whole = f"{title} ({seeds})"
     # About 0.1 inches a letter; a narrow figure has the title in two lines.

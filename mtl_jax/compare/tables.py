@@ -23,6 +23,9 @@ MOST_COLUMNS = 9
 MOST_NAMES = 4
 """A sentence that would name more metrics says how many they are."""
 
+ALIKE = 0.01
+"""A weighting whose weights were never farther apart than this share of their mean says so."""
+
 SHORT_STEP = 1e-3
 """The seconds below which the relative time of a step says little."""
 
@@ -110,7 +113,7 @@ def sections(analysis: Analysis) -> list[Section]:
         text = (
             "What stopping early would reach: each run's metrics after the epoch with the best "
             "validation metrics, in the mean of their relative changes. The verdicts above are "
-            "about the last epoch."
+            "about the last epoch; where this table says otherwise, training was too long."
         )
         found.append(Section(title, text, main_table(best, timing=False)))
     if analysis.tuning is not None:
@@ -185,7 +188,7 @@ def against_equal_table(analysis: Analysis) -> Table:
                     _verdict(found),
                 ]
             )
-    headers = ["weighting", "metric", "difference", "95 % interval", "p", "verdict"]
+    headers = ["weighting", "metric", "difference", "95 % interval", "p, corrected", "verdict"]
     return Table(headers, rows)
 
 
@@ -300,10 +303,11 @@ def verdicts(analysis: Analysis) -> list[str]:
     """A sentence for every weighting: better in what, worse in what, and by how much."""
     rows = [row for row in analysis.rows if row.name in analysis.against_equal]
     means = analysis.mean_against_equal
-    return [_sentence(row, analysis.columns, means.get(row.name)) for row in rows]
+    return [_sentence(row, analysis, means.get(row.name)) for row in rows]
 
 
-def _sentence(row: Row, columns: Sequence[Column], mean: PairedComparison | None) -> str:
+def _sentence(row: Row, analysis: Analysis, mean: PairedComparison | None) -> str:
+    columns = analysis.columns
     parts = []
     if row.failed:
         parts.append(f"{row.failed} of {row.runs} runs failed")
@@ -330,6 +334,10 @@ def _sentence(row: Row, columns: Sequence[Column], mean: PairedComparison | None
     change = _mean_change(row, mean)
     if change.text:
         sentence += f"; mean {change.text} %" + f", {change.verdict}" * bool(change.verdict)
+    apart = None if row.name == ALONE else analysis.weights_apart(row.name)
+    if apart is not None and apart <= ALIKE:
+        how = f"never more than {100 * apart:.1g} % apart" if apart else "equal at every step"
+        sentence += f"; its weights were {how}"
     return f"{row.name}: {sentence}."
 
 
@@ -355,16 +363,26 @@ def verdicts_text(analysis: Analysis) -> str:
             f"nothing is called better or worse. That takes at least {FEWEST_SEEDS}, and 5 or more "
             "to find any but large differences."
         )
-    comparisons = sum(len(row) for row in analysis.against_equal.values())
-    return (
+    text = (
         "Better and worse: than equal weights with the same seeds, beyond noise (paired t-test, "
         "Holm's correction for all comparisons, 5 %); undecided is not to say that it is the "
         "same. The mean is Δm against equal weights, with a test of its own. The noise is that of "
         "the seeds: initial parameters and order of batches, not which examples were there. "
-        f"{number} seeds and {comparisons} comparison{'s' * (comparisons != 1)} find four of five "
-        f"differences of {_detectable(number, comparisons):.1f} standard deviations (of the seeds' "
-        "differences), and fewer of smaller ones; more seeds and fewer weightings find more."
     )
+    means = [analysis.mean_change(name, BASELINE) for name in analysis.mean_against_equal]
+    spreads = [np.std(mean.values, ddof=1) for mean in means if mean is not None]
+    spreads = [spread for spread in spreads if 0 < spread < math.inf]
+    if spreads:
+        size = _detectable(number, len(means))
+        text += (
+            f"With {number} seeds a change of the mean by {100 * size * np.median(spreads):.2g} % "
+            f"is found four times in five (that is {size:.1f} of its standard deviations over the "
+            "seeds, in the median over the rows), a smaller one less often. "
+        )
+    text += "More seeds and fewer weightings find more"
+    if analysis.tuning is None:
+        text += ", and all had the same learning rate here: --tune gives each its own"
+    return text + "."
 
 
 def _detectable(seeds: int, comparisons: int) -> float:
@@ -382,9 +400,9 @@ def _detectable(seeds: int, comparisons: int) -> float:
 def main_text(analysis: Analysis) -> str:
     """How the first table is read."""
     text = (
-        "Test metrics, mean ± 95 % interval over the seeds; ↑ higher, ↓ lower is better. Δm: the "
-        "relative change of the metrics, seed by seed, a gain being positive (as LibMTL and DB-MTL "
-        "print it; CAGrad, Nash-MTL and FAMO print the negative)"
+        "Test metrics, mean ± 95 % interval (Student's) over the seeds; ↑ higher, ↓ lower is "
+        "better. Δm: the relative change of the metrics, seed by seed, a gain being positive (as "
+        "LibMTL and DB-MTL print it; CAGrad, Nash-MTL and FAMO print the negative)"
     )
     if any(len(metrics) > 1 for metrics in analysis.info.tasks.values()):
         text += ", averaged over the metrics of a task first, and then over the tasks. "
@@ -403,8 +421,9 @@ def main_text(analysis: Analysis) -> str:
 
 
 AGAINST_EQUAL = (
-    "The mean difference from equal weights with the same seeds, its 95 % interval, the p-value of "
-    "the paired t-test after Holm's correction for all rows of this table, and what follows at 5 %."
+    "The mean difference from equal weights with the same seeds, its 95 % interval (by the "
+    "bootstrap, so that it need not be symmetric), the p-value of the paired t-test after Holm's "
+    "correction for all rows of this table, and what follows at 5 %."
 )
 
 

@@ -168,6 +168,37 @@ def test_what_the_seeds_can_find(seeds, comparisons):
     assert np.mean(p_values * comparisons < 0.05) == pytest.approx(0.8, abs=0.01)
 
 
+def test_what_can_be_found_is_said_in_per_cent(found):
+    changes = [found.mean_change(name, "equal").values for name in ("gains", "loses", ALONE)]
+    spread = np.median(np.std(changes, axis=1, ddof=1))
+    text = f"With 4 seeds a change of the mean by {100 * _detectable(4, 3) * spread:.2g} % is found"
+    assert text in verdicts_text(found)
+    assert verdicts_text(found).endswith("the same learning rate here: --tune gives each its own.")
+    tuned = made_results(ROWS, tuning=made_tuning(*ROWS))
+    assert "--tune" not in verdicts_text(Analysis(tuned, "made"))
+
+
+def test_weights_that_hardly_differ_are_named():
+    def sentence(weights):
+        results = made_results({"equal": EQUAL, "some": EQUAL})
+        for run in results.of("made")["some"]:
+            run.weights = {task: np.array(values) for task, values in weights.items()}
+        (found,) = verdicts(Analysis(results, "made"))
+        return found
+
+    # 0.02 in a mean of 3.01; where a task is absent, nothing is apart.
+    close = sentence({"topic": [1.0, 3.0, np.nan], "depth": [1.0, 3.02, 9.0]})
+    assert close.endswith("; its weights were never more than 0.7 % apart.")
+    same = sentence({"topic": [1.0, 3.0, np.nan], "depth": [1.0, 3.0, np.nan]})
+    assert same.endswith("; its weights were equal at every step.")
+    for weights in (
+        {"topic": [1.0, 3.0], "depth": [1.0, 3.04]},
+        {"topic": [-1.0], "depth": [-1.0]},
+    ):
+        assert "weights" not in sentence(weights)
+    assert "weights" not in sentence({})  # an aggregator
+
+
 def test_equal_means_are_equal_whatever_they_were_added_from():
     rows = {"equal": {"topic": [0.1, 0.2, 0.3]}, "other": {"topic": [0.3, 0.2, 0.1]}}
     found = Analysis(made_results(rows, {"topic": ACCURACY}), "made")

@@ -68,6 +68,7 @@ def test_pictures_show_every_task_and_weighting(analysis):
     band = figure.axes[0].collections[0].get_paths()[0].vertices
     assert band[:, 1].max() == pytest.approx((both + spread).max())
     assert band[:, 1].min() == pytest.approx((both - spread).min())
+    assert "standard deviation" in figure.get_suptitle()
 
     figure = losses_figure(analysis)
     assert titles(figure) == ["topic", "depth"]
@@ -223,6 +224,7 @@ def test_difficulty_against_weight():
     made = analysed({"equal": row, "other": row}, tasks, alone=row)
     for task, left in zip(tasks, (0.1, 0.4, 0.9), strict=True):
         made.alone[task][0].train_losses = {task: [2.0, 1.0, 2.0 * left]}
+    made.weightings["equal"][0].weights = {task: np.ones(3) for task in tasks}
     weights = zip(tasks, (2.0, 4.0, 6.0), strict=True)
     steps = {task: np.array([weight, np.nan, weight]) for task, weight in weights}
     made.weightings["other"][0].weights = steps
@@ -272,5 +274,6 @@ def test_a_long_legend_leaves_room_for_a_single_panel(tmp_path):
     made = analysed({name: {task: [0.5] for task in tasks} for name in names}, tasks)
     figure = metrics_figure(made)
     assert legend(figure) == names
+    assert not figure.axes[0].collections  # so many bands would hide the curves
     assert drawn(figure, tmp_path / "metrics.png")
     assert figure.axes[0].get_position().width * figure.get_figwidth() > 2

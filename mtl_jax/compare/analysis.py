@@ -399,18 +399,18 @@ class Analysis:
         return Estimate.from_values(np.mean(list(changes.values()), axis=0))
 
     def weights_apart(self, name: str) -> float | None:
-        """How far the largest and the smallest weight of a step ever were apart, in their mean.
+        """How far apart the tasks' mean weights over a run were at most, as a share of their mean.
 
         ``None`` for an aggregator, which has no weights.
         """
-        runs = [run for run in self.weightings[name] if run.weights]
-        if not runs:
-            return None
-        weights = np.concatenate([np.stack(list(run.weights.values())) for run in runs], axis=1)
-        weights = weights[:, np.isfinite(weights).any(axis=0)]
-        low, high, mean = (f(weights, axis=0) for f in (np.nanmin, np.nanmax, np.nanmean))
-        apart = np.divide(high - low, mean, out=np.full_like(mean, np.inf), where=mean > 0)
-        return float(np.max(apart, initial=0))
+        apart = []
+        for run in self.weightings[name]:
+            known = [weights[np.isfinite(weights)] for weights in run.weights.values()]
+            means = [np.mean(weights) for weights in known if weights.size]
+            if means:
+                total = np.mean(means)
+                apart.append(np.ptp(means) / total if total > 0 else math.inf)
+        return float(max(apart)) if apart else None
 
     def worst_change(self, name: str, reference: str) -> Estimate | None:
         """How much better the worst task is than that of another row, seed by seed.

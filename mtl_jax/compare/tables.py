@@ -24,7 +24,7 @@ MOST_NAMES = 4
 """A sentence that would name more metrics says how many they are."""
 
 ALIKE = 0.01
-"""A weighting whose weights were never farther apart than this share of their mean says so."""
+"""A weighting says so if its mean weights are at most this share of them apart."""
 
 SHORT_STEP = 1e-3
 """The seconds below which the relative time of a step says little."""
@@ -336,8 +336,8 @@ def _sentence(row: Row, analysis: Analysis, mean: PairedComparison | None) -> st
         sentence += f"; mean {change.text} %" + f", {change.verdict}" * bool(change.verdict)
     apart = None if row.name == ALONE else analysis.weights_apart(row.name)
     if apart is not None and apart <= ALIKE:
-        how = f"never more than {100 * apart:.1g} % apart" if apart else "equal at every step"
-        sentence += f"; its weights were {how}"
+        how = f"were at most {100 * apart:.1g} % apart" if apart else "were equal"
+        sentence += f"; its mean weights {how}"
     return f"{row.name}: {sentence}."
 
 

@@ -186,6 +186,25 @@ def test_texts_of_ones_own(folder):
     assert all(np.isfinite(values).all() for values in found.values())
 
 
+def test_texts_that_come_twice_are_kept_together(folder):
+    """By the line that the file offers."""
+    texts = [f"word{i % 20} word{i % 20}" for i in range(60)]
+    rows = [f"{text}\t{['book', 'film'][i % 2]}\t{i % 5}" for i, text in enumerate(texts)]
+    (folder / "reviews.tsv").write_text("\n".join(rows))
+    main(["new", "my_text", "--inputs", "text"])
+    text = (folder / "my_text.py").read_text().replace(TEXT, TEXT.replace("#   ", ""))
+    offered, instead = '    #   groups = pd.factorize(table["text"])[0]\n', "np.arange(len(table))"
+    assert offered in text
+    (folder / "my_text.py").write_text(text.replace(instead, 'pd.factorize(table["text"])[0]'))
+    problem = load_problem("my_text:problem")
+    splits = [problem.train, problem.validation, problem.test]
+    assert [len(split["stars"]) for split in splits] == [42, 9, 9]  # 14, 3 and 3 texts
+    known = set(problem.train["x"][:, 0])
+    assert len(known) == 14
+    # Words that the training texts do not have are all the same: none of theirs.
+    assert all(set(split["x"][:, 0]) == {1} for split in splits[1:])
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

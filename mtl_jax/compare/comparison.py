@@ -261,6 +261,8 @@ class _Output:
         """Write all results so far, and print what the last problem's are."""
         results = self.results
         if self.folder is not None:
+            if self.console is not None and pictures:
+                self.console.print("The runs are finished; tables and pictures are drawn.")
             write_report(results, self.folder, pictures=[problem] if pictures else [])
             results = Results.read(self.folder)  # what is printed is what can be shown again
         if self.console is not None:

@@ -54,7 +54,7 @@ CAPTIONS = {
     "losses": "The mean training loss in every epoch: whether a task still learns at the end.",
     "weights": (
         "The weight of each task over the training steps, relative to the mean of the tasks: what "
-        "a weighting prefers, and when."
+        "a weighting prefers, and when. That mean, which may rise or fall, is not shown."
     ),
     "difficulty": (
         "Whether a weighting gives harder tasks more weight: the mean weight of each task over the "

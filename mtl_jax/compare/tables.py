@@ -113,7 +113,7 @@ def sections(analysis: Analysis) -> list[Section]:
         text = (
             "What stopping early would reach: each run's metrics after the epoch with the best "
             "validation metrics, in the mean of their relative changes. The verdicts above are "
-            "about the last epoch; where this table says otherwise, training was too long."
+            "about the last epoch; here every run may stop at another one."
         )
         found.append(Section(title, text, main_table(best, timing=False)))
     if analysis.tuning is not None:
@@ -289,9 +289,9 @@ def answer(analysis: Analysis) -> str:
     if len(better) > MOST_NAMES:
         named.append(f"{len(better) - MOST_NAMES} more")
     if named:
-        text = f"Better than equal weights{where}, beyond noise: {_joined(named)}."
+        text = f"Beyond noise, better than equal weights{where}: {_joined(named)}."
     else:
-        text = f"No weighting is better than equal weights{where} beyond noise."
+        text = f"Beyond noise, no weighting is better than equal weights{where}."
     if ALONE in found and found[ALONE].verdict in ("better", "worse"):
         change = 100 * found[ALONE].difference
         why = "the tasks disturb each other" if change > 0 else "the tasks help each other"
@@ -368,6 +368,7 @@ def verdicts_text(analysis: Analysis) -> str:
         "Holm's correction for all comparisons, 5 %); undecided is not to say that it is the "
         "same. The mean is Δm against equal weights, with a test of its own. The noise is that of "
         "the seeds: initial parameters and order of batches, not which examples were there. "
+        "Intervals are not corrected, and may leave out 0 where nothing is decided. "
     )
     means = [analysis.mean_change(name, BASELINE) for name in analysis.mean_against_equal]
     spreads = [np.std(mean.values, ddof=1) for mean in means if mean is not None]
@@ -376,8 +377,7 @@ def verdicts_text(analysis: Analysis) -> str:
         size = _detectable(number, len(means))
         text += (
             f"With {number} seeds a change of the mean by {100 * size * np.median(spreads):.2g} % "
-            f"is found four times in five (that is {size:.1f} of its standard deviations over the "
-            "seeds, in the median over the rows), a smaller one less often. "
+            "is found four times in five, a smaller one less often. "
         )
     text += "More seeds and fewer weightings find more"
     if analysis.tuning is None:

@@ -134,7 +134,7 @@ def test_a_sentence_for_every_weighting(found):
 
 def test_the_answer_is_one_sentence(found):
     alone = 100 * np.mean(found.mean_change(ALONE, "equal").values)
-    nothing = "No weighting is better than equal weights in the mean over the tasks beyond noise."
+    nothing = "Beyond noise, no weighting is better than equal weights in the mean over the tasks."
     why = f" Each task alone is better by {alone:.1f} %: the tasks disturb each other."
     assert answer(found) == nothing + why
     # The test is that of the change alone, corrected for all rows.
@@ -151,7 +151,7 @@ def test_the_answer_is_one_sentence(found):
         Analysis(made_results(rows), "made").mean_change("more0", "equal").values
     )
     assert better.startswith(
-        "Better than equal weights in the mean over the tasks, beyond noise: "
+        "Beyond noise, better than equal weights in the mean over the tasks: "
         f"more0 by {change:.1f} %, more1 by"
     )
     assert better.endswith(" and 1 more.")

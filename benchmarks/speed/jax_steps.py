@@ -1,7 +1,8 @@
 """The steps in JAX, timed: a process of its own."""
 
+import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -35,6 +36,10 @@ from benchmarks.speed.timing import Timed, quartiles_of_ratio, time_in_rounds
 from mtl_jax._base import Signal, Weighting
 from mtl_jax._jacobian import RowsMode
 from mtl_jax._tasks import Losses
+
+GROUP = 20
+"""Variants that are timed together. All programs of a network at once can be more pieces of code
+than a process may have memory maps."""
 
 Step = Callable[[Any, PyTree], tuple[Any, Any]]
 """``step(state, batch) -> (state, value)``."""
@@ -188,32 +193,49 @@ def count_flops(problem: Problem) -> Flops:
 
 
 def measure_network(name: str, request: Request) -> NetworkResult:
-    """Time all variants of one network."""
-    clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
+    """Time all variants of one network, in groups: each of them beside the plain step."""
     network = NETWORKS[name]
     problem = make_problem(network)
     reasons = {variant: why_not(variant, network) for variant in variants(request.methods)}
-    chosen = [variant for variant, reason in reasons.items() if reason is None]
+    plain, *others = [variant for variant, reason in reasons.items() if reason is None]
     flops = count_flops(problem)  # also warms up the compiler, which is slower the first time
-    compiled = {variant.label: Compiled(problem, variant, clock) for variant in chosen}
+    measured: list[Measured] = []
+    for start in range(0, max(len(others), 1), GROUP):
+        group = [plain, *others[start : start + GROUP]]
+        progress(f"{name}: variants {start + 1} to {start + len(group) - 1} of {len(others)}")
+        measured += measure_group(problem, group, request)[1 if start else 0 :]
+        gc.collect()
+        jax.clear_caches()  # the programs' memory is free again
+    return NetworkResult(
+        name,
+        measured,
+        forward_flops=flops.forward,
+        step_flops=flops.step,
+        left_out=[f"{variant.label}: {reason}" for variant, reason in reasons.items() if reason],
+    )
+
+
+def measure_group(problem: Problem, group: Sequence[Variant], request: Request) -> list[Measured]:
+    """Time variants, the first of which is the plain step."""
+    clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
+    compiled = {variant.label: Compiled(problem, variant, clock) for variant in group}
     solvers = {
         f"{variant.label}: solver": solver_of(
-            variant.weighting, compiled[variant.label], network.scanned
+            variant.weighting, compiled[variant.label], problem.network.scanned
         )
-        for variant in chosen
+        for variant in group
         if isinstance(variant.weighting, Weighting)
         and variant.weighting.needs is Signal.GRAMIAN
         and variant.weighting.due is None
         and variant.form in ("representation", "encoder rows", "rows")
     }
-    progress(f"{name}: {len(compiled)} variants compiled; {request.rounds} rounds")
     times = time_in_rounds(
         {label: one.timed for label, one in compiled.items()} | solvers,
         rounds=request.rounds,
         seconds=request.seconds,
         clock=clock,
     )
-    plain = times[chosen[0].label]
+    plain = times[group[0].label]
 
     def measured(variant: Variant) -> Measured:
         one, mine = compiled[variant.label], times[variant.label]
@@ -231,13 +253,7 @@ def measure_network(name: str, request: Request) -> NetworkResult:
             note=", ".join(notes),
         )
 
-    return NetworkResult(
-        name,
-        [measured(variant) for variant in chosen],
-        forward_flops=flops.forward,
-        step_flops=flops.step,
-        left_out=[f"{variant.label}: {reason}" for variant, reason in reasons.items() if reason],
-    )
+    return [measured(variant) for variant in group]
 
 
 def measure(request: Request) -> FrameworkResult:

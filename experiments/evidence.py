@@ -24,7 +24,16 @@ import tyro
 from mtl_jax.compare import Results
 from mtl_jax.compare.analysis import ALONE, Analysis, Estimate, over_problems
 from mtl_jax.compare.report import settings_text
-from mtl_jax.compare.results import BASELINE, Run, Trial, replace_file, write_text
+from mtl_jax.compare.results import (
+    BASELINE,
+    MetricInfo,
+    ProblemInfo,
+    Run,
+    Trial,
+    Tuning,
+    replace_file,
+    write_text,
+)
 from mtl_jax.compare.tables import (
     answer,
     by_metric_table,
@@ -35,7 +44,7 @@ from mtl_jax.compare.tables import (
     verdicts,
     verdicts_text,
 )
-from mtl_jax.evaluation import PairedComparison
+from mtl_jax.evaluation import PairedComparison, delta_m
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 EMPHASIS = ("adaptive", "adaptive_softmax", "adaptive_alone", "group_dro", "achievement")
@@ -86,6 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
         write_text(config.docs / "results" / f"{problem}.md", problem_page(kept, problem))
     tables = {
         "mean": changes_table(kept["mean"]),
+        "errors": changes_table(Tuned(of_errors(kept["mean"].results), "mean")),
         "worst": changes_table(kept["worst"]),
         "emphasis": emphasis_table(kept),
         "learning rate": learning_rate_table(kept["mean"]),
@@ -115,8 +125,8 @@ def keep(results: Results, folder: pathlib.Path) -> None:
     """Write the small record of tuned comparisons: ``<problem>_<mean or worst>/results.json``.
 
     It holds what tables and verdicts are made of: of every run the metrics, losses and mean weights
-    at its end, of equal weights those of every epoch, of every trial its setting and score. Times
-    and versions are left out.
+    at its end, of equal weights those of every epoch, of every trial its setting and score, of the
+    first and the chosen one for the mean also the metrics. Times and versions are left out.
 
     Raises:
       ValueError: if a comparison is not finished or was not tuned.
@@ -132,7 +142,7 @@ def keep(results: Results, folder: pathlib.Path) -> None:
                 problem: dataclasses.replace(
                     tuning,
                     trials={
-                        name: [shortened_trial(trial) for trial in trials]
+                        name: [shortened_trial(trial, name, tuning) for trial in trials]
                         for name, trials in tuning.trials.items()
                     },
                 )
@@ -181,9 +191,14 @@ def shortened(run: Run) -> Run:
     )
 
 
-def shortened_trial(trial: Trial) -> Trial:
+def shortened_trial(trial: Trial, name: str, tuning: Tuning) -> Trial:
     """A trial without what no table needs."""
-    return Trial(trial.learning_rate, trial.parameters, {}, trial.score, trial.failure)
+    needed = tuning.select == "mean" and trial in (tuning.trials[name][0], tuning.chosen(name))
+    validation = {
+        task: {metric: course[-1:] for metric, course in metrics.items()}
+        for task, metrics in (trial.validation if needed else {}).items()
+    }
+    return Trial(trial.learning_rate, trial.parameters, validation, trial.score, trial.failure)
 
 
 def rounded(value: Any) -> Any:
@@ -302,7 +317,7 @@ def learning_rate_table(tuned: Tuned) -> str:
         }
         best = max(at_default, key=lambda name: at_default[name])
         equal = score(tuning.chosen(BASELINE))
-        left = score(tuning.chosen(best)) - equal
+        left = change_of(tuning.chosen(best), tuning.chosen(BASELINE), analysis.info)
         rows.append(
             [
                 linked(problem),
@@ -320,6 +335,62 @@ def learning_rate_table(tuned: Tuned) -> str:
         "the same on the test split, 10 seeds",
     ]
     return markdown(header, rows)
+
+
+def change_of(trial: Trial, base: Trial, info: ProblemInfo) -> float:
+    """The mean over the tasks of the relative change of a trial's validation metrics."""
+    ours, theirs = (
+        {
+            task: {metric: course[-1] for metric, course in metrics.items()}
+            for task, metrics in one.validation.items()
+            if metrics
+        }
+        for one in (trial, base)
+    )
+    higher = {
+        task: {metric: about.higher_is_better for metric, about in info.tasks[task].items()}
+        for task in ours
+    }
+    return delta_m(ours, theirs, higher)
+
+
+def of_errors(results: Results) -> Results:
+    """The results on the problems whose metrics are all shares, with what they lack to 100 %."""
+    chosen = {
+        problem: info
+        for problem, info in results.problems.items()
+        if all(m.unit == "%" for metrics in info.tasks.values() for m in metrics.values())
+    }
+    return Results(
+        {
+            problem: dataclasses.replace(
+                info,
+                tasks={
+                    task: dict.fromkeys(metrics, MetricInfo(higher_is_better=False, unit="%"))
+                    for task, metrics in info.tasks.items()
+                },
+            )
+            for problem, info in chosen.items()
+        },
+        [
+            dataclasses.replace(
+                run,
+                metrics={
+                    split: {
+                        task: {
+                            metric: [1 - value for value in course]
+                            for metric, course in metrics.items()
+                        }
+                        for task, metrics in tasks.items()
+                    }
+                    for split, tasks in run.metrics.items()
+                },
+            )
+            for run in results.runs
+            if run.problem in chosen
+        ],
+        planned={problem: results.planned[problem] for problem in chosen},
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,12 +449,13 @@ def properties_table(tuned: Tuned) -> str:
     for problem, analysis in tuned.analyses.items():
         found = properties(tuned, problem)
         fallen = [100 * (1 - found.last[task] / found.first[task]) for task in found.first]
-        shares = [
-            float(run.conflict["share"][0])
+        conflicts = [
+            (float(run.conflict["share"][0]), float(run.conflict["cosine"][0]))
             for runs in analysis.weightings.values()
             for run in runs
             if run.conflict
         ]
+        share, cosine = np.mean(conflicts, axis=0) if conflicts else (math.nan, math.nan)
         alone = found.alone
         rows.append(
             [
@@ -392,7 +464,7 @@ def properties_table(tuned: Tuned) -> str:
                 f"{max(found.first.values()) / min(found.first.values()):.3g}",
                 f"{found.spread:.3g}",
                 f"{min(fallen):.0f} to {max(fallen):.0f} %",
-                f"{100 * np.mean(shares):.0f} %" if shares else "",
+                f"{100 * share:.0f} %, {cosine:.2f}" if conflicts else "",
                 f"{round(100 * unfinished(analysis), 1) + 0.0:.1f} %",  # never "-0.0"
                 "" if alone is None else f"{100 * alone.mean:+.1f}, {100 * found.worst:+.1f}",
                 f"{tuned.entry(problem, found.best)} {found.best}",
@@ -404,7 +476,7 @@ def properties_table(tuned: Tuned) -> str:
         "largest loss to smallest, first epoch",
         "last epoch",
         "the losses fell by",
-        "conflicting pairs",
+        "conflicting pairs, mean cosine",
         "gain in the last tenth of training",
         "equal against alone, %: mean, worst task",
         "best weighting against equal, %",
@@ -463,8 +535,9 @@ def small_table(kept: Mapping[Select, Tuned]) -> str:
                         if other not in (*EMPHASIS, *CLAIMED, ALONE)
                         and (estimate := tuned.change(problem, other)) is not None
                     }
-                    found = max(rest, key=lambda other: rest[other])
-                entries.append(tuned.entry(problem, found))
+                    found = max(rest, key=lambda other: rest[other], default="")
+                entry = tuned.entry(problem, found)
+                entries.append(f"{entry} `{found}`" if found != name else entry)
             row.append(" / ".join(filter(None, entries)))
         rows.append(row)
     return markdown(["", *kept["mean"].analyses], rows)

@@ -314,8 +314,12 @@ class MultiTaskGradient:
         return self.update(params, state, *args, mask=mask, second=second)
 
 
+OF_METHOD = "_of_method"
+"""The attribute of a weighting's function that says which method it was made of."""
+
+
 def check_weighting(weighting: Any) -> None:
-    """Raise a ``TypeError`` for what is not a weighting."""
+    """Raise a ``TypeError`` for what is not a weighting, or is one with a changed field."""
     if isinstance(weighting, Weighting):
         check_functions("The weighting", init=weighting.init, update=weighting.update)
         method = weighting.method
@@ -328,6 +332,12 @@ def check_weighting(weighting: Any) -> None:
             given = {name: function for name, function in optional.items() if function is not None}
             check_functions("The weighting", init=method.init, update=method.update, **given)
             check_flags("The weighting", positive_losses=method.positive_losses)
+            fields = (weighting.init, weighting.update, weighting.observe, weighting.due)
+            if any(f is not None and getattr(f, OF_METHOD, None) is not method for f in fields):
+                raise TypeError(
+                    "A field of the weighting was replaced, which would not be read: its functions "
+                    "are those of `method`. Make your own with mtl_jax.vector_weighting."
+                )
             return
     if isinstance(weighting, Aggregator):
         raise TypeError(

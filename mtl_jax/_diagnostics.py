@@ -43,7 +43,9 @@ def diagnostics(
       present: which tasks count; all of them by default.
 
     Returns:
-      The :class:`Diagnostics`. A Gramian that was not measured is NaN, and so are they then.
+      The :class:`Diagnostics`. They are NaN where the Gramian is, and all 0 where it is: also at
+      the steps of :func:`mtl_jax.every` and :func:`mtl_jax.after_warmup` at which it was not
+      measured (``value.measured``).
 
     Raises:
       ValueError: if the Gramian is not a square matrix, or ``present`` has another shape than its

@@ -32,7 +32,7 @@ def as_aggregator(
               G_{ij} = \langle g_i, g_j \rangle
 
     Args:
-      weighting: the weighting, one that reads the Gramian or the task gradients.
+      weighting: the weighting, one that reads the losses, the Gramian or the task gradients.
       num_tasks: K.
       leave_out_zero: whether a task whose gradient is exactly zero, or whose loss is, for a
         weighting that needs positive losses, is left out of the decision, as in
@@ -51,9 +51,10 @@ def as_aggregator(
     Raises:
       ValueError: if ``num_tasks`` is not a positive integer; in ``update``, if there are gradients
         of another number of tasks.
-      TypeError: if ``weighting`` is not a :class:`mtl_jax.Weighting` or reads a second batch, or
-        ``key`` is not a key; in ``init`` and ``update``, if a parameter or its gradients are not
-        floating-point; in ``update``, if the weighting needs ``losses`` and there are none.
+      TypeError: if ``weighting`` is not a :class:`mtl_jax.Weighting`, or reads a second batch or
+        the losses after the step (:func:`mtl_jax.famo`), or ``key`` is not a key; in ``init`` and
+        ``update``, if a parameter or its gradients are not floating-point; in ``update``, if the
+        weighting needs ``losses`` and there are none.
       ImportError: with an optax older than 0.2.7.
 
     Example:
@@ -75,6 +76,11 @@ def as_aggregator(
         raise TypeError(
             "as_aggregator: the weighting reads a second batch, which optax does not hand on. "
             "mtl_jax.value_and_grad takes it: `second=`."
+        )
+    if weighting.observe is not None:
+        raise TypeError(
+            "as_aggregator: the weighting reads the losses after the step, which optax does not "
+            "hand on. mtl_jax.make_train_step does."
         )
     needs_losses = needs is Signal.LOSSES or weighting.method.positive_losses
     read_integer(num_tasks, "as_aggregator: `num_tasks`")

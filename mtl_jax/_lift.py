@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int32
 
-from mtl_jax._base import Aggregator, Signal, VectorMethod, Weighting
+from mtl_jax._base import OF_METHOD, Aggregator, Signal, VectorMethod, Weighting
 from mtl_jax._checks import (
     check_flags,
     check_functions,
@@ -282,6 +282,8 @@ def lift(method: VectorMethod) -> Weighting:
         leaf_types(state, "The state's leaf")
         return method.due(read_state(method, state))
 
+    for function in (init_fn, update_fn, observe_fn, due_fn):
+        setattr(function, OF_METHOD, method)
     return Weighting(
         init=init_fn,
         update=update_fn,
@@ -722,6 +724,12 @@ def zero_rows(params: PyTree, tasks: Tasks) -> PyTree:
 def for_each_task(values: Array, leaf: Array) -> Array:
     """A vector over the tasks, shaped to be broadcast against rows: ``[K, 1, ..., 1]``."""
     return jnp.reshape(values, (-1,) + (1,) * (leaf.ndim - 1))
+
+
+def mean_weight(weights: Vector, tasks: Mask) -> Float[Array, ""]:
+    """The mean absolute weight of these tasks, 1 if there are none: for a task that has none."""
+    total, number = jnp.sum(jnp.abs(weights), where=tasks), jnp.sum(tasks, dtype=weights.dtype)
+    return jnp.where(number > 0, total / jnp.maximum(number, 1), 1)
 
 
 def weighted_sum(weights: Vector, rows: PyTree) -> PyTree:

@@ -49,6 +49,7 @@ from mtl_jax._jacobian import (
 )
 from mtl_jax._lift import (
     all_finite,
+    mean_weight,
     next_in_turn,
     read_losses,
     read_signal,
@@ -127,7 +128,8 @@ def value_and_grad(
         weight 0; where parameters outside the Gramian may still learn from it (``shared``), the
         mean absolute weight of the others, or 1 if there are none.
       diagnostics: whether to return the :class:`mtl_jax.Diagnostics` of the task gradients; then
-        the Gramian is measured whatever the weighting reads.
+        the Gramian is measured whatever the weighting reads, at every step at which it decides. At
+        others they are 0 and ``value.measured`` is false.
       axis_name: inside ``jax.shard_map``, the mesh axis along which the batch is spread, or a tuple
         of several. ``losses_fn`` must return the losses of the whole batch there: it sums over the
         devices itself, since it knows how many labels each has. Under ``jit`` alone nothing need be
@@ -256,8 +258,8 @@ def representation_value_and_grad(
         :func:`mtl_jax.value_and_grad`.
       leave_out_zero: whether a task whose gradient at z is exactly zero is left out of the
         decision, as in :func:`mtl_jax.value_and_grad`; its head still learns.
-      diagnostics: whether to return the :class:`mtl_jax.Diagnostics` of the gradients at z; then
-        the Gramian is measured whatever the weighting reads.
+      diagnostics: whether to return the :class:`mtl_jax.Diagnostics` of the gradients at z, as in
+        :func:`mtl_jax.value_and_grad`.
       axis_name: inside ``jax.shard_map``, the mesh axis along which the batch is spread, or a tuple
         of several: the inner products of the gradients at z are summed over it. ``heads`` must
         return the losses of the whole batch, as in :func:`mtl_jax.value_and_grad`.
@@ -550,8 +552,7 @@ def _weigh(
             return weights, moving, new_state
         # What does not enter the Gramian, such as a head whose last layer begins at zero, may well
         # have a gradient.
-        total, number = jnp.sum(jnp.abs(weights)), jnp.sum(moving, dtype=weights.dtype)
-        usual = jnp.where(number > 0, total / jnp.maximum(number, 1), 1)
+        usual = mean_weight(weights, moving)
         return jnp.where(deciding & ~moving, usual, weights), moving, new_state
 
     def decide_all(signal: Any) -> tuple[Any, Any, Any]:

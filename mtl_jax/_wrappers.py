@@ -15,6 +15,7 @@ from mtl_jax._lift import (
     accept,
     for_each_task,
     lift,
+    mean_weight,
     tree_where,
     vector_weighting,
 )
@@ -28,11 +29,13 @@ class ScheduleState(NamedTuple):
     Attributes:
       inner: the state of the weighting inside.
       weights: the weights in between.
+      decided: the tasks that they were decided for.
       total: the steps, whoever was present; skipped ones are not counted.
     """
 
     inner: WeightingState
     weights: Float[Array, "tasks"]
+    decided: Bool[Array, "tasks"]
     total: Int32[Array, ""]
 
 
@@ -60,7 +63,8 @@ def every(weighting: Weighting, steps: int) -> Weighting:
       steps: k, in steps; the first step is one of those at which the weights are decided.
 
     Returns:
-      The weighting. A task that was absent whenever the weights were decided has weight 0.
+      The weighting. A task that had no part in any decision, since it was absent or its gradient
+      was zero, has the mean absolute weight of the others in between, or 1 if there are none.
 
     Raises:
       ValueError: if ``steps`` is not a positive integer or ``weighting`` has ``due`` already.
@@ -384,8 +388,9 @@ def _scheduled(
     """The weighting at the steps at which ``active``; at others its last weights, or ``before``."""
 
     def init(tasks, key, params=None):
-        state = inner.init(tasks, key, params)
-        return ScheduleState(state, tasks.full(before), jnp.zeros((), jnp.int32))
+        state, weights = inner.init(tasks, key, params), tasks.full(before)
+        decided = jnp.full(weights.shape, not hold)
+        return ScheduleState(state, weights, decided, jnp.zeros((), jnp.int32))
 
     def due(state: ScheduleState) -> Bool[Array, ""]:
         now = active(state.total)
@@ -393,17 +398,18 @@ def _scheduled(
 
     def update(losses, state, present, steps, signal=None):
         now, inner_state = active(state.total), state.inner
+        between = jnp.where(state.decided, state.weights, mean_weight(state.weights, state.decided))
         if signal is None and inner.needs is not Signal.LOSSES and inner.due is None:
             # Not measured, so the weighting must not be due; if it is, that is an error.
-            weights = jnp.where(now, jnp.nan, state.weights)
+            weights = jnp.where(now, jnp.nan, between)
         else:
             decided, decided_state = inner.update(losses, state.inner, present, signal)
-            kept = jnp.where(present, decided, state.weights)
-            weights = jnp.where(now, kept, state.weights)
+            weights = jnp.where(now & present, decided, between)
             inner_state = tree_where(now, decided_state, state.inner)
-        held = weights if hold else state.weights
+        held = jnp.where(now & hold, weights, state.weights)
         total = jnp.asarray(optax.safe_increment(state.total))
-        return weights, ScheduleState(inner_state, held, total)
+        state = ScheduleState(inner_state, held, state.decided | (now & present), total)
+        return weights, state
 
     def observe(losses, state, present):
         assert inner.observe is not None

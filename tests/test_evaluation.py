@@ -129,3 +129,5 @@ def test_mean_interval_of_one_or_no_value():
     assert math.isnan(half_width)
     with pytest.raises(ValueError, match="no values"):
         mean_interval([])
+    with pytest.raises(ValueError, match="between 0 and 1, got 95"):
+        mean_interval([1.0, 2.0], 95)

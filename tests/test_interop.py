@@ -121,6 +121,8 @@ def test_errors():
         aggregator.update(ROWS | {"b": jnp.ones(2)}, aggregator.init(PARAMS))
     with pytest.raises(TypeError, match="second batch, which optax does not hand on"):
         mtl_jax.as_aggregator(mtl_jax.modo(), 4)
+    with pytest.raises(TypeError, match="losses after the step, which optax does not hand on"):
+        mtl_jax.as_aggregator(mtl_jax.famo(), 4)
     for weighting in (mtl_jax.adaptive(), mtl_jax.norm_balance(norm_of="root_loss")):
         aggregator = mtl_jax.as_aggregator(weighting, 4)
         with pytest.raises(TypeError, match="reads the losses; hand them to `update`"):

@@ -526,6 +526,7 @@ def test_the_gradient_goes_into_optax():
         ("adaptive", "Expected a Weighting.*'adaptive'"),
         (optax.adam(0.1), "Expected a Weighting"),
         (None, "Expected a Weighting"),
+        (mtl_jax.equal()._replace(update=mtl_jax.adaptive().update), "replaced, which would not be"),
     ],
     ids=["equal", "dwa", "string", "optax", "none"],
 )

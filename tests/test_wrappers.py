@@ -239,7 +239,11 @@ def test_every_holds_the_weight_of_a_task_that_comes_back():
     assert history[1, 1] == 0
     np.testing.assert_allclose(history[2], history[0])
     history, _ = run(weighting, 2, masks=[B_ABSENT, None])
-    assert history[1, 1] == 0  # never decided
+    others = np.delete(history[0], 1)
+    assert history[1, 1] == pytest.approx(np.mean(np.abs(others)))  # never decided
+    history, _ = run(weighting, 2, masks=[dict.fromkeys(EVERYBODY, np.False_), None])
+    assert not history[0].any()
+    np.testing.assert_array_equal(history[1], 1)  # nor was any other one
 
 
 def test_after_warmup_starts_the_weighting_with_the_first_step_after():

@@ -164,7 +164,8 @@ def test_theory_can_be_restored():
 
 
 @pytest.mark.parametrize("through", ["representation", "encoder", "shared"])
-def test_heads_that_begin_at_zero_begin_to_learn(through):
+@pytest.mark.parametrize("steps", [1, 3])
+def test_heads_that_begin_at_zero_begin_to_learn(through, steps):
     """With them no task has a gradient at the representation, and all have one in their head."""
 
     def encoder(params, x):
@@ -180,21 +181,24 @@ def test_heads_that_begin_at_zero_begin_to_learn(through):
     x = jax.random.normal(jax.random.key(0), (16, 3))
     params = {"encoder": jax.random.normal(jax.random.key(1), (3, 4))}
     params |= {"a": jnp.zeros(4), "b": jnp.zeros(4)}
+    weighting = mtl_jax.nash_mtl() if steps == 1 else mtl_jax.every(mtl_jax.nash_mtl(), steps)
     if through == "shared":
         gradient = mtl_jax.value_and_grad(
-            losses_fn, mtl_jax.nash_mtl(), shared=lambda path: path == "encoder"
+            losses_fn, weighting, shared=lambda path: path == "encoder"
         )
     else:
         gradient = mtl_jax.representation_value_and_grad(
-            encoder, heads, mtl_jax.nash_mtl(), tasks=("a", "b"), gramian=through
+            encoder, heads, weighting, tasks=("a", "b"), gramian=through
         )
-    value, direction, state = jax.jit(gradient)(params, gradient.init(params, x), x)
-    assert value.finite
-    assert (value.weights["a"], value.weights["b"]) == (1, 1)
+    state = gradient.init(params, x)
     expected = jax.grad(lambda p: sum(losses_fn(p, x).values()))(params)
-    for task in "ab":
-        np.testing.assert_allclose(direction[task], expected[task], rtol=1e-5)
-    assert not direction["encoder"].any()
+    for _ in range(steps):  # the first one decides
+        value, direction, state = jax.jit(gradient)(params, state, x)
+        assert value.finite
+        assert (value.weights["a"], value.weights["b"]) == (1, 1)
+        for task in "ab":
+            np.testing.assert_allclose(direction[task], expected[task], rtol=1e-5)
+        assert not direction["encoder"].any()
     # One head at zero: it learns at the other's weight, which is decided as if that were alone.
     params["b"] = jnp.array([1.0, -1.0, 2.0, 0.5])
     value, direction, state = jax.jit(gradient)(params, state, x)
@@ -204,6 +208,10 @@ def test_heads_that_begin_at_zero_begin_to_learn(through):
         params, gradient.init(params, x), x, mask={"a": jnp.asarray(False), "b": jnp.asarray(True)}
     )
     assert alone.weights["b"] == value.weights["b"]
+    for _ in range(steps - 1):  # in between, too
+        held, direction, state = jax.jit(gradient)(params, state, x)
+        assert held.weights == value.weights
+        assert direction["a"].any()
 
 
 def constrained_losses(params):

@@ -6,7 +6,7 @@ the weightings on it and leaves records, tables and pictures in a folder, which
 """
 
 from mtl_jax._search_space import Choice, Range, Space, TaskWeights
-from mtl_jax.compare.checkpoints import OtherSettingsError, digest
+from mtl_jax.compare.checkpoints import OtherSettingsError, SettingsError, digest
 from mtl_jax.compare.comparison import compare
 from mtl_jax.compare.metrics import (
     Metric,
@@ -55,6 +55,7 @@ __all__ = [
     "Results",
     "Run",
     "RunSettings",
+    "SettingsError",
     "Space",
     "Task",
     "TaskWeights",

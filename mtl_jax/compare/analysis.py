@@ -248,7 +248,7 @@ class Analysis:
 
     @functools.cached_property
     def seeds(self) -> list[int]:
-        """The seeds with which every row has a run."""
+        """The seeds with which every row has a run, in the order of the runs."""
         runs = [*self.weightings.values(), *self.alone.values()]
         found = [{run.seed for run in of_name} for of_name in runs]
         planned = self.planned_seeds if found else []

@@ -28,7 +28,11 @@ _CURVES = ("weights", "conflict")
 """What a run holds as arrays."""
 
 
-class OtherSettingsError(ValueError):
+class SettingsError(ValueError):
+    """What is asked for cannot be compared; nothing was trained."""
+
+
+class OtherSettingsError(SettingsError):
     """What is to be continued was made with other settings or other data."""
 
 

@@ -21,14 +21,12 @@ import rich.console
 import rich.table
 import tyro
 
-from mtl_jax.compare.checkpoints import OtherSettingsError
-from mtl_jax.compare.comparison import compare
+from mtl_jax.compare.comparison import SettingsError, compare
 from mtl_jax.compare.devices import all_devices
 from mtl_jax.compare.problem import Problem, load_problem
 from mtl_jax.compare.report import Report, report_main, template, terminal
 from mtl_jax.compare.results import DamagedFileError
-from mtl_jax.compare.training import Trainer, settings_of
-from mtl_jax.compare.tuning import TUNING_SEED, Select, TuningError, with_baselines
+from mtl_jax.compare.tuning import Select, TuningError
 from mtl_jax.compare.weightings import WEIGHTINGS, named_weightings
 from mtl_jax.methods import METHODS
 
@@ -219,7 +217,6 @@ def _run(
     command: str,
 ) -> None:
     try:
-        _check(options)
         if not names:
             raise ValueError("A problem is needed, as package.module:name.")
         weightings = named_weightings(list(options.weightings))
@@ -232,13 +229,9 @@ def _run(
             for name in names
         ]
         mesh = all_devices() if options.data_parallel or options.distributed else None
-        for problem in problems:
-            trainer = Trainer(problem, mesh=mesh)
-            trainer.check_metrics()
-            for setting in settings_of(problem, with_baselines(weightings), options.alone):
-                trainer.new_run(setting, 0)
     except (ValueError, FileNotFoundError) as error:
         fail(error)
+    refusals = (SettingsError, FileExistsError, FileNotFoundError, DamagedFileError, TuningError)
     try:
         compare(
             problems,
@@ -258,7 +251,7 @@ def _run(
             command=command,
             console=terminal(),
         )
-    except (OtherSettingsError, FileExistsError, DamagedFileError, TuningError) as error:
+    except refusals as error:
         fail(error)
     except OSError as error:
         fail(f"{error}\n{_hint(command)}", status=1)
@@ -288,20 +281,6 @@ def _meet(options: Options) -> None:
         )
     except RuntimeError as error:
         fail(f"the processes did not meet: {error}", status=1)
-
-
-def _check(options: Options) -> None:
-    if options.seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, got {options.seeds}.")
-    if options.tune is not None and options.tune < 1:
-        raise ValueError(f"--tune must be at least 1, got {options.tune}.")
-    if options.tune is None and (options.prune or options.select != "mean"):
-        raise ValueError("--prune and --select are about the trials of --tune, which is not given.")
-    if options.tune is not None and options.seeds > TUNING_SEED:
-        raise ValueError(f"--seeds must be at most {TUNING_SEED} with --tune, whose seed that is.")
-    seconds = options.checkpoint_seconds
-    if seconds is not None and seconds < 0:
-        raise ValueError(f"--checkpoint-seconds must be at least 0, got {seconds}.")
 
 
 class _Signals:

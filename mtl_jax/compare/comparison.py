@@ -22,6 +22,7 @@ from mtl_jax._search_space import Space
 from mtl_jax.compare.checkpoints import (
     OtherSettingsError,
     RunCheckpoints,
+    SettingsError,
     check_same,
     check_same_settings,
 )
@@ -123,13 +124,13 @@ def compare(
       The results.
 
     Raises:
-      ValueError: if there are no seeds or one is given twice, a problem's settings do not fit
-        its data, a metric does not fit what is predicted, a weighting cannot run on a problem, or
-        another argument is wrong; before anything is trained.
+      SettingsError: a ``ValueError``; if there are no seeds or one is given twice, a problem's
+        settings do not fit its data, a metric does not fit what is predicted, a weighting cannot
+        run on a problem, or another argument is wrong; before anything is trained.
       FileExistsError: if the folder holds a comparison that this is not to continue, or that it
         could not continue.
-      OtherSettingsError: a ``ValueError``; if it holds runs with other settings or other data, or
-        a folder to reuse has other data.
+      OtherSettingsError: a ``SettingsError``; if it holds runs with other settings or other data,
+        or a folder to reuse has other data.
       FileNotFoundError: if a folder to reuse holds no comparison.
       DamagedFileError: a ``ValueError``; if a record there is not what was written.
       TuningError: a ``ValueError``; as :func:`tune`.
@@ -145,25 +146,32 @@ def compare(
     if not isinstance(weightings, Mapping):
         weightings = named_weightings(list(weightings))
     seeds, folder = tuple(seeds), None if folder is None else pathlib.Path(folder)
-    _check_arguments(problems, seeds, checkpoint_seconds, log)
-    if tune is not None:
-        check_tuning(tune, select, alone)
-        if TUNING_SEED in seeds:
+    with _refusing():
+        _check_arguments(problems, seeds, checkpoint_seconds, log)
+        if tune is not None:
+            check_tuning(tune, select, alone)
+            if TUNING_SEED in seeds:
+                raise ValueError(
+                    f"Seed {TUNING_SEED} is the one of the tuning: its runs are those that were "
+                    "chosen for. Compare with other seeds."
+                )
+        elif prune or select != "mean":
             raise ValueError(
-                f"Seed {TUNING_SEED} is the one of the tuning: its runs are those that were chosen "
-                "for. Compare with other seeds."
+                "`prune` and `select` (--prune, --select) are about the trials of tuning, which is "
+                "not asked for: `tune` (--tune)."
             )
-    if folder is None and (resume or log or reuse):
-        raise ValueError("`resume`, `reuse` and `log` need a folder.")
+        if folder is None and (resume or log or reuse):
+            raise ValueError("`resume`, `reuse` and `log` need a folder.")
+        plans = []
+        for problem in problems:
+            trainer = Trainer(problem, conflict=conflict, mesh=mesh)
+            trainer.check_metrics()
+            made = with_baselines(weightings, tuned=tune is not None)
+            settings = settings_of(problem, made, alone)
+            for setting in settings:
+                trainer.new_run(setting, seeds[0])  # raises where it cannot run
+            plans.append(_Plan(trainer, settings, seeds))
     others = [pathlib.Path(other) for other in reuse]
-    plans = []
-    for problem in problems:
-        trainer = Trainer(problem, conflict=conflict, mesh=mesh)
-        trainer.check_metrics()
-        settings = settings_of(problem, with_baselines(weightings, tuned=tune is not None), alone)
-        for setting in settings:
-            trainer.new_run(setting, seeds[0])  # raises where it cannot run
-        plans.append(_Plan(trainer, settings, seeds))
     results = Results(
         problems={plan.name: plan.trainer.problem.info() for plan in plans},
         planned={
@@ -230,6 +238,15 @@ def compare(
             output.show(plan.name, pictures=True)
     output.end()
     return results
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """Whatever is wrong in here is an error of its own kind."""
+    try:
+        yield
+    except ValueError as error:
+        raise SettingsError(*error.args).with_traceback(error.__traceback__) from error.__cause__
 
 
 def _check_arguments(

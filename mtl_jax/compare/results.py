@@ -263,10 +263,15 @@ class Results:
         """The finished runs of a problem, by name; both in the order in which they were planned."""
         found = {(run.weighting, run.seed): run for run in self.runs if run.problem == problem}
         runs: dict[str, list[Run]] = {}
-        for name, seed in self.planned.get(problem, found):
+        planned = self.planned.get(problem, found)
+        for name, seed in planned:
             if (name, seed) in found:
                 runs.setdefault(name, []).append(found[name, seed])
-        return runs
+        # Comparisons that were combined may have other seeds: one order for all names.
+        place = {seed: i for i, seed in enumerate(dict.fromkeys(seed for _, seed in planned))}
+        return {
+            name: sorted(of_name, key=lambda run: place[run.seed]) for name, of_name in runs.items()
+        }
 
     def unfinished(self, problem: str) -> list[tuple[str, int]]:
         """The name and the seed of the runs of a problem that are not finished."""

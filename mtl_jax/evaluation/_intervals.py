@@ -17,7 +17,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
       ``(mean, half_width)``; the half-width is NaN for a single value.
 
     Raises:
-      ValueError: if there are no values.
+      ValueError: if there are no values, or ``confidence`` is not between 0 and 1.
 
     Example:
       >>> from mtl_jax.evaluation import mean_interval
@@ -28,6 +28,8 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
     array = np.asarray(values, np.float64)
     if not array.size:
         raise ValueError("mean_interval: there are no values.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"mean_interval: confidence must be between 0 and 1, got {confidence}.")
     if array.size == 1:
         return float(array[0]), float("nan")
     quantile = scipy.stats.t.ppf((1 + confidence) / 2, array.size - 1)

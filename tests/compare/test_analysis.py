@@ -487,6 +487,22 @@ def test_verdicts_over_problems_are_corrected_for_all_of_them():
     assert over_problems_table(one, "near").headers[0] == "near against"
 
 
+def test_rows_are_paired_by_their_seeds_whichever_folder_comes_first():
+    rows = {"equal": EQUAL, "gains": shifted(GAIN)}
+    whole = made_results(rows | {"dwa": shifted(GAIN)})
+    late = dataclasses.replace(
+        whole,
+        runs=[run for run in whole.runs if run.weighting != "dwa" and run.seed >= 2],
+        planned={"made": [key for key in whole.planned["made"] if key[0] != "dwa" and key[1] >= 2]},
+    )
+    for parts, seeds in (([late, whole], [2, 3, 0, 1]), ([whole, late], [0, 1, 2, 3])):
+        found = Analysis(Results.combine(parts), "made")
+        assert found.seeds == seeds
+        expected = Analysis(whole, "made").values["dwa"][:, seeds]
+        np.testing.assert_array_equal(found.values["dwa"], expected)
+        assert found.against_equal["dwa"] == found.against_equal["gains"]
+
+
 def test_the_worst_task_over_problems():
     """The worst task of each row, seed by seed, against what it reaches alone."""
     noise = np.array([0.0, 0.001, 0.003])

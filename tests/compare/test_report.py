@@ -136,7 +136,7 @@ def test_the_verdicts_come_first():
     assert titles[-1] == "Chosen by tuning"
     sentence = r"- gains: better in topic by 10, undecided in depth; mean \+9\.\d\d ± \d+\.\d\d %\."
     assert re.search(sentence, text)
-    assert "\n\n**Beyond noise, no weighting is better than equal weights in the mean over the tasks" in text
+    assert "\n\n**Beyond noise, no weighting is better than equal weights in the mean" in text
     assert "worst task's relative change from what it reached alone" in text
     assert "learning rate as tuned (default: 0.01); 4 seeds." in text
     assert "    mtl-jax compare my:problem" in text

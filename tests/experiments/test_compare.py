@@ -26,14 +26,26 @@ PICTURES = ("changes", "conflict", "difficulty", "front", "losses", "metrics", "
             ["--weightings", "dvwa"],
             r"no weighting 'dvwa'.*Did you mean 'dwa'.*Known: equal, cons",
         ),
-        (["--seeds", "0"], r"--seeds must be at least 1, got 0"),
+        (["--problem", "utterances", "--seeds", "0"], r"At least one seed is needed"),
+        (["--problem", "utterances", "--tune", "0"], r"number of trials must be at least 1, got 0"),
+        (["--problem", "utterances", "--select", "worst"], r"--select\) are about .*--tune"),
+        (["--problem", "utterances", "--prune"], r"`prune` .* are about .*--tune"),
+        (
+            ["--problem", "utterances", "--tune", "1", "--select", "worst", "--no-alone"],
+            r"leave `alone` \(--alone\) at its default",
+        ),
+        (["--problem", "utterances", "utterances"], r"have the same name: utterances"),
+        (["--problem", "utterances", "--reuse", "{tmp}/none"], r"none holds no results"),
         (
             ["--problem", "multimnist", "--weightings", "krum"],
             r"'krum' cannot run on 'multimnist': .* at least 3 tasks, but there are 2: left, right",
         ),
         (["--problem", "utterances", "--epochs", "0"], r"`epochs` must be at least 1, got 0"),
         (["--problem", "utterances", "--batch-size", "99999"], r"batch size, 99999, is larger"),
-        (["--checkpoint-seconds", "-1"], r"--checkpoint-seconds must be at least 0, got -1"),
+        (
+            ["--problem", "utterances", "--checkpoint-seconds", "-1"],
+            r"`checkpoint_seconds` must be at least 0, got -1",
+        ),
         (["--problem", "ag_news", "--data-dir", "{tmp}"], r"ag_news_subset.*download_and_prepare"),
     ],
 )

@@ -526,9 +526,9 @@ def test_the_gradient_goes_into_optax():
         ("adaptive", "Expected a Weighting.*'adaptive'"),
         (optax.adam(0.1), "Expected a Weighting"),
         (None, "Expected a Weighting"),
-        (mtl_jax.equal()._replace(update=mtl_jax.adaptive().update), "replaced, which would not be"),
+        (mtl_jax.equal()._replace(update=mtl_jax.dwa(10).update), "replaced, which would not be"),
     ],
-    ids=["equal", "dwa", "string", "optax", "none"],
+    ids=["equal", "dwa", "string", "optax", "none", "replaced"],
 )
 def test_something_that_is_no_weighting(weighting, says):
     with pytest.raises(TypeError, match=says):

@@ -21,6 +21,7 @@ import mtl_jax
 from mtl_jax import RunSettings
 from mtl_jax._base import Aggregator, Weighting
 from mtl_jax.compare import look_up
+from mtl_jax.methods import MAKES
 
 STARTS = ((-8.5, 7.5), (-8.5, -5.0), (9.0, 9.0), (-7.5, -0.5), (9.0, -1.0))
 """The published starting points: the first three are those of Liu et al., and all but the second
@@ -34,7 +35,6 @@ WINDOW = 100
 """The steps that stand for an epoch, for the weightings that have one."""
 
 
-MAKES = {name: make for method in mtl_jax.METHODS.values() for name, make in method.makes.items()}
 KNOWN = MAKES | {
     "constant": lambda settings: mtl_jax.equal(),
     "famo": lambda settings: mtl_jax.famo(weight_decay=0.0),
@@ -111,7 +111,6 @@ def paths(
     *,
     steps: int,
     first_scale: float = 1.0,
-    starts: tuple[tuple[float, float], ...] = STARTS,
 ) -> Float[Array, "starts steps 2"]:
     """The points that training passes, from every start, in one compiled program.
 
@@ -120,7 +119,6 @@ def paths(
       optimizer: the optimizer of the point.
       steps: the number of steps.
       first_scale: the scale of the first loss.
-      starts: where to start from.
     """
 
     def losses_fn(x: Array) -> dict[str, Array]:
@@ -141,8 +139,8 @@ def paths(
 
         return jax.lax.scan(step, state, length=steps)[1]
 
-    keys = jax.random.split(jax.random.key(0), len(starts))
-    return jax.jit(jax.vmap(run))(jnp.array(starts), keys)
+    keys = jax.random.split(jax.random.key(0), len(STARTS))
+    return jax.jit(jax.vmap(run))(jnp.array(STARTS), keys)
 
 
 def figure(

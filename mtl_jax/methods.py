@@ -717,3 +717,6 @@ the temperature 1, ``causal`` the order of the losses, and ``lr_annealing`` the 
 reference. ``krum`` and ``trimmed_mean`` take the smallest numbers that do something: they need
 three tasks. The ranges of ``search`` hold the published default and the values that publications
 chose from, and reach as far beyond as may make sense."""
+
+MAKES = {name: make for method in METHODS.values() for name, make in method.makes.items()}
+"""What makes each weighting in a run, by its name: a method can have several forms."""

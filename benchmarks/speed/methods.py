@@ -10,14 +10,13 @@ from benchmarks.speed.records import LEARNING_RATE, Network
 from mtl_jax._base import Aggregator, Signal, Weighting
 from mtl_jax._jacobian import RowsMode
 from mtl_jax.compare import look_up
-from mtl_jax.methods import RunSettings
+from mtl_jax.methods import MAKES, RunSettings
 
 OPTIMIZER = optax.sgd(LEARNING_RATE)
 PLAIN = "plain"
 EVERY = 10
 """The steps between two Gramians of ``every``."""
 HELD = f"nash_mtl_every_{EVERY}"
-MAKES = {name: make for method in mtl_jax.METHODS.values() for name, make in method.makes.items()}
 METHODS = (*(name for name in MAKES if name != "constant"), HELD)  # its step is equal's
 ROWS_METHOD = "mgda"
 """The method with which every way to compute the rows is timed."""

@@ -159,7 +159,6 @@ class Cost:
         else the machine does can only add to it; NaN if it is not known.
       memory_bytes: the memory of a compiled training step; ``None`` if it is not known.
       compile_seconds: the time that its runs spent on compiling.
-      compilations: the number of programs that they compiled.
       until_equal: for each seed the first epoch (from 1) after which the mean change of the test
         metrics from those that equal weights reached at their end is not negative, and the seconds
         of training up to its end; ``None`` if that never happened.
@@ -169,7 +168,6 @@ class Cost:
     step_seconds: float
     memory_bytes: int | None
     compile_seconds: float
-    compilations: int
     until_equal: tuple[tuple[int, float] | None, ...]
 
 
@@ -343,7 +341,6 @@ class Analysis:
                     step_seconds=min(seconds, default=math.nan) / self.info.steps_per_epoch,
                     memory_bytes=max(run.memory_bytes or 0 for run in runs) or None,
                     compile_seconds=sum(run.compile_seconds for run in runs),
-                    compilations=sum(run.compilations for run in runs),
                     until_equal=self._until_equal(runs),
                 )
             )

@@ -14,6 +14,7 @@ from jaxtyping import Array
 from mtl_jax._base import Aggregator, Weighting
 from mtl_jax._search_space import Choice, Space
 from mtl_jax.methods import (
+    MAKES,
     METHODS,
     RunSettings,
     SingleTask,
@@ -79,20 +80,13 @@ _MADE_HERE: dict[str, MakeWeighting] = {
 }
 
 
-def _all_weightings() -> dict[str, MakeWeighting]:
-    found: dict[str, MakeWeighting] = {}
-    for method in METHODS.values():
-        found |= method.makes
-    return found | _MADE_HERE
-
-
 def _all_spaces() -> dict[str, Space]:
     found = (item for method in METHODS.values() for item in method.spaces.items())
     alone = {"reference": Choice("end", "curve"), **METHODS["adaptive"].search}
     return {name: space for name, space in found if space} | {"adaptive_alone": alone}
 
 
-WEIGHTINGS: Mapping[str, MakeWeighting] = _all_weightings()
+WEIGHTINGS: Mapping[str, MakeWeighting] = {**MAKES, **_MADE_HERE}
 """The ``make`` of each method's record in :data:`mtl_jax.methods.METHODS`, and of its variants, by
 name. ``constant`` is equal weights until it is tuned. ``adaptive_alone`` is ``adaptive`` relative
 to the loss that each task reaches alone, and ``achievement`` knows the metric that each reaches

@@ -124,9 +124,10 @@ SELECTIONS: dict[Select, str] = {
 def keep(results: Results, folder: pathlib.Path) -> None:
     """Write the small record of tuned comparisons: ``<problem>_<mean or worst>/results.json``.
 
-    It holds what tables and verdicts are made of: of every run the metrics, losses and mean weights
-    at its end, of equal weights those of every epoch, of every trial its setting and score, of the
-    first and the chosen one for the mean also the metrics. Times and versions are left out.
+    It holds what tables and verdicts are made of: of every run the test metrics at its end, of
+    every trial its setting and score. Of what was tuned for the mean besides: each weighting's mean
+    weights and conflicts, metrics and losses of equal weights in every epoch, and the validation
+    metrics of the first and of the chosen trials. Times and versions are left out.
 
     Raises:
       ValueError: if a comparison is not finished or was not tuned.
@@ -137,7 +138,11 @@ def keep(results: Results, folder: pathlib.Path) -> None:
         tuning = results.tunings[problem]
         small = Results(
             {problem: results.problems[problem]},
-            [shortened(run) for runs in results.of(problem).values() for run in runs],
+            [
+                shortened(run, tuning.select)
+                for runs in results.of(problem).values()
+                for run in runs
+            ],
             {
                 problem: dataclasses.replace(
                     tuning,
@@ -165,15 +170,16 @@ def anywhere(command: str) -> str:
     return re.sub(r"(--reuse) \S*?([^\s/]+)(?= |$)", r"\1 runs/\2", command)
 
 
-def shortened(run: Run) -> Run:
+def shortened(run: Run, select: Select) -> Run:
     """A run without what no table needs."""
-    curves = run.weighting == BASELINE
+    curves = run.weighting == BASELINE and select == "mean"
+    steps = run.task is None and select == "mean"
 
     def values(course: list[float]) -> list[float]:
         return course if curves else course[-1:]
 
     return dataclasses.replace(
-        run.thinned(1),
+        run.thinned(1) if steps else dataclasses.replace(run, weights={}, conflict={}),
         train_losses=run.train_losses if curves else {},
         metrics={
             split: {

@@ -455,10 +455,11 @@ def test_report_tells_what_was_chosen_and_resumes(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tune": 0}, "--tune must be at least 1, got 0"),
-        ({"prune": True}, "--prune and --select are about the trials of --tune"),
-        ({"select": "worst"}, "--prune and --select are about the trials of --tune"),
-        ({"tune": 2, "seeds": 1001}, "--seeds must be at most 1000 with --tune"),
+        ({"tune": 0}, "The number of trials must be at least 1, got 0"),
+        ({"prune": True}, "(--prune, --select) are about the trials of tuning"),
+        ({"select": "worst"}, "(--prune, --select) are about the trials of tuning"),
+        ({"tune": 2, "seeds": 1001}, "Seed 1000 is the one of the tuning"),
+        ({"tune": 1, "select": "worst"}, "leave `alone` (--alone) at its default"),
         ({"tune": 1, "epochs": 1, "learning_rate": 1e30}, "measured against equal weights"),
     ],
 )

@@ -27,13 +27,6 @@ PICTURES = ("changes", "conflict", "difficulty", "front", "losses", "metrics", "
             r"no weighting 'dvwa'.*Did you mean 'dwa'.*Known: equal, cons",
         ),
         (["--problem", "utterances", "--seeds", "0"], r"At least one seed is needed"),
-        (["--problem", "utterances", "--tune", "0"], r"number of trials must be at least 1, got 0"),
-        (["--problem", "utterances", "--select", "worst"], r"--select\) are about .*--tune"),
-        (["--problem", "utterances", "--prune"], r"`prune` .* are about .*--tune"),
-        (
-            ["--problem", "utterances", "--tune", "1", "--select", "worst", "--no-alone"],
-            r"leave `alone` \(--alone\) at its default",
-        ),
         (["--problem", "utterances", "utterances"], r"have the same name: utterances"),
         (["--problem", "utterances", "--reuse", "{tmp}/none"], r"none holds no results"),
         (

@@ -336,17 +336,21 @@ def _sentence(row: Row, analysis: Analysis, mean: PairedComparison | None) -> st
         sentence += f"; mean {change.text} %" + f", {change.verdict}" * bool(change.verdict)
     apart = None if row.name == ALONE else analysis.weights_apart(row.name)
     if apart is not None and apart <= ALIKE:
-        how = f"were at most {100 * apart:.1g} % apart" if apart else "were equal"
+        how = f"were at most {max(100 * apart, 0.1):.1g} % apart" if apart else "were equal"
         sentence += f"; its mean weights {how}"
     return f"{row.name}: {sentence}."
 
 
 def _size(column: Column, difference: float) -> str:
-    """The size of a difference, with two significant digits."""
-    size = abs(column.scale * difference)
-    digits = max(0, 1 - math.floor(math.log10(size))) if size else 0
+    """The size of a difference, with its unit."""
     unit = f" {column.info.unit}" if column.info.unit not in ("", "%") else ""
-    return f"{size:.{digits}f}{unit}"
+    return f"{_two_digits(abs(column.scale * difference))}{unit}"
+
+
+def _two_digits(size: float) -> str:
+    """A number that is not negative with two significant digits, or all before the point."""
+    digits = max(0, 1 - math.floor(math.log10(size))) if size else 0
+    return f"{size:.{digits}f}"
 
 
 def _joined(names: Sequence[str]) -> str:
@@ -376,8 +380,9 @@ def verdicts_text(analysis: Analysis) -> str:
     if spreads:
         size = _detectable(number, len(means))
         text += (
-            f"With {number} seeds a change of the mean by {100 * size * np.median(spreads):.2g} % "
-            "is found four times in five, a smaller one less often. "
+            f"With {number} seeds a change of the mean by "
+            f"{_two_digits(100 * size * float(np.median(spreads)))} % is found four times in five, "
+            "a smaller one less often. "
         )
     text += "More seeds and fewer weightings find more"
     if analysis.tuning is None:

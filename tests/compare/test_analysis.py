@@ -173,6 +173,8 @@ def test_what_can_be_found_is_said_in_per_cent(found):
     spread = np.median(np.std(changes, axis=1, ddof=1))
     text = f"With 4 seeds a change of the mean by {100 * _detectable(4, 3) * spread:.2g} % is found"
     assert text in verdicts_text(found)
+    wide = {"topic": [0.1, 0.9, 0.2], "depth": [9.0, 1.0, 30.0]}  # hundreds of per cent
+    assert "e+" not in verdicts_text(Analysis(made_results({"equal": wide, "x": EQUAL}), "made"))
     assert verdicts_text(found).endswith("the same learning rate here: --tune gives each its own.")
     tuned = made_results(ROWS, tuning=made_tuning(*ROWS))
     assert "--tune" not in verdicts_text(Analysis(tuned, "made"))

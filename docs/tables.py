@@ -116,12 +116,12 @@ def directions() -> str:
 
     words: dict[bool | str, str] = {True: "yes", False: ""}
     return table(
-        ("method", "the direction", "harms none", "weights", "losses", "source"),
+        ("method", "the direction", "non-conflicting", "weights", "losses", "source"),
         (
             (
                 linked(method),
                 method.effect,
-                words.get(method.harmless, str(method.harmless)),
+                words.get(method.non_conflicting, str(method.non_conflicting)),
                 weights(method),
                 method.domain,
                 sources(method),

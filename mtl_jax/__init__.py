@@ -9,7 +9,7 @@ from mtl_jax._diagnostics import Diagnostics, diagnostics
 from mtl_jax._interop import as_aggregator
 from mtl_jax._lift import WeightingState, carry_over, rows_aggregator, vector_weighting
 from mtl_jax._masking import masked_mean
-from mtl_jax._metrics import Metrics, with_metrics
+from mtl_jax._metrics import MetricsState, with_metrics
 from mtl_jax._microbatching import microbatched, microbatched_encoder
 from mtl_jax._tasks import Tasks
 from mtl_jax._train import TrainState, TrainStep, make_train_step
@@ -32,7 +32,7 @@ __all__ = [
     "Aggregator",
     "Diagnostics",
     "Losses",
-    "Metrics",
+    "MetricsState",
     "MultiTaskGradient",
     "MultiTaskValue",
     "Signal",

@@ -87,6 +87,7 @@ class VectorMethod(NamedTuple):
       observe: ``observe(losses, state, present) -> state``, or ``None``.
       due: ``due(state) -> bool``, or ``None``.
       needs: the signal that ``update`` reads.
+      reads_losses: whether ``update`` reads the losses, too.
       positive_losses: whether a loss of exactly 0 has no answer, or teaches what is not meant: the
         transforms then leave its task out of the step.
       directions: ``directions(state, present) -> (combinations, step)``, where ``needs`` is
@@ -98,6 +99,7 @@ class VectorMethod(NamedTuple):
     observe: Callable[..., Any] | None
     due: Callable[..., Any] | None
     needs: Signal
+    reads_losses: bool
     positive_losses: bool
     directions: Callable[..., Any] | None
 
@@ -331,7 +333,11 @@ def check_weighting(weighting: Any) -> None:
             }
             given = {name: function for name, function in optional.items() if function is not None}
             check_functions("The weighting", init=method.init, update=method.update, **given)
-            check_flags("The weighting", positive_losses=method.positive_losses)
+            check_flags(
+                "The weighting",
+                reads_losses=method.reads_losses,
+                positive_losses=method.positive_losses,
+            )
             fields = (weighting.init, weighting.update, weighting.observe, weighting.due)
             if any(f is not None and getattr(f, OF_METHOD, None) is not method for f in fields):
                 raise TypeError(

@@ -42,10 +42,10 @@ def as_aggregator(
     Returns:
       The aggregator. ``init(params)`` is the weighting's state; ``update(task_gradients, state,
       params=None, *, losses=None, mask=None)`` combines gradients whose leaves have the tasks as
-      their leading axis. ``losses``, a pytree of K losses, must be given for a weighting of the
-      losses, for :func:`mtl_jax.gradnorm`, and for :func:`mtl_jax.norm_balance` of the root losses;
-      they are 1 by default for the others, of which :func:`mtl_jax.mgda` normalised by the losses
-      reads them. If something is not finite, the state is
+      their leading axis. ``losses``, a pytree of K losses, must be given for a weighting that
+      reads them: most of those that read no gradients, :func:`mtl_jax.gradnorm`,
+      :func:`mtl_jax.mgda` and :func:`mtl_jax.norm_balance` where a setting asks for them, and
+      your own, unless made with ``reads_losses=False``. If something is not finite, the state is
       returned as it was and the update is NaN. Gradients without arrays are returned as they are.
 
     Raises:
@@ -71,8 +71,8 @@ def as_aggregator(
     from optax.experimental import aggregating
 
     check_weighting(weighting)
-    needs = weighting.method.needs
-    if needs is Signal.SECOND_BATCH:
+    method = weighting.method
+    if method.needs is Signal.SECOND_BATCH:
         raise TypeError(
             "as_aggregator: the weighting reads a second batch, which optax does not hand on. "
             "mtl_jax.value_and_grad takes it: `second=`."
@@ -82,7 +82,6 @@ def as_aggregator(
             "as_aggregator: the weighting reads the losses after the step, which optax does not "
             "hand on. mtl_jax.make_train_step does."
         )
-    needs_losses = needs is Signal.LOSSES or weighting.method.positive_losses
     read_integer(num_tasks, "as_aggregator: `num_tasks`")
     key = read_key(key)
 
@@ -101,7 +100,7 @@ def as_aggregator(
         present = jnp.ones((num_tasks,), bool) if mask is None else mask
         if leave_out_zero:
             present = present & nonzero_rows(rows)
-            present = present & (losses != 0) if weighting.method.positive_losses else present
+            present = present & (losses != 0) if method.positive_losses else present
         weights, state = weighting.update(
             tuple(jnp.unstack(losses)),
             state,
@@ -128,7 +127,7 @@ def as_aggregator(
                 f"as_aggregator was made for {num_tasks} tasks, but there are gradients of "
                 f"{leading_axis(updates)}."
             )
-        if losses is None and needs_losses:
+        if losses is None and method.reads_losses:
             raise TypeError(
                 "as_aggregator: the weighting reads the losses; hand them to `update` as `losses=`."
             )

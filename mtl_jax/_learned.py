@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Float
 
 from mtl_jax._optimizers import check_optimizer, optimizer_update
+from mtl_jax._tasks import square_limit
 from mtl_jax._typing import PyTree
 
 
@@ -65,7 +66,7 @@ def learned_step(
     The gradient is cut off where its square, which many optimizers take, would overflow.
     """
     dtype = state.parameter.dtype
-    largest = 1e-4 * float(jnp.finfo(dtype).max) ** 0.5
+    largest = square_limit(dtype)
     parameter, opt_state = step_per_task(
         optimizer, objective, state.parameter, state.opt_state, *of_tasks, largest=largest
     )

@@ -65,6 +65,7 @@ def vector_weighting(
     observe: VectorObserve | None = None,
     needs: Signal = Signal.LOSSES,
     due: Callable[[PyTree], Bool[Array, ""]] | None = None,
+    reads_losses: bool = True,
     positive_losses: bool = False,
     directions: VectorDirections | None = None,
 ) -> Weighting:
@@ -91,6 +92,8 @@ def vector_weighting(
       needs: the signal that ``update`` reads.
       due: ``due(state) -> bool``, for a method that reads its signal only now and then: whether it
         must be measured at this step. Where it need not, ``update`` is called with ``None`` for it.
+      reads_losses: whether ``update`` reads the losses. If it does not,
+        :func:`mtl_jax.as_aggregator` does without them; nothing else depends on it.
       positive_losses: whether a loss of exactly 0 has no answer, or misleads what the method
         learns. :func:`mtl_jax.value_and_grad` and its like then leave the task out of the step, as
         if it had no labels; ``update`` itself is not changed by it.
@@ -129,7 +132,7 @@ def vector_weighting(
     optional = {"observe": observe, "due": due, "directions": directions}
     given = {name: function for name, function in optional.items() if function is not None}
     check_functions("vector_weighting", update=update, init=init, **given)
-    check_flags("vector_weighting", positive_losses=positive_losses)
+    check_flags("vector_weighting", reads_losses=reads_losses, positive_losses=positive_losses)
     if not isinstance(needs, Signal):
         raise TypeError(f"vector_weighting: `needs` must be a mtl_jax.Signal, got {needs!r}.")
     if (directions is not None) != (needs is Signal.SECOND_BATCH):
@@ -183,6 +186,7 @@ def vector_weighting(
             observe=None if observe is None else observe_fn,
             due=None if due is None else lambda state: due(state.inner),
             needs=needs,
+            reads_losses=reads_losses,
             positive_losses=positive_losses,
             directions=None if directions is None else directions_fn,
         )
@@ -397,14 +401,15 @@ def rows_aggregator(
     return Aggregator(init_fn, update_fn, one_at_a_time)
 
 
-def carry_over(old: WeightingState, new: WeightingState) -> WeightingState:
+def carry_over(old: PyTree, new: PyTree) -> PyTree:
     """Put what is known of the tasks that two states share into the new state.
 
     For tasks that are added, or left out, in the middle of a training. Tasks are told by their
     names; one that the old state does not know begins as in the new one.
 
     Args:
-      old: the state of a weighting or an aggregator up to now.
+      old: the state of a weighting or an aggregator up to now; with ``groups`` of parameters the
+        dictionary of them.
       new: the state that ``init`` of the same one makes for the new tasks. For a method whose
         state is like the parameters, they must be the same.
 
@@ -412,7 +417,7 @@ def carry_over(old: WeightingState, new: WeightingState) -> WeightingState:
       The state to go on from.
 
     Raises:
-      ValueError: if the states are not of the same weighting.
+      ValueError: if the states are not of the same weighting, or of other groups.
       TypeError: if one is no state of a weighting.
 
     Example:
@@ -424,6 +429,13 @@ def carry_over(old: WeightingState, new: WeightingState) -> WeightingState:
       >>> [round(float(average), 3) for average in state.inner.average]
       [3.0, 0.0]
     """
+    if isinstance(old, dict) and isinstance(new, dict) and new:
+        if set(old) != set(new):
+            raise ValueError(
+                f"The states are of other groups: {', '.join(map(str, old))}, and "
+                f"{', '.join(map(str, new))}."
+            )
+        return {group: carry_over(old[group], new[group]) for group in new}
     known = tasks_of(old).names
     pairs = [(known.index(n), k) for k, n in enumerate(tasks_of(new).names) if n in known]
     rows, own_rows = np.array(pairs, np.int32).reshape(-1, 2).T

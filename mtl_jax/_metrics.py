@@ -13,11 +13,11 @@ from mtl_jax._typing import PyTree
 State = TypeVar("State")
 
 
-class Metrics(NamedTuple):
+class MetricsState(NamedTuple):
     """One number for each task, set between steps, in the state of a weighting that reads it.
 
-    ``init`` puts ``Metrics.create(tasks)`` into the state, :func:`with_metrics` sets the numbers,
-    and ``update`` takes them in.
+    ``init`` puts ``MetricsState.create(tasks)`` into the state, :func:`with_metrics` sets the
+    numbers, and ``update`` takes them in.
 
     Attributes:
       latest: the numbers that were set last.
@@ -34,12 +34,12 @@ class Metrics(NamedTuple):
     tasks: Tasks
 
     @classmethod
-    def create(cls, tasks: Tasks) -> "Metrics":
+    def create(cls, tasks: Tasks) -> "MetricsState":
         """No number set yet."""
         zeros = jnp.zeros((tasks.number,), jnp.int32)
         return cls(tasks.full(0), zeros > 0, tasks.full(0), zeros, tasks)
 
-    def taken_in(self, decay: float = 0.0) -> "Metrics":
+    def taken_in(self, decay: float = 0.0) -> "MetricsState":
         """The fresh numbers put into the average, with 1 - decay; the first replaces it."""
         mean = decay * self.average + (1 - decay) * self.latest
         mean = jnp.where(self.updates == 0, self.latest, mean)
@@ -60,8 +60,8 @@ def with_metrics(state: State, metrics: PyTree) -> State:
 
     Args:
       state: the state of a weighting that reads metrics (:func:`achievement`,
-        :func:`dynamic_task_priority`), of a wrapper around it, or anything that holds it, such as
-        a :class:`TrainState`.
+        :func:`dynamic_task_prioritization`), of a wrapper around it, or anything that holds it,
+        such as a :class:`TrainState`.
       metrics: a pytree like the losses: one number for each task. A task whose number is not finite
         keeps the one it has: NaN is for a task that was not measured.
 
@@ -75,7 +75,7 @@ def with_metrics(state: State, metrics: PyTree) -> State:
 
     Example:
       >>> import mtl_jax
-      >>> weighting = mtl_jax.dynamic_task_priority(gamma=1.0, performance="metrics")
+      >>> weighting = mtl_jax.dynamic_task_prioritization(gamma=1.0, performance="metrics")
       >>> losses = {"easy": 0.1, "hard": 0.1}
       >>> state = weighting.init(losses)
       >>> state = mtl_jax.with_metrics(state, {"easy": 0.9, "hard": 0.5})  # say, after an epoch
@@ -86,7 +86,7 @@ def with_metrics(state: State, metrics: PyTree) -> State:
     found = []
 
     def tell(node):
-        if not isinstance(node, Metrics):
+        if not isinstance(node, MetricsState):
             return node
         _check_node(node)
         found.append(node)
@@ -95,17 +95,17 @@ def with_metrics(state: State, metrics: PyTree) -> State:
         latest = jnp.where(known, values.astype(node.latest.dtype), node.latest)
         return node._replace(latest=latest, fresh=node.fresh | known)
 
-    told = jax.tree.map(tell, state, is_leaf=lambda node: isinstance(node, Metrics))
+    told = jax.tree.map(tell, state, is_leaf=lambda node: isinstance(node, MetricsState))
     if not found:
         raise ValueError(
             "with_metrics: no weighting in this state reads metrics, as mtl_jax.achievement and "
-            "mtl_jax.dynamic_task_priority(performance='metrics') do."
+            "mtl_jax.dynamic_task_prioritization(performance='metrics') do."
         )
     return told
 
 
-def _check_node(node: Metrics) -> None:
-    """Raise a ``ValueError`` for metrics that are not as ``Metrics.create`` made them."""
+def _check_node(node: MetricsState) -> None:
+    """Raise a ``ValueError`` for metrics that are not as ``MetricsState.create`` made them."""
     for leaf, kind in ((node.latest, jnp.floating), (node.fresh, jnp.bool_)):
         shape, dtype = leaf_type(leaf, "with_metrics: a leaf of the state")
         if shape != (node.tasks.number,) or not jnp.issubdtype(dtype, kind):

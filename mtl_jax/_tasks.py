@@ -223,6 +223,11 @@ def arithmetic_dtype(dtype: Any, *others: Any) -> Any:
     return jnp.dtype("complex64" if real == jnp.float32 else "complex128")
 
 
+def square_limit(dtype: Any) -> float:
+    """A number whose square, and the sum of many such, is finite."""
+    return 1e-4 * float(jnp.finfo(dtype).max) ** 0.5
+
+
 def describe(structure: Any) -> str:
     """The structure, for an error message: ``{'a': *, 'b': *}``."""
     return str(structure).removeprefix("PyTreeDef(").removesuffix(")")

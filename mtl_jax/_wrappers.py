@@ -263,19 +263,19 @@ def normalized(weighting: Weighting, total: float | None = None) -> Weighting:
     return _changed(weighting.method, scale)
 
 
-def with_preference(weighting: Weighting, prior: PyTree) -> Weighting:
+def with_preference(weighting: Weighting, preference: PyTree) -> Weighting:
     """Multiply the weights with a preference among the tasks.
 
     Args:
       weighting: the weighting.
-      prior: the factor of each task: a pytree like the losses, or one number for all.
+      preference: the factor of each task: a pytree like the losses, or one number for all.
 
     Returns:
       The weighting, with the state of the one inside.
 
     Raises:
-      ValueError: if a factor is negative or not finite; in ``update``, if ``prior`` has another
-        structure than the losses.
+      ValueError: if a factor is negative or not finite; in ``update``, if ``preference`` has
+        another structure than the losses.
       TypeError: if ``weighting`` is not a :class:`mtl_jax.Weighting`, or a factor not a number.
 
     Example:
@@ -287,10 +287,10 @@ def with_preference(weighting: Weighting, prior: PyTree) -> Weighting:
       {'depth': 2.0, 'normals': 1.0}
     """
     check_weighting(weighting)
-    check_numbers(prior, "with_preference: a factor", "[0, inf)")
+    check_numbers(preference, "with_preference: a factor", "[0, inf)")
 
     def multiply(weights, state, present):
-        return state.tasks.vector(prior, "with_preference: `prior`") * weights
+        return state.tasks.vector(preference, "with_preference: `preference`") * weights
 
     return _changed(weighting.method, multiply)
 
@@ -377,6 +377,7 @@ def log_losses(
         inner._replace(
             update=update,
             observe=observe if inner.observe else None,
+            reads_losses=True,
             positive_losses=True,
         )
     )
@@ -424,6 +425,7 @@ def _scheduled(
         observe=observe if inner.observe else None,
         needs=inner.needs,
         due=due,
+        reads_losses=inner.reads_losses,
         positive_losses=inner.positive_losses,
         directions=_inner_directions(inner),
     )
@@ -463,6 +465,7 @@ def _passed_on(inner: VectorMethod) -> dict[str, Any]:
         "observe": observe if inner.observe else None,
         "due": due if inner.due else None,
         "needs": inner.needs,
+        "reads_losses": inner.reads_losses,
         "positive_losses": inner.positive_losses,
         "directions": _inner_directions(inner),
     }

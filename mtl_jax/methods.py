@@ -42,7 +42,7 @@ from mtl_jax.loss_weightings.causal import causal
 from mtl_jax.loss_weightings.constant import constant
 from mtl_jax.loss_weightings.cov_weighting import cov_weighting
 from mtl_jax.loss_weightings.dwa import dwa
-from mtl_jax.loss_weightings.dynamic_task_priority import dynamic_task_priority
+from mtl_jax.loss_weightings.dynamic_task_prioritization import dynamic_task_prioritization
 from mtl_jax.loss_weightings.equal import equal
 from mtl_jax.loss_weightings.famo import famo
 from mtl_jax.loss_weightings.geometric import geometric
@@ -76,7 +76,7 @@ __all__ = [
     "db_mtl",
     "dual_proj",
     "dwa",
-    "dynamic_task_priority",
+    "dynamic_task_prioritization",
     "equal",
     "excess_mtl",
     "fair_grad",
@@ -175,7 +175,8 @@ class Method:
       degree: the power of the gradients' scale by which its weights scale. ``None`` where there is
         none: it reads the losses alone, is an aggregator, or has an optimizer or an epsilon with a
         scale of its own.
-      harmless: whether no task's loss rises to first order; a text says under which condition.
+      non_conflicting: whether no task's loss rises to first order; a text says under which
+        condition.
       draws: whether it draws random numbers, so that its ``init`` needs a key.
       least_tasks: the fewest tasks that it can be given, with the arguments of ``required``.
       sources: its publications, each a label and an address; none for this library's own method.
@@ -191,7 +192,7 @@ class Method:
     domain: Domain = "any"
     total: str | None
     degree: float | None = None
-    harmless: bool | str = False
+    non_conflicting: bool | str = False
     draws: bool = False
     least_tasks: int = 1
     sources: tuple[tuple[str, str], ...] = ()
@@ -361,7 +362,7 @@ _RECORDS = (
         sources=(("Chennupati 2019", "https://arxiv.org/abs/1904.08492"),),
     ),
     Method(
-        factory=dynamic_task_priority,
+        factory=dynamic_task_prioritization,
         reads="the losses",
         effect="the task that performs worse",
         required={"gamma": lambda settings: 1.0},
@@ -375,7 +376,7 @@ _RECORDS = (
             ),
         ),
         search={"gamma": Range(1.0, 0.0, 5.0), "decay": Choice(0.0, 0.9, 0.99)},
-        variants={"dynamic_task_priority_metrics": {"performance": "metrics"}},
+        variants={"dynamic_task_prioritization_metrics": {"performance": "metrics"}},
     ),
     Method(
         factory=achievement,
@@ -495,7 +496,7 @@ _RECORDS = (
         effect="the shortest in the convex hull",
         total="1",
         degree=0,
-        harmless=True,
+        non_conflicting=True,
         sources=(
             ("Désidéri 2012", "https://doi.org/10.1016/j.crma.2012.03.014"),
             ("Sener 2018", "https://arxiv.org/abs/1810.04650"),
@@ -536,7 +537,7 @@ _RECORDS = (
         effect="the Nash bargaining solution",
         total="inverse to the gradients' norms",
         degree=-1,
-        harmless=True,
+        non_conflicting=True,
         sources=(("Navon 2022", "https://arxiv.org/abs/2202.01017"),),
         search={"max_norm": Choice(None, 1.0)},
     ),
@@ -546,7 +547,7 @@ _RECORDS = (
         effect="the alpha-fair solution",
         total="power of the gradients' norms",
         degree=-1,  # -2 alpha / (1 + alpha)
-        harmless=True,
+        non_conflicting=True,
         sources=(("Ban 2024", "https://arxiv.org/abs/2402.15638"),),
         search={"alpha": Range(1.0, 0.5, 10.0, log=True)},
     ),
@@ -573,7 +574,7 @@ _RECORDS = (
         effect="each gradient projected to harm none, mean",
         total="1/K each and more",
         degree=0,
-        harmless=True,
+        non_conflicting=True,
         sources=(("Quinton 2024", "https://arxiv.org/abs/2406.16232"),),
     ),
     Method(
@@ -582,7 +583,7 @@ _RECORDS = (
         effect="the mean projected to harm none",
         total="1/K each and more",
         degree=0,
-        harmless=True,
+        non_conflicting=True,
         sources=(("Lopez-Paz 2017", "https://arxiv.org/abs/1706.08840"),),
     ),
     Method(
@@ -591,7 +592,7 @@ _RECORDS = (
         effect="ConFIG: the same acute angle to all gradients",
         total="free, some may be negative",
         degree=0,
-        harmless="if independent",
+        non_conflicting="if independent",
         sources=(("Liu 2024", "https://arxiv.org/abs/2408.11104"),),
     ),
     Method(

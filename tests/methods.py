@@ -18,7 +18,7 @@ EVERYBODY = dict.fromkeys(TASKS, np.True_)
 # Arguments beside those that the records require.
 OWN = {
     "constant": {"weights": {"a": 0.5, "b": 1.0, "c": 1.5}},
-    "dynamic_task_priority": {"decay": 0.5},
+    "dynamic_task_prioritization": {"decay": 0.5},
     "causal": {"order": ("c", "a", "b")},
     "softadapt": {"beta": 1.0},
     "relobralo": {"alpha": 0.9},
@@ -48,7 +48,7 @@ VARIANTS = {
         "form": "revised",
     },
     "random_weighting[dirichlet]": {"distribution": "dirichlet"},
-    "dynamic_task_priority[metrics]": {"performance": "metrics"},
+    "dynamic_task_prioritization[metrics]": {"performance": "metrics"},
     "achievement[arithmetic]": {"form": "arithmetic"},
     "cov_weighting[decay=0.9]": {"decay": 0.9},
     "softadapt[normalized]": {"beta": 0.1, "variant": "normalized"},

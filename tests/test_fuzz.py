@@ -229,8 +229,8 @@ CONSTRUCTORS = [
     (mtl_jax.dwa, {"window": 2, "temperature": 1.0}),
     (mtl_jax.uncertainty, {"optimizer": ADAM, "initial_log_variance": 0.0, "form": "half"}),
     (mtl_jax.random_weighting, {"distribution": "normal"}),
-    (mtl_jax.dynamic_task_priority, {"gamma": LOSSES, "performance": jnp.exp, "decay": 0.5}),
-    (mtl_jax.dynamic_task_priority, {"gamma": 1.0, "performance": "metrics"}),
+    (mtl_jax.dynamic_task_prioritization, {"gamma": LOSSES, "performance": jnp.exp, "decay": 0.5}),
+    (mtl_jax.dynamic_task_prioritization, {"gamma": 1.0, "performance": "metrics"}),
     (mtl_jax.achievement, {
         "single_task": LOSSES, "gamma": 1.0, "margin": 0.1, "decay": 0.5,
         "higher_is_better": dict.fromkeys(TASKS, False), "form": "arithmetic",
@@ -275,7 +275,7 @@ CONSTRUCTORS = [
     (mtl_jax.ema, {"weighting": mtl_jax.equal(), "decay": 0.5, "initial": LOSSES}),
     (mtl_jax.clipped, {"weighting": mtl_jax.equal(), "low": 0.0, "high": 1.0}),
     (mtl_jax.normalized, {"weighting": mtl_jax.equal(), "total": 1.0}),
-    (mtl_jax.with_preference, {"weighting": mtl_jax.equal(), "prior": LOSSES}),
+    (mtl_jax.with_preference, {"weighting": mtl_jax.equal(), "preference": LOSSES}),
     (mtl_jax.log_losses, {"weighting": mtl_jax.imtl_g(), "decide_on": "losses"}),
     (mtl_jax.vector_weighting, {
         "update": lambda losses, state, *_: (losses, state),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from methods import GRAMIAN_METHODS, KEY, METHODS, ROW_METHODS, TASKS, loss_sequence, made
 from optax.experimental import aggregating
 
 import mtl_jax
@@ -48,8 +49,8 @@ def test_losses_and_mask():
     losses = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0}
     aggregator = mtl_jax.as_aggregator(mtl_jax.mgda("loss"), 4)
     state = aggregator.init(PARAMS)
-    plain, _ = aggregator.update(ROWS, state)
     everybody = dict.fromkeys(losses, np.True_)
+    plain, _ = aggregator.update(ROWS, state, losses=dict.fromkeys(losses, 1.0))
     scaled, _ = aggregator.update(ROWS, state, losses=losses, mask=everybody)
     assert not np.allclose(plain["w"], scaled["w"])
     mask = dict.fromkeys(losses, np.False_) | {"c": np.True_}
@@ -130,3 +131,47 @@ def test_errors():
         aggregator.update(ROWS, aggregator.init(PARAMS), losses=jnp.arange(1.0, 5.0))
     with pytest.raises(ValueError, match="draws random numbers"):
         mtl_jax.as_aggregator(mtl_jax.pcgrad(), 4).init(PARAMS)
+
+
+def test_an_own_weighting_reads_the_losses_unless_it_says_otherwise():
+    """It would silently be given losses of 1 else."""
+
+    def update(losses, state, present, steps, gramian):
+        return losses / jnp.sqrt(jnp.diagonal(gramian)), state
+
+    balanced = mtl_jax.vector_weighting(update, needs=mtl_jax.Signal.GRAMIAN)
+    for weighting in (balanced, mtl_jax.every(balanced, 2), mtl_jax.log_losses(mtl_jax.upgrad())):
+        aggregator = mtl_jax.as_aggregator(weighting, 4)
+        with pytest.raises(TypeError, match="reads the losses"):
+            aggregator.update(ROWS, aggregator.init(PARAMS))
+    for weighting in (mtl_jax.upgrad(), mtl_jax.ema(mtl_jax.equal(), 0.9)):
+        aggregator = mtl_jax.as_aggregator(weighting, 4)
+        update, _ = aggregator.update(ROWS, aggregator.init(PARAMS))
+        assert np.all(np.isfinite(update["w"]))
+
+
+WEIGHTINGS = [
+    name
+    for name in [*METHODS, *GRAMIAN_METHODS, *ROW_METHODS, "modo", "sdmgrad", "auto_lambda"]
+    if isinstance(made(name), mtl_jax.Weighting)
+]
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_whether_a_method_reads_the_losses_is_as_it_says(name):
+    """The weights under the same signal and state, with other losses."""
+    weighting = made(name)
+    rows = jax.random.normal(jax.random.key(1), (3, 5))
+    signals = {"gramian": rows @ rows.T, "task_gradients": rows}
+    falling = loss_sequence()
+    rising = falling[::-1]
+    state = other = weighting.init(falling[0], key=KEY, params=rows[0])
+    same = True
+    for step in range(8):
+        if weighting.needs is mtl_jax.Signal.SECOND_BATCH:
+            number = weighting.method.directions(state, jnp.ones(3, bool))[0].shape[0]
+            signals["products"] = (rows @ rows.T)[:, :1].repeat(number, 1)
+        weights, state = weighting.update(falling[step], state, **signals)
+        others, other = weighting.update(rising[step], other, **signals)
+        same &= all(np.array_equal(weights[task], others[task]) for task in TASKS)
+    assert same != weighting.method.reads_losses

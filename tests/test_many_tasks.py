@@ -221,3 +221,29 @@ def test_statistics_are_carried_over_by_name():
         mtl_jax.carry_over(state, moco.init(PARAMS[:3], {"b": 1.0, "c": 1.0}))
     with pytest.raises(TypeError, match="Expected the state"):
         mtl_jax.carry_over({}, state)
+    with pytest.raises(TypeError, match="Expected the state"):
+        mtl_jax.carry_over({}, {})
+
+
+def test_statistics_are_carried_over_in_each_group():
+    weighting = mtl_jax.gradvac()
+
+    def losses_fn(params, targets):
+        return {k: jnp.sum((params["a"] + params["b"] - t) ** 2) for k, t in enumerate(targets)}
+
+    gradient = mtl_jax.value_and_grad(losses_fn, weighting, groups=lambda path: path)
+    params = {"a": jnp.ones(2), "b": jnp.arange(2.0)}
+    key = jax.random.key(0)
+    old, new = (0.0, 1.0), (0.0, 1.0, 2.0)
+    _, _, state = gradient(params, gradient.init(params, old, key=key), old)
+    fresh = gradient.init(params, new, key=key)
+    carried = mtl_jax.carry_over(state, fresh)
+    assert jax.tree.structure(carried) == jax.tree.structure(fresh)
+    for group in ("a", "b"):
+        alone = mtl_jax.carry_over(state[group], fresh[group])
+        for got, expected in zip(*map(jax.tree.leaves, (carried[group], alone)), strict=True):
+            assert (got == expected).all()
+        assert carried[group].steps.tolist() == [1, 1, 0]
+    gradient(params, carried, new)
+    with pytest.raises(ValueError, match="of other groups: a, b, and a"):
+        mtl_jax.carry_over(state, {"a": fresh["a"]})

@@ -148,11 +148,11 @@ def test_degree(name):
 
 
 @each_method
-def test_harmless(name):
+def test_non_conflicting(name):
     """As the record says; where it says nothing, some loss rises for some of the gradients."""
-    harmless = METHODS[name].harmless
+    non_conflicting = METHODS[name].non_conflicting
     if METHODS[name].total is None or METHODS[name].reads != "the Gramian":
-        assert harmless is False
+        assert non_conflicting is False
         return
     rng = np.random.default_rng(0)
     least = []
@@ -164,7 +164,7 @@ def test_harmless(name):
         least.append(
             np.min(gains / (np.linalg.norm(rows, axis=1) * np.linalg.norm(weights @ rows)))
         )
-    if harmless:
+    if non_conflicting:
         assert min(least) >= -1e-4
     else:
         assert min(least) < -1e-2

@@ -20,7 +20,7 @@ def as_told():
         metrics = state.taken_in(0.5)
         return jnp.where(metrics.updates > 0, metrics.average, 7.0), metrics
 
-    return mtl_jax.vector_weighting(update, lambda tasks, key: mtl_jax.Metrics.create(tasks))
+    return mtl_jax.vector_weighting(update, lambda tasks, key: mtl_jax.MetricsState.create(tasks))
 
 
 WEIGHTING = as_told()

@@ -443,7 +443,7 @@ def test_errors():
     with pytest.raises(ValueError, match="log_losses: `decide_on` must be 'logarithms' or"):
         mtl_jax.log_losses(weighting, "logs")
     wrapped = mtl_jax.with_preference(mtl_jax.equal(), {"a": 1.0})
-    with pytest.raises(ValueError, match="with_preference: `prior` must have the structure"):
+    with pytest.raises(ValueError, match="with_preference: `preference` must have the structure"):
         wrapped.update({"b": 1.0}, wrapped.init({"b": 1.0}))
 
 

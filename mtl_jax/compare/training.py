@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from mtl_jax._base import Aggregator, MultiTaskGradient, MultiTaskValue, Signal, Weighting
-from mtl_jax._metrics import Metrics, with_metrics
+from mtl_jax._metrics import MetricsState, with_metrics
 from mtl_jax._tasks import read_mask, read_tasks
 from mtl_jax._train import TrainState, TrainStep, make_train_step
 from mtl_jax._transforms import representation_value_and_grad, value_and_grad
@@ -743,8 +743,8 @@ def _reads_second(weighting: Weighting | Aggregator) -> bool:
 
 def _reads_metrics(state: PyTree) -> bool:
     """Whether a weighting whose state this is reads metrics."""
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, Metrics))
-    return any(isinstance(node, Metrics) for node in nodes)
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, MetricsState))
+    return any(isinstance(node, MetricsState) for node in nodes)
 
 
 class _Compiling:

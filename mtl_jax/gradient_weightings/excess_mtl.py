@@ -106,7 +106,7 @@ def excess_mtl(step_size: float = 0.01, eps: float = 1e-7) -> Weighting:
         weights = number * jax.nn.softmax(log_weights, where=present)
         return weights, ExcessMTLState(log_weights, initial_risk, squares)
 
-    return vector_weighting(update, init, needs=Signal.TASK_GRADIENTS)
+    return vector_weighting(update, init, needs=Signal.TASK_GRADIENTS, reads_losses=False)
 
 
 def _excess_risk(rows: PyTree, squares: PyTree, eps: float) -> Float[Array, "tasks"]:

@@ -106,7 +106,7 @@ def lr_annealing(
         weights = jnp.where(kept, state.weights, weights)
         return weights, LRAnnealingState(weights, state.reference)
 
-    return vector_weighting(update, init, needs=Signal.TASK_GRADIENTS)
+    return vector_weighting(update, init, needs=Signal.TASK_GRADIENTS, reads_losses=False)
 
 
 def _by_task(rows: PyTree, reduce: Callable[[Array], Array], join: Callable[..., Array]) -> Array:

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from mtl_jax._base import Signal, Weighting
-from mtl_jax._checks import check_numbers
 from mtl_jax._lift import vector_weighting
+from mtl_jax._preference import among_present, check_preference, preference_vector
 from mtl_jax._tasks import Tasks
 from mtl_jax._typing import PyTree
 from mtl_jax.solvers import Solution
@@ -42,7 +42,7 @@ Solve = Callable[
 ]
 
 
-def solved(solve: Solve) -> Weighting:
+def solved(solve: Solve, *, reads_losses: bool = False) -> Weighting:
     """The weighting with the weights ``solve(gramian, losses, present).x``."""
 
     def init(tasks: Tasks, key: Array | None) -> SolvedState:
@@ -52,7 +52,7 @@ def solved(solve: Solve) -> Weighting:
         solution = solve(gramian, losses, present)
         return solution.x, SolvedState(solution.residual)
 
-    return vector_weighting(update, init, needs=Signal.GRAMIAN)
+    return vector_weighting(update, init, needs=Signal.GRAMIAN, reads_losses=reads_losses)
 
 
 def preferred(solve: Solve, preference: PyTree | None, method: str) -> Weighting:
@@ -60,19 +60,15 @@ def preferred(solve: Solve, preference: PyTree | None, method: str) -> Weighting
 
     The preference is 1/K for each of the K present tasks if none is given.
     """
-    name = f"{method}: a preference"
-    check_numbers(preference, name, "[0, inf)")
+    check_preference(preference, method)
 
     def init(tasks: Tasks, key: Array | None) -> PreferredState:
-        values = 1.0 if preference is None else preference
-        vector = tasks.vector(values, f"{method}: `preference`")
+        vector = preference_vector(preference, tasks, method)
         return PreferredState(jnp.zeros((), tasks.dtype), vector)
 
     def update(losses, state, present, steps, gramian):
-        number = jnp.sum(present, dtype=losses.dtype)
-        share = 1 / jnp.maximum(number, 1) if preference is None else 1
-        chosen = jnp.where(present, share * state.preference, 0)
+        chosen = among_present(state.preference, preference, present)
         solution = solve(gramian, chosen, present)
         return solution.x, state._replace(residual=solution.residual)
 
-    return vector_weighting(update, init, needs=Signal.GRAMIAN)
+    return vector_weighting(update, init, needs=Signal.GRAMIAN, reads_losses=False)

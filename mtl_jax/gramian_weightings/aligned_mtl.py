@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mtl_jax._base import Signal, Weighting
-from mtl_jax._checks import check_numbers, check_option
+from mtl_jax._checks import check_option
 from mtl_jax._lift import vector_weighting
+from mtl_jax._preference import among_present, check_preference, preference_vector
 from mtl_jax._typing import PyTree
 from mtl_jax.gramian_weightings._spectral import spectrum
 from mtl_jax.solvers._precision import in_float64
@@ -72,11 +73,10 @@ def aligned_mtl(
       [0.5, 0.167]
     """
     check_option(scale, ("min", "median", "rmse"), "aligned_mtl: `scale`")
-    check_numbers(preference, "aligned_mtl: a preference", "[0, inf)")
+    check_preference(preference, "aligned_mtl")
 
     def init(tasks, key):
-        values = 1.0 if preference is None else preference
-        return AlignedMTLState(tasks.vector(values, "aligned_mtl: `preference`"))
+        return AlignedMTLState(preference_vector(preference, tasks, "aligned_mtl"))
 
     def weights(gramian, chosen, *, eps):
         eigen = spectrum(gramian, eps)
@@ -89,9 +89,7 @@ def aligned_mtl(
         return jnp.sqrt(level) * eigen.apply(1 / jnp.sqrt(eigen.values), chosen)
 
     def update(losses, state, present, steps, gramian):
-        number = jnp.maximum(jnp.sum(present, dtype=losses.dtype), 1)
-        share = 1 / number if preference is None else 1
-        chosen = jnp.where(present, share * state.preference, 0)
+        chosen = among_present(state.preference, preference, present)
         return in_float64(weights, gramian, chosen), state
 
-    return vector_weighting(update, init, needs=Signal.GRAMIAN)
+    return vector_weighting(update, init, needs=Signal.GRAMIAN, reads_losses=False)

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mtl_jax._base import Signal, Weighting
-from mtl_jax._checks import check_numbers
 from mtl_jax._lift import vector_weighting
+from mtl_jax._preference import check_preference, preference_vector
 from mtl_jax._typing import Gramian, PyTree, Vector
 from mtl_jax.gramian_weightings._spectral import cosines, gradient_norms, rounding, spectrum
 from mtl_jax.solvers._precision import in_float64
@@ -69,17 +69,16 @@ def conflict_free(preference: PyTree | None = None) -> Weighting:
       >>> [round(float(weight), 3) for weight in weights]
       [2.0, 0.667]
     """
-    check_numbers(preference, "conflict_free: a preference", "[0, inf)")
+    check_preference(preference, "conflict_free")
 
     def init(tasks, key):
-        values = 1.0 if preference is None else preference
-        return ConflictFreeState(tasks.vector(values, "conflict_free: `preference`"))
+        return ConflictFreeState(preference_vector(preference, tasks, "conflict_free"))
 
     def update(losses, state, present, steps, gramian):
         chosen = jnp.where(present, state.preference, 0)
         return conflict_free_weights(gramian, chosen), state
 
-    return vector_weighting(update, init, needs=Signal.GRAMIAN)
+    return vector_weighting(update, init, needs=Signal.GRAMIAN, reads_losses=False)
 
 
 def conflict_free_weights(gramian: Gramian, preference: Vector) -> Vector:

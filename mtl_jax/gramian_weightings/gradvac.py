@@ -111,4 +111,4 @@ def gradvac(beta: float = 0.5, order: Order | None = None) -> Weighting:
         (mixtures, _, target), _ = jax.lax.scan(meet, start, orders.T)
         return weights_of_mixtures(mixtures, norms), GradVacState(target, next_key)
 
-    return vector_weighting(update, init, needs=Signal.GRAMIAN)
+    return vector_weighting(update, init, needs=Signal.GRAMIAN, reads_losses=False)

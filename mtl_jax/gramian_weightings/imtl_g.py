@@ -59,4 +59,4 @@ def imtl_g() -> Weighting:
     def update(losses, state, present, steps, gramian):
         return in_float64(weights, gramian), state
 
-    return vector_weighting(update, needs=Signal.GRAMIAN)
+    return vector_weighting(update, needs=Signal.GRAMIAN, reads_losses=False)

@@ -84,4 +84,4 @@ def krum(
         count = jnp.clip(number, 1, selected)
         return (ranks < count).astype(gramian.dtype) / count.astype(gramian.dtype), state
 
-    return vector_weighting(update, init, needs=Signal.GRAMIAN)
+    return vector_weighting(update, init, needs=Signal.GRAMIAN, reads_losses=False)

@@ -80,4 +80,4 @@ def mgda(normalization: Literal["l2", "loss", "loss+"] | None = None) -> Weighti
         solution = shortest_combination(rows, inverse)
         return solution._replace(x=jnp.where(valid, solution.x, jnp.nan))
 
-    return solved(solve)
+    return solved(solve, reads_losses=normalization in ("loss", "loss+"))

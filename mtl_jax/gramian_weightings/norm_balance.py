@@ -118,5 +118,9 @@ def norm_balance(
         return weights, NormBalanceState(weights, state.reference)
 
     return vector_weighting(
-        update, init, needs=Signal.GRAMIAN, positive_losses=norm_of == "root_loss"
+        update,
+        init,
+        needs=Signal.GRAMIAN,
+        reads_losses=norm_of == "root_loss",
+        positive_losses=norm_of == "root_loss",
     )

@@ -83,7 +83,7 @@ def pcgrad(order: Order | None = None) -> Weighting:
         mixtures, _ = jax.lax.scan(meet, jnp.eye(number, dtype=gramian.dtype), orders.T)
         return weights_of_mixtures(mixtures, norms), PCGradState(next_key)
 
-    return vector_weighting(update, init, needs=Signal.GRAMIAN)
+    return vector_weighting(update, init, needs=Signal.GRAMIAN, reads_losses=False)
 
 
 def weights_of_mixtures(

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from mtl_jax._base import Weighting
 from mtl_jax._checks import check_flags, check_numbers, check_option, read_number
 from mtl_jax._lift import vector_weighting
-from mtl_jax._metrics import Metrics
+from mtl_jax._metrics import MetricsState
 from mtl_jax._typing import PyTree
 
 
@@ -22,7 +22,7 @@ class AchievementState(NamedTuple):
       higher: 1 where a higher metric is better, 0 where a lower one is.
     """
 
-    metrics: Metrics
+    metrics: MetricsState
     single_task: Float[Array, "tasks"]
     higher: Float[Array, "tasks"]
 
@@ -108,7 +108,7 @@ def achievement(
 
     def init(tasks, key):
         return AchievementState(
-            metrics=Metrics.create(tasks),
+            metrics=MetricsState.create(tasks),
             single_task=tasks.vector(single_task, "achievement: `single_task`"),
             higher=tasks.vector(higher_is_better, "achievement: `higher_is_better`"),
         )
@@ -126,4 +126,5 @@ def achievement(
             shares = shares * jnp.exp(mean - logs)
         return shares, state._replace(metrics=metrics)
 
-    return vector_weighting(update, init, positive_losses=form == "geometric")
+    reads_losses = form == "geometric"
+    return vector_weighting(update, init, reads_losses=reads_losses, positive_losses=reads_losses)

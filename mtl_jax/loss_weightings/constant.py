@@ -64,6 +64,7 @@ def constant(weights: PyTree) -> Weighting:
     def update(losses, state, present, steps):
         return state.weights, state
 
-    return vector_weighting(
-        update, lambda tasks, key: ConstantState(tasks.vector(weights, "constant: the weights"))
-    )
+    def init(tasks, key):
+        return ConstantState(tasks.vector(weights, "constant: the weights"))
+
+    return vector_weighting(update, init, reads_losses=False)

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 from mtl_jax._base import Weighting
 from mtl_jax._checks import read_number
 from mtl_jax._lift import vector_weighting
+from mtl_jax._tasks import square_limit
 
 
 class CovWeightingState(NamedTuple):
@@ -76,10 +77,9 @@ def cov_weighting(decay: float | None = None) -> Weighting:
         variation = jnp.where(ready, variation, 1)
         weights = variation / jnp.sum(variation, where=present)
 
-        limits = jnp.finfo(losses.dtype)
-        undefined = (steps == 0) | (state.mean_loss < limits.tiny)
+        undefined = (steps == 0) | (state.mean_loss < jnp.finfo(losses.dtype).tiny)
         ratio = jnp.where(undefined, 1, losses / jnp.where(undefined, 1, state.mean_loss))
-        ratio = jnp.where(jnp.isnan(losses), losses, jnp.minimum(ratio, 1e-4 * limits.max**0.5))
+        ratio = jnp.where(jnp.isnan(losses), losses, jnp.minimum(ratio, square_limit(losses.dtype)))
         keep = jnp.where(steps == 0, 0, 1 - 1 / (seen + 1) if decay is None else decay)
         mean_ratio = keep * state.mean_ratio + (1 - keep) * ratio
         squares = state.squares + (ratio - state.mean_ratio) * (ratio - mean_ratio)

@@ -64,4 +64,4 @@ def random_weighting(distribution: Literal["normal", "dirichlet"] = "normal") ->
             scores = jnp.log(jax.random.exponential(key, losses.shape, losses.dtype))
         return jax.nn.softmax(scores, where=present), RandomWeightingState(next_key)
 
-    return vector_weighting(update, init)
+    return vector_weighting(update, init, reads_losses=False)

@@ -13,6 +13,7 @@ from mtl_jax._base import Signal, Weighting
 from mtl_jax._checks import check_numbers, read_number
 from mtl_jax._learned import check_learner, per_task, step_per_task
 from mtl_jax._lift import vector_weighting
+from mtl_jax._tasks import square_limit
 from mtl_jax._typing import PyTree
 
 
@@ -127,14 +128,20 @@ def auto_lambda(
 
     def update(losses, state, present, steps, products):
         slopes = -rate(state) * products[:, 0]
-        largest = 1e-4 * float(jnp.finfo(losses.dtype).max) ** 0.5  # whose square is finite
         weights, opt_state = step_per_task(
-            optimizer, objective, state.weights, state.opt_state, slopes, largest=largest
+            optimizer,
+            objective,
+            state.weights,
+            state.opt_state,
+            slopes,
+            largest=square_limit(losses.dtype),
         )
         total = jnp.asarray(optax.safe_increment(state.total))
         return weights, AutoLambdaState(weights, state.primary, opt_state, total)
 
-    return vector_weighting(update, init, needs=Signal.SECOND_BATCH, directions=directions)
+    return vector_weighting(
+        update, init, needs=Signal.SECOND_BATCH, reads_losses=False, directions=directions
+    )
 
 
 def _as_number(value: Any) -> Any:

@@ -86,4 +86,6 @@ def modo(gamma: float = 0.001, rho: float = 0.1) -> Weighting:
         weights = nearest_shares(weights - gamma * (slope + rho * weights), present)
         return weights, MoDoState(total * weights)
 
-    return vector_weighting(update, init, needs=Signal.SECOND_BATCH, directions=directions)
+    return vector_weighting(
+        update, init, needs=Signal.SECOND_BATCH, reads_losses=False, directions=directions
+    )

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mtl_jax._base import Signal, Weighting
-from mtl_jax._checks import check_numbers, read_integer, read_number
+from mtl_jax._checks import read_integer, read_number
 from mtl_jax._lift import vector_weighting
+from mtl_jax._preference import among_present, check_preference, preference_vector
 from mtl_jax._typing import PyTree
 from mtl_jax.second_batch_weightings._simplex import nearest_shares, shares
 
@@ -100,12 +101,11 @@ def sdmgrad(
     learning_rate = read_number(learning_rate, "sdmgrad: `learning_rate`", "(0, inf)")
     momentum = read_number(momentum, "sdmgrad: `momentum`", "[0, 1)")
     iterations = read_integer(iterations, "sdmgrad: `iterations`")
-    check_numbers(preference, "sdmgrad: a preference", "[0, inf)")
+    check_preference(preference, "sdmgrad")
     eps = read_number(eps, "sdmgrad: `eps`", "[0, inf)")
 
     def init(tasks, key):
-        values = 1.0 if preference is None else preference
-        vector = tasks.vector(values, "sdmgrad: `preference`")
+        vector = preference_vector(preference, tasks, "sdmgrad")
         return SDMGradState(tasks.full(1 / tasks.number), vector)
 
     def directions(state, present):
@@ -113,8 +113,7 @@ def sdmgrad(
 
     def update(losses, state, present, steps, products):
         number = jnp.maximum(jnp.sum(present, dtype=losses.dtype), 1)
-        preferred = state.preference / (number if preference is None else 1)
-        preferred = jnp.where(present, preferred, 0)
+        preferred = among_present(state.preference, preference, present)
         roots = jnp.sqrt(jnp.maximum(jnp.diagonal(products), 0))
         scale = jnp.sum(roots, where=present) / number
         # Divided twice, so that no square overflows or vanishes.
@@ -134,4 +133,6 @@ def sdmgrad(
         weights = (point + regularization * preferred) / (1 + regularization)
         return weights, state._replace(shares=total * point)
 
-    return vector_weighting(update, init, needs=Signal.SECOND_BATCH, directions=directions)
+    return vector_weighting(
+        update, init, needs=Signal.SECOND_BATCH, reads_losses=False, directions=directions
+    )

@@ -10,7 +10,7 @@ from mtl_jax.compare import Task, compare, tune
 from mtl_jax.compare.analysis import Analysis
 from mtl_jax.compare.report import write_report
 
-NAMES = ["adaptive", "adaptive_alone", "dynamic_task_priority"]
+NAMES = ["adaptive", "adaptive_alone", "dynamic_task_prioritization"]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 from toy_problem import IN_PARTS, THREE_TARGETS, make_problem
 
 import mtl_jax
-from mtl_jax._metrics import Metrics
+from mtl_jax._metrics import MetricsState
 from mtl_jax.compare import SPACES, WEIGHTINGS, compare, tune
 
 PROBLEM = make_problem(THREE_TARGETS, **IN_PARTS)
@@ -38,7 +38,7 @@ def told(settings):
         state = state.taken_in()
         return jnp.where(state.updates > 0, state.latest, 1), state
 
-    return mtl_jax.vector_weighting(update, lambda tasks, key: Metrics.create(tasks))
+    return mtl_jax.vector_weighting(update, lambda tasks, key: MetricsState.create(tasks))
 
 
 MAKES = {

@@ -56,7 +56,8 @@ def alone(trainer, task, seed=0):
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_every_known_weighting_trains(name, three):
     run = last(three, name)
-    if name == "dynamic_task_priority_metrics":  # its indicators lie in (0, 1], not so these errors
+    # The indicators of this one lie in (0, 1], these errors do not.
+    if name == "dynamic_task_prioritization_metrics":
         assert run.failure == "no finite update in epoch 2"
         return
     assert run.failure is None

@@ -368,7 +368,7 @@ def test_spaces_begin_at_the_defaults_and_hold_valid_parameters(name):
         factory = methods[0].factory if methods else mtl_jax.adaptive  # adaptive_alone
         parameters = inspect.signature(factory).parameters
         default = "end" if parameter == "reference" else parameters[parameter].default
-        required = {"dynamic_task_priority": {"gamma": 1.0}, "uw_so": {"temperature": 1.0}}
+        required = {"dynamic_task_prioritization": {"gamma": 1.0}, "uw_so": {"temperature": 1.0}}
         assert first == required.get(name.removesuffix("_metrics"), {}).get(parameter, default)
         extremes = (
             dimension.values if isinstance(dimension, Choice) else (dimension.low, dimension.high)

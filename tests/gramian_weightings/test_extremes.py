@@ -37,7 +37,7 @@ def direction(weights, J):
     return weights.astype(np.float64) @ J.astype(np.float64)
 
 
-def check_harmless(name, weights, J, state):
+def check_non_conflicting(name, weights, J, state):
     """No gain is negative beyond the rounding of what is added up in it."""
     lengths = np.linalg.norm(J.astype(np.float64), axis=1)
     if name in ("nash_mtl", "fair_grad") and state.inner.residual > 0.5:
@@ -74,7 +74,7 @@ def test_128_tasks_of_upgrad():
     J = gradients(MOST, 10)
     weights, state = gramian_methods.weights_of("upgrad", J, size=MOST)
     assert np.all(np.isfinite(weights))
-    check_harmless("upgrad", weights, J, state)
+    check_non_conflicting("upgrad", weights, J, state)
 
 
 @each_method
@@ -87,7 +87,7 @@ def test_one_task_1e12_times_another(name):
             weights, state = weights_of(name, rows)
             assert np.all(np.isfinite(weights)), (number, factor)
             if name in HARMLESS:
-                check_harmless(name, weights, rows, state)
+                check_non_conflicting(name, weights, rows, state)
 
 
 @each_method

@@ -1,4 +1,4 @@
-"""achievement against the authors' code, and the metrics that dynamic_task_priority is told."""
+"""achievement against the authors' code, and metrics told to dynamic_task_prioritization."""
 
 import jax
 import jax.numpy as jnp
@@ -70,9 +70,9 @@ def test_higher_is_better_holds_flags():
         mtl_jax.achievement(higher_is_better={"a": 1.0})
 
 
-def test_dynamic_task_priority_of_accuracies(x64):
+def test_dynamic_task_prioritization_of_accuracies(x64):
     """The paper's formula on KPIs that are told, with its moving average."""
-    weighting = mtl_jax.dynamic_task_priority(2.0, "metrics", decay=0.9)
+    weighting = mtl_jax.dynamic_task_prioritization(2.0, "metrics", decay=0.9)
     state, average = weighting.init((1.0,) * 3), None
     weights, state = weighting.update((-1.0, 0.5, 3.0), state)  # the losses do not count
     np.testing.assert_array_equal(weights, 1)
@@ -93,4 +93,4 @@ def test_dynamic_task_priority_of_accuracies(x64):
 
 def test_performance_is_a_function_or_the_metrics():
     with pytest.raises(TypeError, match="`performance` must be a function, got 'metric'"):
-        mtl_jax.dynamic_task_priority(1.0, "metric")
+        mtl_jax.dynamic_task_prioritization(1.0, "metric")

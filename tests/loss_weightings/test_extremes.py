@@ -64,7 +64,7 @@ GIVES_NAN = {
     "achievement": NEGATIVE | ZERO,
     "stch": NEGATIVE | ZERO,
     "stch[mu=0.1,window=2]": NEGATIVE | ZERO,
-    "dynamic_task_priority": NEGATIVE,
+    "dynamic_task_prioritization": NEGATIVE,
     "softadapt[loss_weighted]": NEGATIVE,
     "cov_weighting": NEGATIVE,
     "cov_weighting[decay=0.9]": NEGATIVE,

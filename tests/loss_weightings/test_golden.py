@@ -250,19 +250,19 @@ def test_softadapt_variants_against_the_definition(case):
 
 
 @functools.cache
-def dynamic_task_priority(gamma, decay):
-    return mtl_jax.dynamic_task_priority(gamma, decay=decay)
+def dynamic_task_prioritization(gamma, decay):
+    return mtl_jax.dynamic_task_prioritization(gamma, decay=decay)
 
 
-def test_dynamic_task_priority(case):
+def test_dynamic_task_prioritization(case):
     for point in CASES[0]["methods"]["DTP/formula"]["points"]:
-        weighting = made(mtl_jax.dynamic_task_priority, point["gamma"])
+        weighting = made(mtl_jax.dynamic_task_prioritization, point["gamma"])
         (weights,), _ = weights_of(weighting, [[-np.log(point["kpi"])]])
         np.testing.assert_allclose(weights[0], point["weight"], rtol=1e-9, atol=1e-14)
 
     method = case["methods"]["DTP/formula"]
     params = method["params"]
-    weighting = dynamic_task_priority(params["gamma_trajectory"], 1 - params["ema_alpha"])
+    weighting = dynamic_task_prioritization(params["gamma_trajectory"], 1 - params["ema_alpha"])
     trajectory = method["trajectory"]
     weights, states = weights_of(weighting, -np.log([step["kpi"] for step in trajectory]))
     assert_close(weights, [step["weights"] for step in trajectory])

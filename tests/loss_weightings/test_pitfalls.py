@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import mtl_jax
+from mtl_jax import dynamic_task_prioritization as prioritization
 
 
 def run(weighting, sequence, masks=None, **kwargs):
@@ -151,9 +152,9 @@ def test_famo_weight_decay_is_added_to_the_gradient(weight_decay):
     assert logits[1] > logits[0]  # the task whose loss fell less gains
 
 
-def test_dynamic_task_priority_sees_a_negative_loss_behind_the_average():
+def test_dynamic_task_prioritization_sees_a_negative_loss_behind_the_average():
     """Its indicator, exp(0.3), is above 1; the average of it and exp(-1) is not."""
-    weighting = mtl_jax.dynamic_task_priority(1.0, decay=0.5)
+    weighting = mtl_jax.dynamic_task_prioritization(1.0, decay=0.5)
     weights, state = run(weighting, [(1.0, 1.0), (-0.3, 1.0)])
     assert np.all(np.isnan(weights[1]))
     np.testing.assert_array_equal(state.steps, 1)
@@ -257,10 +258,10 @@ def test_a_missing_window_is_python_s_own_error(make):
         (lambda: mtl_jax.relobralo(alpha=-0.1), "relobralo: `alpha`"),
         (lambda: mtl_jax.relobralo(temperature=0.0), "relobralo: `temperature`"),
         (lambda: mtl_jax.cov_weighting(1.0), r"cov_weighting: `decay` must be in \[0, 1\)"),
-        (lambda: mtl_jax.dynamic_task_priority(-1.0), "dynamic_task_priority: `gamma`.*-1.0"),
-        (lambda: mtl_jax.dynamic_task_priority(NAN), "dynamic_task_priority: `gamma`.*nan"),
-        (lambda: mtl_jax.dynamic_task_priority({"a": INF}), "dynamic_task_priority: `gamma`"),
-        (lambda: mtl_jax.dynamic_task_priority(1.0, decay=1.0), "dynamic_task_priority: `decay`"),
+        (lambda: prioritization(-1.0), "dynamic_task_prioritization: `gamma`.*-1.0"),
+        (lambda: prioritization(NAN), "dynamic_task_prioritization: `gamma`.*nan"),
+        (lambda: prioritization({"a": INF}), "dynamic_task_prioritization: `gamma`"),
+        (lambda: prioritization(1.0, decay=1.0), "dynamic_task_prioritization: `decay`"),
         (lambda: mtl_jax.achievement(0.0), "achievement: a single-task metric must be in"),
         (lambda: mtl_jax.achievement(gamma=-1.0), "achievement: `gamma`"),
         (lambda: mtl_jax.achievement(margin=-0.1), "achievement: `margin`"),

@@ -9,11 +9,11 @@ from jaxtyping import Array, Float
 from mtl_jax._base import Weighting
 from mtl_jax._checks import check_functions, check_numbers, read_array, read_number
 from mtl_jax._lift import vector_weighting
-from mtl_jax._metrics import Metrics
+from mtl_jax._metrics import MetricsState
 from mtl_jax._typing import PyTree
 
 
-class DynamicTaskPriorityState(NamedTuple):
+class DynamicTaskPrioritizationState(NamedTuple):
     """State of the method.
 
     Attributes:
@@ -24,10 +24,10 @@ class DynamicTaskPriorityState(NamedTuple):
 
     performance: Float[Array, "tasks"]
     gamma: Float[Array, "tasks"]
-    metrics: Metrics | None
+    metrics: MetricsState | None
 
 
-def dynamic_task_priority(
+def dynamic_task_prioritization(
     gamma: PyTree,
     performance: Callable[[Float[Array, "tasks"]], Float[Array, "tasks"]]
     | Literal["metrics"] = lambda losses: jnp.exp(-losses),
@@ -79,22 +79,22 @@ def dynamic_task_priority(
 
     Example:
       >>> import mtl_jax
-      >>> weighting = mtl_jax.dynamic_task_priority(gamma=1.0)
+      >>> weighting = mtl_jax.dynamic_task_prioritization(gamma=1.0)
       >>> weights, _ = weighting.update((0.1, 2.0), weighting.init((0.1, 2.0)))
       >>> [round(float(weight), 3) for weight in weights]
       [0.01, 1.729]
     """
-    name = "dynamic_task_priority: `gamma`"
+    name = "dynamic_task_prioritization: `gamma`"
     check_numbers(gamma, name, "[0, inf)")
     if not (isinstance(performance, str) and performance == "metrics"):
-        check_functions("dynamic_task_priority", performance=performance)
-    decay = read_number(decay, "dynamic_task_priority: `decay`", "[0, 1)")
+        check_functions("dynamic_task_prioritization", performance=performance)
+    decay = read_number(decay, "dynamic_task_prioritization: `decay`", "[0, 1)")
 
     def init(tasks, key):
-        return DynamicTaskPriorityState(
+        return DynamicTaskPrioritizationState(
             performance=tasks.full(1),
             gamma=tasks.vector(gamma, name),
-            metrics=None if callable(performance) else Metrics.create(tasks),
+            metrics=None if callable(performance) else MetricsState.create(tasks),
         )
 
     def update(losses, state, present, steps):
@@ -107,8 +107,8 @@ def dynamic_task_priority(
             current = read_array(performance(losses), "What `performance` returned")
             if current.shape != losses.shape:
                 raise ValueError(
-                    "dynamic_task_priority: `performance` must return one indicator for each task, "
-                    f"of shape {losses.shape}; got {current.shape}."
+                    "dynamic_task_prioritization: `performance` must return one indicator for each "
+                    f"task, of shape {losses.shape}; got {current.shape}."
                 )
             current = in_domain(current)
             smoothed = decay * state.performance + (1 - decay) * current
@@ -119,6 +119,6 @@ def dynamic_task_priority(
             # Behind an average of 1 and less, too, an indicator above 1 is outside the domain.
             average = in_domain(jnp.where(metrics.latest <= 1, metrics.average, jnp.nan))
         weights = jnp.where(known, -((1 - average) ** state.gamma) * jnp.log(average), 1)
-        return weights, DynamicTaskPriorityState(average, state.gamma, metrics)
+        return weights, DynamicTaskPrioritizationState(average, state.gamma, metrics)
 
-    return vector_weighting(update, init)
+    return vector_weighting(update, init, reads_losses=callable(performance))

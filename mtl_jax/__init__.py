@@ -7,7 +7,7 @@ from mtl_jax import methods
 from mtl_jax._base import Aggregator, MultiTaskGradient, MultiTaskValue, Signal, Weighting
 from mtl_jax._diagnostics import Diagnostics, diagnostics
 from mtl_jax._interop import as_aggregator
-from mtl_jax._lift import WeightingState, carry_over, rows_aggregator, vector_weighting
+from mtl_jax._lift import Pairs, WeightingState, carry_over, rows_aggregator, vector_weighting
 from mtl_jax._masking import masked_mean
 from mtl_jax._metrics import MetricsState, with_metrics
 from mtl_jax._microbatching import microbatched, microbatched_encoder
@@ -35,6 +35,7 @@ __all__ = [
     "MetricsState",
     "MultiTaskGradient",
     "MultiTaskValue",
+    "Pairs",
     "Signal",
     "Tasks",
     "TrainState",

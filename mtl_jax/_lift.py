@@ -58,6 +58,16 @@ RowsInit = Callable[[PyTree, Tasks, Array | None], PyTree]
 RowsUpdate = Callable[..., tuple[PyTree, PyTree]]
 
 
+class Pairs(NamedTuple):
+    """A number for each pair of tasks in the state of a method: both axes are the tasks.
+
+    Attributes:
+      values: the numbers. A pair of which a task is absent keeps its own.
+    """
+
+    values: Float[Array, "tasks tasks"]
+
+
 def vector_weighting(
     update: VectorUpdate,
     init: VectorInit = lambda tasks, key, params=None: (),
@@ -86,7 +96,8 @@ def vector_weighting(
       init: ``init(tasks, key) -> state``, ``tasks`` being a :class:`Tasks`; with
         ``Signal.TASK_GRADIENTS`` it is called as ``init(tasks, key, params)``. In the state, an
         array of one or more dimensions is a statistic of the tasks, its leading axis being the
-        task: the rows of absent tasks are kept as they were. A scalar is shared by the tasks.
+        task: the rows of absent tasks are kept as they were. A matrix whose two axes are the tasks
+        goes into :class:`mtl_jax.Pairs`. A scalar is shared by the tasks.
       observe: ``observe(losses, state, present) -> state``, for a method that reads the losses
         after the step.
       needs: the signal that ``update`` reads.
@@ -440,7 +451,11 @@ def carry_over(old: PyTree, new: PyTree) -> PyTree:
     pairs = [(known.index(n), k) for k, n in enumerate(tasks_of(new).names) if n in known]
     rows, own_rows = np.array(pairs, np.int32).reshape(-1, 2).T
 
-    def carried(old: Array, new: Array) -> Array:
+    def carried(old: Array | Pairs, new: Array | Pairs) -> Array | Pairs:
+        if isinstance(old, Pairs) and isinstance(new, Pairs):
+            values = old.values[np.ix_(rows, rows)]
+            return Pairs(new.values.at[np.ix_(own_rows, own_rows)].set(values))
+        old, new = jnp.asarray(old), jnp.asarray(new)
         if (old.ndim, old.dtype, old.shape[1:]) != (new.ndim, new.dtype, new.shape[1:]):
             raise ValueError(
                 "The states are not of the same weighting: a leaf is "
@@ -449,8 +464,8 @@ def carry_over(old: PyTree, new: PyTree) -> PyTree:
             )
         return new.at[own_rows].set(old[rows]) if new.ndim else old
 
-    leaves, structure = jax.tree.flatten(new)
-    old_leaves = jax.tree.leaves(old)
+    leaves, structure = jax.tree.flatten(new, is_leaf=_is_pairs)
+    old_leaves = jax.tree.leaves(old, is_leaf=_is_pairs)
     if len(old_leaves) != len(leaves):
         raise ValueError(
             f"The states are not of the same weighting: they have {len(old_leaves)} and "
@@ -590,8 +605,14 @@ def _read_result(output: Any, state: PyTree, returned: str) -> tuple[Any, PyTree
 
 def _initial_state(inner: PyTree, tasks: Tasks) -> WeightingState:
     """The state before the first step, its buffers fresh, its arrays checked to be by task."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(inner):
-        shape, _ = leaf_type(leaf, f"The state's leaf {leaf_name(path)!r}")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(inner, is_leaf=_is_pairs):
+        values = leaf.values if isinstance(leaf, Pairs) else leaf
+        shape, _ = leaf_type(values, f"The state's leaf {leaf_name(path)!r}")
+        if isinstance(leaf, Pairs) and shape != (tasks.number, tasks.number):
+            raise TypeError(
+                f"The state's leaf {leaf_name(path)!r} has shape {shape}: Pairs hold a number for "
+                f"each pair of the {tasks.number} tasks."
+            )
         if shape and shape[0] != tasks.number:
             raise TypeError(
                 f"The state's leaf {leaf_name(path)!r} has shape {shape}: an array in a "
@@ -672,10 +693,7 @@ def _kind(dtype: Any) -> Any:
 def _check_like(tree: PyTree, expected: PyTree, what: str, hint: str) -> None:
     """Raise an error for a tree whose structure, shapes or kinds of numbers are not as expected."""
     if jax.tree.structure(tree) != jax.tree.structure(expected):
-        raise ValueError(
-            f"{what} has the structure {describe(jax.tree.structure(tree))} instead of "
-            f"{describe(jax.tree.structure(expected))}. {hint}"
-        )
+        raise ValueError(f"{what} {_difference(tree, expected)}. {hint}")
     leaves = zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(expected), strict=True)
     for (path, leaf), like in leaves:
         name = f"{what}: the leaf {leaf_name(path)!r}"
@@ -686,15 +704,35 @@ def _check_like(tree: PyTree, expected: PyTree, what: str, hint: str) -> None:
             )
 
 
+def _difference(tree: PyTree, expected: PyTree) -> str:
+    """In what the structures of two trees differ, in words: the first leaves, or their nodes."""
+    found, wanted = (
+        [leaf_name(path) or "itself" for path, _ in jax.tree_util.tree_leaves_with_path(each)]
+        for each in (tree, expected)
+    )
+    missing = [name for name in wanted if name not in found]
+    unknown = [name for name in found if name not in wanted]
+    if not missing and not unknown:
+        kinds = (describe(jax.tree.structure(each)) for each in (tree, expected))
+        return "has the structure {} instead of {}".format(*kinds)
+    said = [f"lacks the leaf {missing[0]!r}"] if missing else []
+    return " and ".join(said + ([f"has an unknown leaf {unknown[0]!r}"] if unknown else []))
+
+
+def _is_pairs(node: Any) -> bool:
+    return isinstance(node, Pairs)
+
+
 def _keep_absent(new: PyTree, old: PyTree, present: Mask) -> PyTree:
-    """The new state, but with the rows of absent tasks as they were."""
+    """The new state, but with the rows, and the pairs, of absent tasks as they were."""
 
-    def keep(new: Array, old: Array) -> Array:
-        if not old.ndim:
-            return new
-        return jnp.where(for_each_task(present, old), _cast(new, old.dtype), old)
+    def keep(new: Array | Pairs, old: Array | Pairs) -> Array | Pairs:
+        if isinstance(old, Pairs):
+            both = present[:, None] & present[None, :]
+            return Pairs(tree_where(both, new, old).values)
+        return tree_where(for_each_task(present, old), new, old) if old.ndim else new
 
-    return jax.tree.map(keep, new, old)
+    return jax.tree.map(keep, new, old, is_leaf=_is_pairs)
 
 
 def tree_where(condition: Bool[Array, "..."], chosen: PyTree, otherwise: PyTree) -> PyTree:

@@ -225,6 +225,36 @@ def test_statistics_are_carried_over_by_name():
         mtl_jax.carry_over({}, {})
 
 
+def test_pairs_of_tasks():
+    """Both their axes are the tasks: for what is carried over, and for absent ones."""
+    weighting = mtl_jax.gradvac()
+    losses, key = {"a": 1.0, "b": 1.0, "c": 1.0}, jax.random.key(0)
+    gramian = jnp.array([[1.0, 0.5, 0.2], [0.5, 1.0, 0.4], [0.2, 0.4, 1.0]])
+    _, state = weighting.update(losses, weighting.init(losses, key=key), gramian=gramian)
+    # As many tasks, one of them another, in another order.
+    fresh = weighting.init({"b": 1.0, "c": 1.0, "d": 1.0}, key=key)
+    before = np.asarray(state.inner.target.values)
+    after = np.asarray(mtl_jax.carry_over(state, fresh).inner.target.values)
+    np.testing.assert_array_equal(after[:2, :2], before[1:, 1:])
+    assert before[1, 2] != 0
+    assert not after[2].any()
+    assert not after[:, 2].any()
+
+    def update(losses, state, present, steps):
+        return losses, mtl_jax.Pairs(state.values + 1)
+
+    counting = mtl_jax.vector_weighting(
+        update, lambda tasks, key: mtl_jax.Pairs(jnp.zeros((tasks.number, tasks.number)))
+    )
+    mask = {"a": True, "b": False, "c": True}
+    mask = jax.tree.map(np.asarray, mask)
+    _, state = counting.update(losses, counting.init(losses), mask=mask)
+    assert state.inner.values.tolist() == [[1, 0, 1], [0, 0, 0], [1, 0, 1]]
+    wrong = mtl_jax.vector_weighting(update, lambda *_: mtl_jax.Pairs(jnp.zeros((3, 2))))
+    with pytest.raises(TypeError, match="a number for each pair of the 3 tasks"):
+        wrong.init(losses)
+
+
 def test_statistics_are_carried_over_in_each_group():
     weighting = mtl_jax.gradvac()
 

@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Key
 
 from mtl_jax._base import Signal, Weighting
 from mtl_jax._checks import read_number, require_key
-from mtl_jax._lift import vector_weighting
+from mtl_jax._lift import Pairs, vector_weighting
 from mtl_jax.gramian_weightings._spectral import cosines, gradient_norms, rounding
 from mtl_jax.gramian_weightings.pcgrad import Order, check_order, draw_orders, weights_of_mixtures
 
@@ -21,7 +21,7 @@ class GradVacState(NamedTuple):
       key: the key from which the next orders are drawn, or ``None`` where there is none.
     """
 
-    target: Float[Array, "tasks tasks"]
+    target: Pairs
     key: Key[Array, ""] | None
 
 
@@ -80,7 +80,7 @@ def gradvac(beta: float = 0.5, order: Order | None = None) -> Weighting:
 
     def init(tasks, key):
         key = require_key(key, "gradvac") if order is None else key
-        return GradVacState(jnp.zeros((tasks.number, tasks.number), tasks.dtype), key)
+        return GradVacState(Pairs(jnp.zeros((tasks.number, tasks.number), tasks.dtype)), key)
 
     def update(losses, state, present, steps, gramian):
         number = gramian.shape[0]
@@ -107,8 +107,8 @@ def gradvac(beta: float = 0.5, order: Order | None = None) -> Weighting:
             return (mixtures, squares, target.at[tasks, others].add(moved)), None
 
         squares = (norms > 0).astype(gramian.dtype)
-        start = (jnp.eye(number, dtype=gramian.dtype), squares, state.target)
+        start = (jnp.eye(number, dtype=gramian.dtype), squares, state.target.values)
         (mixtures, _, target), _ = jax.lax.scan(meet, start, orders.T)
-        return weights_of_mixtures(mixtures, norms), GradVacState(target, next_key)
+        return weights_of_mixtures(mixtures, norms), GradVacState(Pairs(target), next_key)
 
     return vector_weighting(update, init, needs=Signal.GRAMIAN, reads_losses=False)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis.extra import numpy as hnp
 
+from mtl_jax import Pairs
 from mtl_jax.gramian_weightings.gradvac import GradVacState, gradvac
 from mtl_jax.gramian_weightings.pcgrad import pcgrad
 
@@ -37,12 +38,13 @@ def weights_and_target(gramian, present, orders, target, method):
     weighting = method(order=lambda key, number: orders)
     losses = (jnp.ones((), gramian.dtype),) * len(gramian)
     state = weighting.init(losses)
-    if isinstance(state.inner, GradVacState):
-        state = state._replace(inner=state.inner._replace(target=target))
+    remembers = isinstance(state.inner, GradVacState)
+    if remembers:
+        state = state._replace(inner=state.inner._replace(target=Pairs(target)))
     weights, state = weighting.update(
         losses, state, mask=tuple(jnp.unstack(present)), gramian=gramian
     )
-    return jnp.stack(weights), getattr(state.inner, "target", target)
+    return jnp.stack(weights), state.inner.target.values if remembers else target
 
 
 def step(method, J, orders, target=None, size=20, present=None):

@@ -16,7 +16,7 @@ import pathlib
 import platform
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import jax
 import numpy as np
@@ -36,6 +36,8 @@ POINTS = 200
 
 DIGITS = 6
 """Significant digits of the numbers in ``results.json``."""
+
+T = TypeVar("T")
 
 Place = Literal["representation", "parameters"]
 """Where the task gradients are measured."""
@@ -431,7 +433,7 @@ def write_run(folder: str | os.PathLike[str], run: Run) -> pathlib.Path:
     """Write the record of a finished run into a folder of results; returns its path."""
     content = _plain(vars(run.thinned()))
     path = record_path(folder, run.problem, run.weighting, run.seed)
-    _write_json(path, {"digest": _digest(content), "run": content})
+    write_with_digest(path, "run", content)
     return path
 
 
@@ -441,15 +443,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     Raises:
       DamagedFileError: a ``ValueError``; if it is not what was written.
     """
-    record = _read_json(pathlib.Path(path))
-    try:
-        if _digest(record["run"]) != record["digest"]:
-            raise ValueError("its content and its digest differ")
-        return _run(record["run"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise DamagedFileError(
-            f"{path} is damaged: {error}. Remove it to train this run again."
-        ) from error
+    return read_with_digest(path, "run", _run, "Remove it to train this run again.")
 
 
 def record_path(folder: str | os.PathLike[str], problem: str, name: str, seed: int) -> pathlib.Path:
@@ -559,6 +553,28 @@ def _read_json(path: pathlib.Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # of JSON, or of the encoding
         raise DamagedFileError(f"{path} is damaged: {error}.") from error
+
+
+def write_with_digest(path: pathlib.Path, name: str, content: Any) -> None:
+    """Write what :func:`read_with_digest` reads."""
+    write_text(path, json.dumps({"digest": _digest(content), name: content}, indent=1) + "\n")
+
+
+def read_with_digest(
+    path: str | os.PathLike[str], name: str, read: Callable[[Any], T], hint: str
+) -> T:
+    """Read a file, and make of its content what it stands for.
+
+    Raises:
+      DamagedFileError: if it is not what was written, with a hint what to do then.
+    """
+    try:
+        stored = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        if _digest(stored[name]) != stored["digest"]:
+            raise ValueError("its content and its digest differ")
+        return read(stored[name])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedFileError(f"{path} is damaged: {error}. {hint}") from error
 
 
 def _digest(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -23,14 +22,14 @@ from mtl_jax.compare.results import (
     BASELINE,
     PRUNED,
     ByEpoch,
-    DamagedFileError,
     ProblemInfo,
     Run,
     Trial,
     Tuning,
     alone_name,
     file_name,
-    write_text,
+    read_with_digest,
+    write_with_digest,
 )
 from mtl_jax.compare.training import Setting, Trainer, settings_of, single_task
 from mtl_jax.compare.weightings import SPACES, WEIGHTINGS, MakeWeighting
@@ -462,9 +461,8 @@ class _Search:
 
     def _write(self, kept: list[dict[str, Any]]) -> None:
         if self.file is not None and is_first_process():
-            content = json.dumps({"search": self._search_settings(), "trials": kept})
-            digest = hashlib.sha256(content.encode()).hexdigest()
-            write_text(self.file, json.dumps({"digest": digest, "content": content}, indent=1))
+            content = {"search": self._search_settings(), "trials": kept}
+            write_with_digest(self.file, "tuning", content)
 
 
 def _key(learning_rate: float, parameters: Mapping[str, Any]) -> str:
@@ -473,15 +471,7 @@ def _key(learning_rate: float, parameters: Mapping[str, Any]) -> str:
 
 def _read_trials(file: pathlib.Path) -> dict[str, Any]:
     """What a file of trials holds."""
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        if hashlib.sha256(stored["content"].encode()).hexdigest() != stored["digest"]:
-            raise ValueError("its content and its digest differ")
-        return json.loads(stored["content"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise DamagedFileError(
-            f"{file} is damaged: {error}. Remove it to make its trials again."
-        ) from error
+    return read_with_digest(file, "tuning", dict, "Remove it to make its trials again.")
 
 
 def _rate(place: float) -> float:

@@ -18,6 +18,16 @@ from mtl_jax.compare.command_line import Options, parameters
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+def test_the_shell_completes_the_options(tmp_path):
+    """As docs/index.md says."""
+    with pytest.raises(SystemExit) as end:
+        main(["--tyro-write-completion", "bash", str(tmp_path / "completion")])
+    assert not end.value.code
+    written = (tmp_path / "completion").read_text()
+    assert "--weightings" in written
+    assert "mtl-jax" in written
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -192,6 +192,13 @@ def test_table_is_corrected_for_all_its_comparisons():
     corrected = [found[name][column].corrected_p_value for name in found for column in directions]
     np.testing.assert_allclose(corrected, holm(p_values))
     assert [found["good"][column].verdict for column in directions] == ["better", "better"]
+    assert cell.verdict == "better"
+    assert cell.corrected_p_value > 0.01
+    strict = compare_table(table, directions, confidence=0.99)["middling"]["score"]
+    assert strict.verdict == "undecided"
+    assert strict.corrected_p_value == cell.corrected_p_value
+    low, high = strict.interval
+    assert low < cell.interval[0] < cell.interval[1] < high
     # 0.0125 alone, no longer beyond noise among many: five columns of noise more.
     noise = {f"noise {number}": NOISY for number in range(5)}
     table = {

@@ -180,6 +180,27 @@ def test_a_train_step_that_observes_donates_and_carries_a_state(x64):
     assert_trees_close(run(cut), run(with_context), rtol=1e-10, atol=1e-12)
 
 
+def test_an_encoder_with_auxiliary_output(x64):
+    """And with an argument of which it is not split: as large as the batch, but not by example."""
+    params, batch = make_params(), make_batch()
+    context = jnp.arange(float(SIZE))
+
+    def with_context(params, context, batch):
+        z = jnp.sum(context) * encoder(params, batch)["z"]
+        return z, {"mean": jnp.mean(context), "norms": jnp.sum(z**2, axis=1)}
+
+    cut = microbatched_encoder(with_context, NUMBER, has_aux=True, batch_argnums=2)
+    assert_trees_close(
+        jax.jit(cut)(params, context, batch),
+        with_context(params, context, batch),
+        rtol=1e-12,
+        atol=1e-12,
+    )
+    split = microbatched_encoder(with_context, NUMBER, has_aux=True)
+    with pytest.raises(ValueError, match="'mean'"):  # that of each microbatch is another one
+        split(params, context, batch)
+
+
 def test_under_vmap(x64):
     weighting, batch = mtl_jax.adaptive(), make_batch()
     params = jax.tree.map(

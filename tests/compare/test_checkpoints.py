@@ -103,6 +103,14 @@ def test_all_comes_back_bit_for_bit(tmp_path):
     np.testing.assert_array_equal(state.params["kernel"], make_state(2).params["kernel"])
 
 
+def test_the_newest_three_are_kept(tmp_path):
+    with RunCheckpoints(tmp_path / "run", 0) as checkpoints:
+        for epoch in range(1, 6):
+            checkpoints.save(10 * epoch, make_run(epoch), Epoch(), make_state(epoch))
+    kept = {path.name for path in (tmp_path / "run").iterdir() if path.is_dir()}
+    assert kept == {"30", "40", "50"}
+
+
 def test_before_anything_is_found(tmp_path):
     """At the end of an epoch of a run without curves there are no arrays but the state."""
     with RunCheckpoints(tmp_path / "run", 0) as checkpoints:

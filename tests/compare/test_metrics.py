@@ -250,6 +250,16 @@ def test_unknown_elements_do_not_count_in_an_error(metric, unknown):
     assert np.isclose(found, over(metric(), output[known], label[known]), rtol=1e-5)
 
 
+@pytest.mark.parametrize("metric", [roc_auc, average_precision])
+def test_unknown_elements_do_not_count_in_a_ranking(metric):
+    output, label = binary(np.random.default_rng(1), NUMBER)
+    known = np.random.default_rng(2).uniform(size=label.shape) < 0.6
+    found = over(metric(ignore=-1), output, np.where(known, label, -1))
+    expected = over(metric(), output[known], label[known])
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert found != over(metric(), output, label)
+
+
 def test_relative_error_leaves_out_labels_of_zero():
     output, label = np.array([1.0, 3.0, 5.0], np.float32), np.array([0.0, 2.0, 4.0], np.float32)
     np.testing.assert_allclose(over(relative_error(), output, label), (1 / 2 + 1 / 4) / 2)

@@ -190,6 +190,18 @@ def test_a_report_of_an_interrupted_comparison(tmp_path):
     assert not list(tmp_path.glob("*.png"))
 
 
+def test_a_weighting_against_every_other_one(tmp_path):
+    write_report(made(), tmp_path / "plain", pictures=())
+    assert not (tmp_path / "plain" / "verdicts.md").exists()
+    write_report(made(), tmp_path / "of_gains", pictures=(), weighting="gains")
+    table = (tmp_path / "of_gains" / "verdicts.md").read_text()
+    assert "gains against" in table
+    assert "equal |" in table
+    assert "gains against" in (tmp_path / "of_gains" / "report.html").read_text()
+    with pytest.raises(ValueError, match="famo"):
+        write_report(made(), tmp_path / "unknown", pictures=(), weighting="famo")
+
+
 def test_old_pictures_are_shown_or_removed(one_picture, tmp_path):
     write_report(made(), tmp_path, pictures=["made"])
     assert "data:image/png" in (tmp_path / "report.html").read_text()

@@ -64,7 +64,8 @@ class Options:
       epochs: Passes over the training data; the problem's own number if not given.
       batch_size: Examples a step; the problem's own number if not given.
       learning_rate: Peak learning rate; the problem's own if not given.
-      alone: Whether to train each task alone, too, and show the changes against that.
+      alone: Whether to train each task alone, too, and show the changes against that. Not for a
+        problem that says of its tasks that this means nothing.
       conflict: Whether to measure how the tasks' gradients conflict for all weightings, not only
         for those that read them. Steps cost a little more then, and on a problem without encoder
         and heads a backward pass for each task.

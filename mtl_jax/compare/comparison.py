@@ -91,7 +91,8 @@ def compare(
       weightings: names of ``WEIGHTINGS``, or functions that make the weightings, by name.
       folder: where the results go; made if it does not exist. ``None`` to write nothing.
       seeds: the seeds.
-      alone: whether to train each task alone, too: the same network on that task's loss only.
+      alone: whether to train each task alone, too: the same network on that task's loss only. Not
+        for a problem with ``alone=False``.
       conflict: whether to measure how the task gradients conflict also for the weightings that do
         not read them. It costs them what reading the Gramian costs: little where the problem has an
         encoder and heads, else a backward pass for each task.
@@ -149,7 +150,8 @@ def compare(
     with _refusing():
         _check_arguments(problems, seeds, checkpoint_seconds, log)
         if tune is not None:
-            check_tuning(tune, select, alone)
+            for problem in problems:
+                check_tuning(tune, select, alone and problem.alone)
             if TUNING_SEED in seeds:
                 raise ValueError(
                     f"Seed {TUNING_SEED} is the one of the tuning: its runs are those that were "

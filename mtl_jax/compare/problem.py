@@ -151,6 +151,8 @@ class Problem:
         drawn anew at every visit to an example, and is the same for all weightings.
       workers: the number of processes that read and transform the training examples; 0 for threads
         of this one. Data and transformations must then be something that can be pickled.
+      alone: whether each task is trained alone, too, as a comparison does by default. ``False`` for
+        tasks that say nothing without each other, such as the terms of a physics-informed loss.
       description: a sentence for the reader of the tables.
 
     Raises:
@@ -232,6 +234,7 @@ class Problem:
     batch_size: int | Mapping[str, int]
     transformations: Sequence[Any] = ()
     workers: int = 0
+    alone: bool = True
     description: str = ""
 
     def __post_init__(self) -> None:

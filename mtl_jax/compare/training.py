@@ -79,8 +79,8 @@ class Setting:
 def settings_of(
     problem: Problem, weightings: Mapping[str, MakeWeighting], alone: bool
 ) -> list[Setting]:
-    """The default settings of the weightings and of each task alone."""
-    rate = problem.learning_rate
+    """The default settings of the weightings and, if the problem has it so, of each task alone."""
+    rate, alone = problem.learning_rate, alone and problem.alone
     unknown = single_task(problem, {}) if alone else None
     settings = [Setting(name, make, rate, single_task=unknown) for name, make in weightings.items()]
     for task in problem.tasks if alone else ():
@@ -469,7 +469,8 @@ class Evaluator:
         return {
             name: {
                 metric.name: metric.over(
-                    (statistics[name][metric.name], counted[name]) for statistics, counted in found
+                    (statistics[name][metric.name], counted.get(name))
+                    for statistics, counted in found
                 )
                 for metric in task.metrics
             }
@@ -504,7 +505,11 @@ class Evaluator:
                         f"The metric {metric.name!r} of the task {name!r} does not fit what "
                         f"`predict` returns for it, or its labels. {error}"
                     ) from error
-        return statistics, counted
+        # Only a metric over all predictions asks which of them count; to fetch an array costs time.
+        gathering = {
+            name for name, task in self.problem.tasks.items() if any(m.gather for m in task.metrics)
+        }
+        return statistics, {name: counted[name] for name in gathering}
 
     def _batches(self, split: str) -> Iterable[tuple[Batch, PyTree]]:
         """The batches of a split on the devices, which keep them where they fit."""

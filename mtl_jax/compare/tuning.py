@@ -173,6 +173,7 @@ def tune_with(
 
     Trials that are not in ``folder`` are taken from the folders ``reuse`` where they are the same.
     """
+    alone = alone and trainer.problem.alone
     check_tuning(trials, select, alone)
     weightings = with_baselines(weightings, tuned=True)
     if unknown := set(spaces) - set(weightings):
@@ -257,7 +258,7 @@ def check_tuning(trials: int, select: str, alone: bool) -> None:
     if select == "worst" and not alone:
         raise ValueError(
             "The worst task is the one that is furthest behind what it reaches alone: to tune for "
-            "it (`select`, --select), leave `alone` (--alone) at its default."
+            "it (`select`, --select), leave `alone` (--alone, also the problem's) at its default."
         )
 
 

@@ -68,7 +68,8 @@ def _achievement(settings: RunSettings, **parameters: Any) -> Weighting:
 def _single_task(settings: RunSettings, name: str) -> SingleTask:
     if settings.single_task is None:
         raise ValueError(
-            f"{name} needs what each task reaches alone: leave `alone` (--alone) at its default."
+            f"{name} needs what each task reaches alone: leave `alone` (--alone, also the "
+            "problem's) at its default."
         )
     return settings.single_task
 

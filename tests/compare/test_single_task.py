@@ -1,5 +1,7 @@
 """Weightings that are made of what each task reaches alone, or are told the metrics."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -121,3 +123,15 @@ def test_relative_to_the_curve_is_at_the_same_epoch():
             weights, state = weighting.update(losses, state)
             behind = np.array([losses[t] / curves[t][epoch] for t in "ab"]) ** 2
             np.testing.assert_allclose(list(weights.values()), 2 * behind / behind.sum(), rtol=1e-5)
+
+
+def test_tasks_that_mean_nothing_alone_are_not_trained_alone():
+    """As the terms of a physics-informed loss."""
+    together = dataclasses.replace(PROBLEM, alone=False)
+    results = compare(together, [], seeds=[0])
+    assert list(results.of(PROBLEM.name)) == ["equal"]
+    assert list(tune(together, {}, trials=1).trials) == ["equal", "constant"]
+    with pytest.raises(ValueError, match="adaptive_alone needs what each task reaches alone"):
+        compare(together, ["adaptive_alone"], seeds=[0])
+    with pytest.raises(ValueError, match="leave `alone` .*also the problem's"):
+        compare(together, [], seeds=[0], tune=1, select="worst")

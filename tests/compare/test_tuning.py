@@ -459,7 +459,10 @@ def test_report_tells_what_was_chosen_and_resumes(tmp_path, monkeypatch):
         ({"prune": True}, "(--prune, --select) are about the trials of tuning"),
         ({"select": "worst"}, "(--prune, --select) are about the trials of tuning"),
         ({"tune": 2, "seeds": 1001}, "Seed 1000 is the one of the tuning"),
-        ({"tune": 1, "select": "worst"}, "leave `alone` (--alone) at its default"),
+        (
+            {"tune": 1, "select": "worst"},
+            "leave `alone` (--alone, also the problem's)",
+        ),
         ({"tune": 1, "epochs": 1, "learning_rate": 1e30}, "measured against equal weights"),
     ],
 )

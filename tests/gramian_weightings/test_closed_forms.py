@@ -1,6 +1,7 @@
 """IMTL-G, Aligned-MTL, ConFIG and Krum: closed forms of the Gramian, against exact values."""
 
 import functools
+import itertools
 import json
 import pathlib
 
@@ -16,6 +17,7 @@ from hypothesis.extra import numpy as hnp
 from mtl_jax.gramian_weightings._spectral import spectrum
 from mtl_jax.gramian_weightings.aligned_mtl import aligned_mtl
 from mtl_jax.gramian_weightings.conflict_free import conflict_free
+from mtl_jax.gramian_weightings.dual_proj import dual_proj
 from mtl_jax.gramian_weightings.imtl_g import imtl_g
 from mtl_jax.gramian_weightings.krum import krum
 
@@ -300,6 +302,29 @@ def test_vmap_over_gramians():
     batch = np.stack(jax.jit(jax.vmap(update))(jnp.asarray(J @ J.transpose(0, 2, 1))), axis=1)
     for rows, weights in zip(J, batch, strict=True):
         np.testing.assert_allclose(weights, weights_of(weighting, rows), rtol=1e-5)
+
+
+def test_of_two_tasks_they_are_dual_cone_gradient_descent(x64):
+    """Its centre and its projection (Hwang and Lim 2024), as docs/physics.md says.
+
+    Of the sum g of the two gradients: the part along their bisector; and g itself or, where it is
+    in conflict with one of the two, the part orthogonal to that one.
+    """
+    projected = dual_proj(preference=1.0)
+    conflicts = 0
+    for cosine, length in itertools.product([-0.99, -0.6, 0.0, 0.9], [0.01, 1.0, 30.0]):
+        a = np.array([1.0, 0.0, 0.0])
+        b = length * np.array([cosine, np.sqrt(1 - cosine**2), 0.0])
+        J, g = np.stack([a, b]), a + b
+        bisector = a + b / length
+        centre = (g @ bisector) / (bisector @ bisector) * bisector
+        against = next((x for x in (b, a) if g @ x < 0), None)
+        conflicts += against is not None
+        projection = g if against is None else g - (g @ against) / (against @ against) * against
+        for weighting, expected in ((METHODS["config"], centre), (projected, projection)):
+            found = weights_of(weighting, J) @ J
+            np.testing.assert_allclose(found, expected, atol=1e-9 * np.linalg.norm(g))
+    assert conflicts == 4
 
 
 def test_krum_leaves_the_wrong_gradient_out():

@@ -316,6 +316,11 @@ class MultiTaskGradient:
         return self.update(params, state, *args, mask=mask, second=second)
 
 
+def reads_second_batch(weighting: Weighting | Aggregator) -> bool:
+    """Whether it has to be given a second batch."""
+    return isinstance(weighting, Weighting) and weighting.needs is Signal.SECOND_BATCH
+
+
 OF_METHOD = "_of_method"
 """The attribute of a weighting's function that says which method it was made of."""
 

@@ -17,6 +17,7 @@ from mtl_jax._base import (
     Signal,
     Weighting,
     check_weighting,
+    reads_second_batch,
 )
 from mtl_jax._checks import (
     check_flags,
@@ -196,8 +197,7 @@ def value_and_grad(
             groups=groups,
             rows=rows,
             axes=read_axis_name(axis_name),
-            forward=not isinstance(weighting, Aggregator)
-            and weighting.needs is Signal.SECOND_BATCH,
+            forward=reads_second_batch(weighting),
         )
 
     return _gradient(
@@ -304,7 +304,7 @@ def representation_value_and_grad(
     check_functions(where, encoder=encoder, heads=heads)
     check_flags(where, has_aux=has_aux, leave_out_zero=leave_out_zero, diagnostics=diagnostics)
     check_weighting(weighting)
-    if _reads_rows(weighting) or weighting.needs is Signal.SECOND_BATCH:
+    if _reads_rows(weighting) or reads_second_batch(weighting):
         raise TypeError(
             "This weighting reads the task gradients by the parameters: use it through "
             "mtl_jax.value_and_grad, with `shared`."
@@ -360,7 +360,7 @@ def _reads_rows(weighting: Weighting | Aggregator) -> bool:
 
 def _check_second(weighting: Weighting | Aggregator, second: Any) -> None:
     """Raise an error for a second batch that is missing, or that nobody reads."""
-    reads = not isinstance(weighting, Aggregator) and weighting.needs is Signal.SECOND_BATCH
+    reads = reads_second_batch(weighting)
     if reads and second is None:
         raise ValueError(
             "This weighting reads a second batch: pass the arguments of the losses for it, as a "
@@ -384,7 +384,7 @@ def _check_groups(weighting: Weighting | Aggregator, rows: RowsMode) -> None:
             "`groups` is for what reads the Gramian or the task gradients: a weighting that reads "
             "the losses alone has the same weights in every group. Leave `groups` out."
         )
-    if not isinstance(weighting, Aggregator) and weighting.needs is Signal.SECOND_BATCH:
+    if reads_second_batch(weighting):
         raise ValueError("`groups` is not for a weighting that reads a second batch: leave it out.")
     if rows == "low_memory":
         raise ValueError(

@@ -22,7 +22,14 @@ from jax.errors import JAXTypeError
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from mtl_jax._base import Aggregator, MultiTaskGradient, MultiTaskValue, Signal, Weighting
+from mtl_jax._base import (
+    Aggregator,
+    MultiTaskGradient,
+    MultiTaskValue,
+    Signal,
+    Weighting,
+    reads_second_batch,
+)
 from mtl_jax._metrics import MetricsState, with_metrics
 from mtl_jax._tasks import read_mask, read_tasks
 from mtl_jax._train import TrainState, TrainStep, make_train_step
@@ -303,7 +310,7 @@ class Trainer:
                 columns += [("weight", task) for task in self.problem.tasks]
             if run.measured_at is not None:
                 columns += [("conflict", "share"), ("conflict", "cosine")]
-            self._programs[key] = _Program(self, setting, columns, _reads_second(weighting))
+            self._programs[key] = _Program(self, setting, columns, reads_second_batch(weighting))
         return self._programs[key]
 
     @functools.cached_property
@@ -426,7 +433,7 @@ class Trainer:
     def _measured_at(self, weighting: Weighting | Aggregator, task: str | None) -> Place | None:
         if isinstance(weighting, Aggregator) or weighting.needs is Signal.TASK_GRADIENTS:
             return "parameters"
-        if _reads_second(weighting):  # whose gradients, too, are those by the parameters
+        if reads_second_batch(weighting):  # whose gradients, too, are those by the parameters
             return "parameters" if self.conflict and task is None else None
         if weighting.needs is Signal.GRAMIAN or (self.conflict and task is None):
             return "parameters" if self.problem.encoder is None else "representation"
@@ -740,10 +747,6 @@ def _both(mask: PyTree | None, other: PyTree | None) -> PyTree | None:
     if mask is None or other is None:
         return other if mask is None else mask
     return {task: mask[task] & other[task] for task in mask}
-
-
-def _reads_second(weighting: Weighting | Aggregator) -> bool:
-    return isinstance(weighting, Weighting) and weighting.needs is Signal.SECOND_BATCH
 
 
 def _reads_metrics(state: PyTree) -> bool:

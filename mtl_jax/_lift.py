@@ -416,7 +416,8 @@ def carry_over(old: PyTree, new: PyTree) -> PyTree:
     """Put what is known of the tasks that two states share into the new state.
 
     For tasks that are added, or left out, in the middle of a training. Tasks are told by their
-    names; one that the old state does not know begins as in the new one.
+    names; one that the old state does not know begins as in the new one. What a state holds of the
+    settings of a method, such as a preference, is that of the old one for the tasks that both have.
 
     Args:
       old: the state of a weighting or an aggregator up to now; with ``groups`` of parameters the

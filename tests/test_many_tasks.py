@@ -255,6 +255,28 @@ def test_pairs_of_tasks():
         wrong.init(losses)
 
 
+def test_what_is_relative_to_other_tasks_is_carried_over():
+    """An order has new tasks in their places, and the first loss is that of the new ones."""
+    old, new = {"b": 1.0, "d": 2.0}, {"a": 4.0, "b": 1.0, "c": 8.0, "d": 2.0}
+    rows = {"a": [8.0], "b": [2.0], "c": [4.0], "d": [1.0]}
+    task_gradients = jnp.array(list(rows.values()))
+
+    def weights(weighting, state):
+        found, _ = weighting.update(new, state, task_gradients=task_gradients)
+        return list(found.values())
+
+    orders = ((None, None), (("d", "b"), ("d", "c", "b", "a")))
+    for before, after in orders:
+        weighting = mtl_jax.causal(after, tolerance=0.1)
+        fresh = weighting.init(new)
+        carried = mtl_jax.carry_over(mtl_jax.causal(before).init(old), fresh)
+        assert weights(weighting, carried) == weights(weighting, fresh)
+    weighting = mtl_jax.lr_annealing(None, alpha=1.0)
+    fresh, before = (weighting.init(losses, params=jnp.zeros(1)) for losses in (new, old))
+    found = weights(weighting, mtl_jax.carry_over(before, fresh))
+    assert found == weights(weighting, fresh) == [1.0, 4.0, 2.0, 8.0]
+
+
 def test_statistics_are_carried_over_in_each_group():
     weighting = mtl_jax.gradvac()
 

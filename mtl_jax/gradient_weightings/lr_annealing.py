@@ -19,11 +19,11 @@ class LRAnnealingState(NamedTuple):
 
     Attributes:
       weights: the average weights.
-      reference: which task is the reference.
+      reference: which task is the reference; ``None`` for the first one.
     """
 
     weights: Float[Array, "tasks"]
-    reference: Bool[Array, "tasks"]
+    reference: Bool[Array, "tasks"] | None
 
 
 def lr_annealing(
@@ -92,15 +92,18 @@ def lr_annealing(
     check_option(statistic, ("max", "mean"), "lr_annealing: `statistic`")
 
     def init(tasks, key, params):
-        named = reference is not None
-        position = tasks.position(reference, "lr_annealing: `reference`") if named else 0
+        if reference is None:
+            return LRAnnealingState(tasks.full(1), None)
+        position = tasks.position(reference, "lr_annealing: `reference`")
         return LRAnnealingState(tasks.full(1), jnp.arange(tasks.number) == position)
 
     def update(losses, state, present, steps, rows):
         means = _mean_sizes(rows).astype(state.weights.dtype)
         sizes = means if statistic == "mean" else _largest_sizes(rows).astype(means.dtype)
-        size = jnp.sum(sizes, where=present & state.reference)
-        kept = state.reference | (means == 0) | (size == 0)
+        first = jnp.arange(losses.size) == 0
+        those = first if state.reference is None else state.reference
+        size = jnp.sum(sizes, where=present & those)
+        kept = those | (means == 0) | (size == 0)
         ratio = size / jnp.where(kept, 1, means)
         weights = (1 - alpha) * state.weights + alpha * ratio
         weights = jnp.where(kept, state.weights, weights)

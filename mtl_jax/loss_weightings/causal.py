@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int32
+import numpy as np
 
 from mtl_jax._base import Weighting
 from mtl_jax._checks import read_number
-from mtl_jax._lift import vector_weighting
+from mtl_jax._lift import Pairs, vector_weighting
 from mtl_jax._tasks import Tasks
 
 
@@ -16,10 +16,11 @@ class CausalState(NamedTuple):
     """State of the method.
 
     Attributes:
-      place: the place of each task in the order.
+      before: 1 where the second task of a pair comes before the first in the order that was given;
+        ``None`` for the order of the losses.
     """
 
-    place: Int32[Array, "tasks"]
+    before: Pairs | None
 
 
 def causal(order: Sequence[str] | None, tolerance: float = 1.0) -> Weighting:
@@ -67,12 +68,13 @@ def causal(order: Sequence[str] | None, tolerance: float = 1.0) -> Weighting:
     tolerance = read_number(tolerance, "causal: `tolerance`", "(0, inf)")
 
     def init(tasks, key):
-        return CausalState(_places(names, tasks))
+        return CausalState(None if names is None else _before(names, tasks))
 
     def update(losses, state, present, steps):
         losses = jnp.where(present, jnp.where(losses >= 0, losses, jnp.nan), 0)
-        before = state.place[None, :] < state.place[:, None]
-        return jnp.exp(-tolerance * jnp.sum(jnp.where(before, losses[None, :], 0), axis=1)), state
+        before = jnp.tri(losses.size, k=-1) if state.before is None else state.before.values
+        earlier = jnp.where(before > 0, losses[None, :], 0)
+        return jnp.exp(-tolerance * jnp.sum(earlier, axis=1)), state
 
     return vector_weighting(update, init)
 
@@ -87,13 +89,12 @@ def _read_order(order: Sequence[str] | None) -> tuple[str, ...] | None:
     return tuple(order)
 
 
-def _places(names: tuple[str, ...] | None, tasks: Tasks) -> Int32[Array, "tasks"]:
-    """The place of each task in the order."""
-    if names is None:
-        return jnp.arange(tasks.number, dtype=jnp.int32)
+def _before(names: tuple[str, ...], tasks: Tasks) -> Pairs:
+    """Which task comes before which."""
     if sorted(names) != sorted(tasks.names):
         raise ValueError(
             f"causal: `order` must name each of the tasks {', '.join(tasks.names)} once; got "
             f"{', '.join(names)}."
         )
-    return jnp.array([names.index(name) for name in tasks.names], jnp.int32)
+    place = np.array([names.index(name) for name in tasks.names])
+    return Pairs(jnp.asarray(place[None, :] < place[:, None], tasks.dtype))

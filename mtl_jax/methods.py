@@ -46,6 +46,7 @@ from mtl_jax.loss_weightings.dynamic_task_prioritization import dynamic_task_pri
 from mtl_jax.loss_weightings.equal import equal
 from mtl_jax.loss_weightings.famo import famo
 from mtl_jax.loss_weightings.geometric import geometric
+from mtl_jax.loss_weightings.go4align import go4align
 from mtl_jax.loss_weightings.group_dro import group_dro
 from mtl_jax.loss_weightings.imtl_l import imtl_l
 from mtl_jax.loss_weightings.random_weighting import random_weighting
@@ -82,6 +83,7 @@ __all__ = [
     "fair_grad",
     "famo",
     "geometric",
+    "go4align",
     "graddrop",
     "gradnorm",
     "gradvac",
@@ -360,6 +362,18 @@ _RECORDS = (
         domain="positive",
         total="free",
         sources=(("Chennupati 2019", "https://arxiv.org/abs/1904.08492"),),
+    ),
+    Method(
+        factory=go4align,
+        reads="the losses",
+        effect="the lower loss, alike within a group of tasks",
+        domain="positive",
+        total="free",
+        sources=(("Shen 2024", "https://arxiv.org/abs/2404.06486"),),
+        search={
+            "groups": Choice(2, 1, 3, 5),
+            "step_size": Range(1e-4, 1e-6, 1.0, log=True),
+        },
     ),
     Method(
         factory=dynamic_task_prioritization,

@@ -226,6 +226,7 @@ CONSTRUCTORS = [
         "step_size": 1.0, "reference": LOSSES, "normalize": True, "smoothing": 0.1,
     }),
     (mtl_jax.uw_so, {"temperature": 1.0}),
+    (mtl_jax.go4align, {"groups": 2, "step_size": 0.1}),
     (mtl_jax.dwa, {"window": 2, "temperature": 1.0}),
     (mtl_jax.uncertainty, {"optimizer": ADAM, "initial_log_variance": 0.0, "form": "half"}),
     (mtl_jax.random_weighting, {"distribution": "normal"}),

@@ -61,6 +61,7 @@ GIVES_NAN = {
     "adaptive[schedule]": NEGATIVE,
     "uw_so": NEGATIVE | ZERO,
     "geometric": NEGATIVE | ZERO,
+    "go4align": NEGATIVE | ZERO,
     "achievement": NEGATIVE | ZERO,
     "stch": NEGATIVE | ZERO,
     "stch[mu=0.1,window=2]": NEGATIVE | ZERO,

@@ -118,7 +118,9 @@ def _centers(values: Vector, present: Mask, groups: int) -> Vector:
     def one_more(least, _):
         before = jnp.concatenate([jnp.zeros(1, least.dtype), least[:-1]])
         candidates = before[:, None] + spread
-        return jnp.min(candidates, axis=0), jnp.argmin(candidates, axis=0)
+        # Of equal ones the last: each value is a cluster if it may be, even if squares underflow.
+        begin = number - 1 - jnp.argmin(candidates[::-1], axis=0)
+        return jnp.min(candidates, axis=0), begin
 
     _, begins = jax.lax.scan(one_more, spread[0], length=groups - 1)
 
@@ -126,7 +128,7 @@ def _centers(values: Vector, present: Mask, groups: int) -> Vector:
         start = jnp.where(end < 0, 0, begin[end])
         return start - 1, start
 
-    end = jnp.asarray(number - 1, begins.dtype)
+    end = jnp.sum(present, dtype=begins.dtype) - 1
     _, starts = jax.lax.scan(last_cluster, end, begins, reverse=True)
     cluster = jnp.sum(jnp.arange(number)[None] >= starts[:, None], axis=0)
     members = jnp.where(cluster[None] == jnp.arange(groups)[:, None], counted[None], 0)

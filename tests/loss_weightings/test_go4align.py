@@ -83,6 +83,8 @@ def test_weights_do_not_depend_on_the_scale_but_for_the_shares():
     for scale in (2.0**-110, 2.0**110):
         scaled, _ = run(weighting, np.float32(LOSSES * scale))
         np.testing.assert_allclose(scaled, weights, rtol=1e-5)
+    each, _ = run(mtl_jax.go4align(3, step_size=0.0), np.float32([(1.0, 1e25, 1e30)]))
+    np.testing.assert_allclose(each, [(1e30 / 3, 1e5 / 3, 1 / 3)], rtol=1e-5)
     far, _ = run(weighting, np.float32([(1e-15, 1e-15, 1e15)]))
     np.testing.assert_allclose(far, [(1e30 / 3, 1e30 / 3, 1 / 3)], rtol=1e-5)
 

@@ -167,7 +167,11 @@ def anywhere(command: str) -> str:
     """The command without the folders of the machine that it ran on."""
     command = re.sub(r" --runs-dir \S+", "", command)
     command = re.sub(r"(--data-dir) \S+", r"\1 DIR", command)
-    return re.sub(r"(--reuse) \S*?([^\s/]+)(?= |$)", r"\1 runs/\2", command)
+    return re.sub(r"(?<=--reuse)( (?!-)\S+)+", _in_runs, command)
+
+
+def _in_runs(folders: re.Match[str]) -> str:
+    return "".join(f" runs/{pathlib.PurePath(folder).name}" for folder in folders[0].split())
 
 
 def shortened(run: Run, select: Select) -> Run:

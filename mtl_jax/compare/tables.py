@@ -238,7 +238,9 @@ def tuning_table(analysis: Analysis) -> Table:
     rows = []
     for name, trials in tuning.trials.items():
         chosen = tuning.chosen(name)
+        # Records that are kept in the small hold neither times nor whole courses.
         seconds = sum(trial.seconds for trial in trials)
+        epochs = sum(trial.epochs for trial in trials) if seconds else None
         compiling = sum(trial.compile_seconds for trial in trials)
         rows.append(
             [
@@ -248,7 +250,7 @@ def tuning_table(analysis: Analysis) -> Table:
                 _score(chosen),
                 _score(trials[0]),
                 _trials(trials),
-                _number(sum(trial.epochs for trial in trials), 0),
+                _number(epochs, 0),
                 _number(seconds or None, 0),
                 _number(compiling or None, 0),
             ]

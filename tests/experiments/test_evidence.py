@@ -221,7 +221,7 @@ def test_commands_are_for_any_machine():
         "python -m experiments.compare --problem qm9 --data-dir DIR c --reuse runs/qm9_mean "
         "--seeds 10"
     )
-    assert anywhere("mtl-jax compare --reuse /a/b") == "mtl-jax compare --reuse runs/b"
+    assert anywhere("mtl-jax compare --reuse /a/b c/d") == "mtl-jax compare --reuse runs/b runs/d"
 
 
 def test_the_page_of_a_problem(pages):
@@ -232,6 +232,9 @@ def test_the_page_of_a_problem(pages):
     for title in ("## Tuned for the mean over the tasks", "## Tuned for the worst task"):
         assert title in page
     assert "- adaptive: better in topic by 10, worse in depth by 0.50; mean -14.4" in page
+    headers = [line for line in page.splitlines() if "at the default, %" in line]
+    assert len(headers) == 2
+    assert all("trials" in line and "epochs" not in line for line in headers)  # these are not kept
 
 
 def test_what_cannot_be_kept_is_said(pages, capsys):

@@ -123,6 +123,16 @@ def loss_sequence(steps=8, dtype=jnp.float32, seed=0):
     ]
 
 
+def run_vectors(weighting, sequence, masks=None):
+    """The weights of every step, and the last state, of losses and masks as rows of an array."""
+    state, found = weighting.init(tuple(sequence[0])), []
+    for step, losses in enumerate(sequence):
+        mask = (True,) * len(losses) if masks is None else tuple(masks[step])
+        weights, state = weighting.update(tuple(losses), state, mask=mask)
+        found.append(weights)
+    return np.array(found), state
+
+
 def run(weighting, sequence, *, masks=None, key=KEY, update=None):
     """Run a weighting over a sequence of losses, observing 0.9 of each after the step.
 

@@ -3,11 +3,13 @@
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from mtl_jax._checks import is_traced
 from mtl_jax._tasks import Tasks
+from mtl_jax._typing import Mask, Vector
 
 
 class WindowMeans(NamedTuple):
@@ -56,3 +58,12 @@ def ema_rate(
     log = jnp.log if is_traced(decay) else lambda d: math.log(d) if d > 0 else -math.inf
     later = (1 - decay) / -jnp.expm1((steps + 1).astype(dtype) * log(decay))
     return jnp.where(steps == 0, 1, later)
+
+
+def among_themselves(log_shares: Vector, old: Vector, present: Mask) -> Vector:
+    """New shares of the present tasks, scaled to what these had together before; logarithms.
+
+    They are kept from underflowing, so that no task is lost for good.
+    """
+    together = jax.nn.logsumexp(jnp.where(present, old, -jnp.inf))
+    return jnp.maximum(log_shares + together, jnp.log(jnp.finfo(old.dtype).tiny))

@@ -11,6 +11,7 @@ from mtl_jax._base import Weighting
 from mtl_jax._checks import read_integer, read_number
 from mtl_jax._lift import vector_weighting
 from mtl_jax._typing import Mask, Vector
+from mtl_jax.loss_weightings._statistics import among_themselves
 
 
 class GO4AlignState(NamedTuple):
@@ -86,10 +87,7 @@ def go4align(groups: int = 2, step_size: float = 1e-4) -> Weighting:
         largest = jnp.max(weights, where=present, initial=0)
         scaled = weights / jnp.where(largest > 0, largest, 1)  # whose squares do not overflow
         weights = largest * _centers(scaled, present, groups)
-        # What the present tasks had together they have again.
-        together = jax.nn.logsumexp(state.log_shares, where=present)
-        log_shares = jnp.maximum(log_shares + together, jnp.log(finfo.tiny))
-        return weights, GO4AlignState(log_shares)
+        return weights, GO4AlignState(among_themselves(log_shares, state.log_shares, present))
 
     return vector_weighting(update, init, positive_losses=True)
 

@@ -11,6 +11,7 @@ from mtl_jax._base import Weighting
 from mtl_jax._checks import check_flags, check_numbers, read_number
 from mtl_jax._lift import vector_weighting
 from mtl_jax._typing import PyTree
+from mtl_jax.loss_weightings._statistics import among_themselves
 
 
 class GroupDROState(NamedTuple):
@@ -115,9 +116,7 @@ def group_dro(
             shares = (1 - smoothing) * jnp.exp(log_shares) + smoothing / number
             log_shares = jnp.log(shares)
         weights = number * jnp.exp(log_shares)
-        # What the present tasks had together they have again.
-        together = jax.nn.logsumexp(jnp.where(present, state.log_shares, -jnp.inf))
-        log_shares = jnp.maximum(log_shares + together, jnp.log(finfo.tiny))
+        log_shares = among_themselves(log_shares, state.log_shares, present)
         return weights, GroupDROState(log_shares, state.reference)
 
     return vector_weighting(update, init)

@@ -5,6 +5,7 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from methods import run_vectors as run
 
 import mtl_jax
 from mtl_jax.loss_weightings.go4align import _centers
@@ -30,15 +31,6 @@ def published(sequence, groups, step_size):
         q = q / q.sum()
         weights.append(best_centers(q * losses.sum() / losses, groups))
     return np.array(weights)
-
-
-def run(weighting, sequence, masks=None):
-    state, found = weighting.init(tuple(sequence[0])), []
-    for step, losses in enumerate(sequence):
-        mask = (True,) * len(losses) if masks is None else tuple(masks[step])
-        weights, state = weighting.update(tuple(losses), state, mask=mask)
-        found.append(weights)
-    return np.array(found), state
 
 
 LOSSES = np.random.default_rng(0).uniform(0.2, 3, (20, 5))

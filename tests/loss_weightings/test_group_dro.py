@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from methods import run_vectors as run
 
 import mtl_jax
 
@@ -26,15 +27,6 @@ def doremi(sequence, reference, step_size=1.0, smoothing=1e-4):
         q = (1 - smoothing) * q + smoothing / len(q)
         weights.append(len(q) * q)
     return np.array(weights)
-
-
-def run(weighting, sequence, masks=None):
-    state, found = weighting.init(tuple(sequence[0])), []
-    for step, losses in enumerate(sequence):
-        mask = (True,) * len(losses) if masks is None else tuple(masks[step])
-        weights, state = weighting.update(tuple(losses), state, mask=mask)
-        found.append(weights)
-    return np.array(found), state
 
 
 LOSSES = np.random.default_rng(0).uniform(0.2, 3, (30, 4))

@@ -194,7 +194,8 @@ def price(reads: str) -> str:
         AFTER: [("2 forward, 1 backward", "losses", names)],
         GRAMIAN: [
             ("at the representation", "representation", names),
-            ("over parameters: 1 forward, K backward", "encoder rows", names),
+            ("over the encoder: K backward passes of it", "encoder rows", names),
+            ("over all parameters: 1 forward, K backward", "rows", names),
         ],
         ROWS: [
             ("1 forward, K backward, K gradients held", "rows", others),
@@ -202,7 +203,7 @@ def price(reads: str) -> str:
         ],
         SECOND: [
             ("2 forward, 2 backward, 1 forward derivative (`modo`)", "second batch", ["modo"]),
-            ("K + 1 and K (`sdmgrad`)", "second batch", ["sdmgrad"]),
+            ("2 forward, K + 1 backward, K derivatives (`sdmgrad`)", "second batch", ["sdmgrad"]),
         ],
     }
     return "; ".join(f"{passes}: {', '.join(prices(form, of))}" for passes, form, of in how[reads])

@@ -121,7 +121,7 @@ def draw_pictures(analysis: Analysis, folder: pathlib.Path) -> None:
                 options: Any = {"dpi": 120, "metadata": _METADATA[extension]}
                 figure = made[kind]
                 replace_file(path, lambda file, f=figure, o=options: f.savefig(file, **o))
-                figure.set_layout_engine("none")  # the first drawing has laid it out
+                figure.set_layout_engine(None)  # the first drawing has laid it out
 
 
 def markdown_report(analysis: Analysis) -> str:

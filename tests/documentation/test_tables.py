@@ -183,7 +183,8 @@ def test_prices_are_the_medians_of_what_was_measured():
         "1 forward, 1 backward": prices("losses", "the losses"),
         "2 forward, 1 backward": prices("losses", "the losses after the step, too"),
         "at the representation": prices("representation", "the Gramian"),
-        "1 forward, K backward": prices("encoder rows", "the Gramian"),
+        "over the encoder: K backward passes of it": prices("encoder rows", "the Gramian"),
+        "over all parameters: 1 forward, K backward": prices("rows", "the Gramian"),
         "1 forward, K backward, K gradients held": prices("rows", "the task gradients"),
     }
     for passes, found in said.items():

@@ -369,7 +369,11 @@ def of_errors(results: Results) -> Results:
     chosen = {
         problem: info
         for problem, info in results.problems.items()
-        if all(m.unit == "%" for metrics in info.tasks.values() for m in metrics.values())
+        if all(
+            metric.unit == "%" and metric.higher_is_better
+            for metrics in info.tasks.values()
+            for metric in metrics.values()
+        )
     }
     return Results(
         {
@@ -442,14 +446,14 @@ def properties(tuned: Tuned, problem: str) -> Properties:
     gains = {
         name: estimate.mean
         for name in tuned.names[:-1]
-        if (estimate := tuned.change(problem, name)) is not None
+        if (estimate := tuned.change(problem, name)) is not None and math.isfinite(estimate.mean)
     }
     return Properties(
         first=first,
         last=last,
         alone=analysis.mean_change(BASELINE, ALONE),
         worst=min((float(np.mean(values)) for values in changes.values()), default=math.nan),
-        best=max(gains, key=lambda name: gains[name]),
+        best=max(gains, key=lambda name: gains[name], default=""),
     )
 
 
@@ -544,6 +548,7 @@ def small_table(kept: Mapping[Select, Tuned]) -> str:
                         for other in tuned.names
                         if other not in (*EMPHASIS, *CLAIMED, ALONE)
                         and (estimate := tuned.change(problem, other)) is not None
+                        and math.isfinite(estimate.mean)
                     }
                     found = max(rest, key=lambda other: rest[other], default="")
                 entry = tuned.entry(problem, found)

@@ -4,6 +4,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -222,3 +223,11 @@ def test_a_name_that_cannot_be(name, message, folder, capsys):
     assert message in capsys.readouterr().err
     assert {path.name for path in folder.iterdir()} == {"there.py"}
     assert (folder / "there.py").read_text() == "kept = True\n"
+
+
+def test_a_folder_that_cannot_be_written(monkeypatch, capsys):
+    monkeypatch.setattr(pathlib.Path, "open", Mock(side_effect=PermissionError("it is read-only")))
+    with pytest.raises(SystemExit) as error:
+        main(["new", "my_problem"])
+    assert error.value.code == 1
+    assert "error: it is read-only" in capsys.readouterr().err

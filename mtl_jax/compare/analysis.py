@@ -290,7 +290,11 @@ class Analysis:
         Corrected by Holm's method for all rows.
         """
         changes = {name: self.mean_change(name, BASELINE) for name in self.values}
-        found = {name: np.array(one.values) for name, one in changes.items() if one is not None}
+        found = {
+            name: (np.array(one.values), self.no_change(BASELINE))
+            for name, one in changes.items()
+            if one is not None
+        }
         return dict(zip(found, _against_nothing(found.values()), strict=True)) if found else {}
 
     @functools.cached_property
@@ -426,6 +430,18 @@ class Analysis:
         )
         return Estimate.from_values(ours - theirs)
 
+    def no_change(
+        self, reference: str, of: Literal["mean", "worst"] = "mean"
+    ) -> Float[np.ndarray, "seeds"]:
+        """What a row without a change has, seed by seed: 0.
+
+        NaN where there is no change of any row: the reference failed there, or is 0.
+        """
+        start = ALONE if ALONE in self.values else BASELINE
+        start = reference if of == "mean" else start
+        found = _task_changes(self.columns, self.values[reference], self.values[start])
+        return 0 * np.sum(list(found.values()), axis=0)
+
     def _worst(self, name: str) -> tuple[str | None, Estimate | None]:
         changes = self.task_changes(name, ALONE if ALONE in self.values else BASELINE)
         found = {task: Estimate.from_values(values) for task, values in changes.items()}
@@ -486,7 +502,7 @@ class Analysis:
         if not 2 <= len(self.columns) <= MOST_FOR_HYPERVOLUME or not self.seeds:
             return {}
         points = {name: v.T for name, v in self.values.items() if name != ALONE}
-        everything = np.concatenate(list(points.values()))
+        everything = np.concatenate([np.empty((0, len(self.columns))), *points.values()])
         everything = everything[np.isfinite(everything).all(axis=1)]
         if not len(everything) or not (np.ptp(everything, axis=0) > 0).all():
             return {}
@@ -555,7 +571,7 @@ def over_problems(
     Raises:
       ValueError: if no problem has a run of that weighting.
     """
-    changes: dict[tuple[str, str], np.ndarray] = {}
+    changes: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
     for problem in results.problems:
         analysis = Analysis(results, problem)
         change = analysis.mean_change if of == "mean" else analysis.worst_change
@@ -563,7 +579,7 @@ def over_problems(
             pair = (name, BASELINE) if weighting is None else (weighting, name)
             found = change(*pair)
             if found is not None:
-                changes[problem, name] = np.array(found.values)
+                changes[problem, name] = np.array(found.values), analysis.no_change(pair[1], of)
     if weighting is not None and not changes:
         raise ValueError(
             f"There is nothing to compare {weighting!r} with: it, or another weighting beside it, "
@@ -575,13 +591,15 @@ def over_problems(
     return table
 
 
-def _against_nothing(changes: Iterable[np.ndarray]) -> list[PairedComparison]:
-    """The comparison of each row of changes with none, corrected for all of them."""
-    numbered = {str(number): row for number, row in enumerate(changes)}
-    none = {number: np.zeros(len(row)) for number, row in numbered.items()}
-    up = dict.fromkeys(numbered, True)
-    compared = compare_table({"change": numbered, "none": none}, up, baseline="none")
-    return list(compared["change"].values())
+def _against_nothing(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[PairedComparison]:
+    """The comparison of each row of changes with one of none, corrected for all of them."""
+    changes, none = zip(*pairs, strict=True)
+    table = {
+        name: {str(number): row for number, row in enumerate(rows)}
+        for name, rows in (("change", changes), ("none", none))
+    }
+    up = dict.fromkeys(table["none"], True)
+    return list(compare_table(table, up, baseline="none")["change"].values())
 
 
 def _task_changes(

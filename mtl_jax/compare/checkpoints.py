@@ -19,7 +19,7 @@ import numpy as np
 
 from mtl_jax._typing import PyTree
 from mtl_jax.compare.devices import as_the_first, is_first_process, wait_for_all
-from mtl_jax.compare.results import Run
+from mtl_jax.compare.results import SETTINGS, Run
 
 KEPT = 3
 """How many checkpoints of a run are kept, so that one before a damaged one is there."""
@@ -102,12 +102,18 @@ class RunCheckpoints:
           The run, its epoch and its state as they were; ``None`` if there is no good checkpoint.
 
         Raises:
-          OtherSettingsError: if the checkpoint is of a run with other settings.
+          OtherSettingsError: if the checkpoint is of a run with other settings, or of another
+            network.
+          OSError: if a file that is there cannot be read now.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 found, epoch, state_then = self._read(step, state)
+            except (OtherSettingsError, MemoryError):
+                raise
             except Exception as error:  # damaged files make all kinds
+                if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                    raise
                 warnings.warn(
                     f"The checkpoint of step {step} in {self.folder} is damaged and left out: "
                     f"{_brief(error)}",
@@ -148,6 +154,7 @@ class RunCheckpoints:
                 "rows": len(rows),
                 "seconds": epoch.seconds,
                 "digests": {name: digest(tree) for name, tree in trees.items()},
+                "structure": _structure(state),
             }
         )
         items: dict[str, Any] = {
@@ -170,6 +177,12 @@ class RunCheckpoints:
         record = self._restore(step, record=self._args.JsonRestore())["record"]
         _check(_digest(record["content"]) == record["digest"], "record")
         content = json.loads(record["content"])
+        if content["structure"] != _structure(state):
+            raise OtherSettingsError(
+                f"The checkpoints in {self.folder} are of another network, optimizer or weighting: "
+                "the training state has other arrays. Go on with the old one, or begin with the "
+                "new one in another folder."
+            )
         targets = {"arrays": None, "state": state}
         trees = self._restore(
             step,
@@ -201,10 +214,9 @@ def check_same_settings(run: Run, found: Run, what: str) -> None:
     Raises:
       OtherSettingsError: if not.
     """
-    names = ("task", "learning_rate", "parameters", "measured_at")
     check_same(
-        {name: getattr(run, name) for name in names},
-        {name: getattr(found, name) for name in names},
+        {name: getattr(run, name) for name in SETTINGS},
+        {name: getattr(found, name) for name in SETTINGS},
         f"{what} of a run with other settings",
     )
 
@@ -257,6 +269,14 @@ def digest(tree: PyTree) -> str:
         found.update(f"{name} {kind} {array.dtype} {np.shape(leaf)}\n".encode())
         found.update(array.reshape(-1).view(np.uint8).data)
     return found.hexdigest()
+
+
+def _structure(tree: PyTree) -> str:
+    """A digest of paths, dtypes and shapes."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return _digest(
+        "\n".join(f"{jax.tree_util.keystr(path)} {x.dtype} {np.shape(x)}" for path, x in leaves)
+    )
 
 
 def _digest(text: str) -> str:

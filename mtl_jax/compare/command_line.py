@@ -331,6 +331,8 @@ def new(config: New) -> None:
             file.write(text)
     except FileExistsError:
         fail(f"{path} exists already; take another NAME.")
+    except OSError as error:
+        fail(error, status=1)
     print(
         f"Written: {path}, a problem that runs as it is. CHANGE marks what to replace for your "
         f"data.\n\n    mtl-jax compare {config.name}:problem --seeds 5"

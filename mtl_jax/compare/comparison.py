@@ -8,7 +8,6 @@ import os
 import pathlib
 import time
 import urllib.parse
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, Self
@@ -190,6 +189,9 @@ def compare(
         holds_one = _check_folder(folder, results, resume)
         for plan in plans if tune is None else ():
             plan.read_finished(folder)  # all are checked before anything is trained
+        if holds_one and tune is not None and (folder / "results.json").exists():
+            # Until it is their turn, the problems have what they were tuned to before.
+            results.tunings |= Results.read(folder).tunings
         wait_for_all("the folder is looked at")
         if first and not (holds_one and (folder / "results.json").exists()):
             results.write(folder)
@@ -372,8 +374,8 @@ def _runs(
     progress: "_Progress",
 ) -> Iterator[Run]:
     """The runs of a plan, each after every epoch of it, or as it was read."""
-    if finished:
-        _warn_of_another_network(plan, finished.values())
+    programs = (run.provenance.get("program") for run in finished.values())
+    plan.trainer.warn_of_another_network(programs, "finished runs")
     alone = {(run.task, run.seed): run for run in finished.values() if run.task is not None}
     for run in finished.values():
         progress.run(run)
@@ -406,16 +408,6 @@ def _runs(
             checkpoints.remove()
 
 
-def _warn_of_another_network(plan: _Plan, finished: Iterable[Run]) -> None:
-    if any(run.provenance.get("program") != plan.trainer.program for run in finished):
-        warnings.warn(
-            f"The network or the losses of {plan.name!r} are not those that its finished runs were "
-            "trained with, as JAX lowers them. If you changed them, begin anew in another folder; "
-            "another version of JAX or of a library can make a difference, too.",
-            stacklevel=2,
-        )
-
-
 def _check_folder(folder: pathlib.Path, results: Results, resume: bool) -> bool:
     """Never mix two comparisons in a folder; returns whether there is one to continue.
 
@@ -431,7 +423,7 @@ def _check_folder(folder: pathlib.Path, results: Results, resume: bool) -> bool:
         for part in parts
         if part.exists()
         for path in part.iterdir()
-        if path.is_file() or any(file.is_file() for file in path.rglob("*"))
+        if any(file.is_file() and not file.name.startswith(".") for file in path.rglob("*"))
     }
     path = folder / "results.json"
     if not held and (not path.exists() or (path.is_file() and not Results.read(folder).runs)):

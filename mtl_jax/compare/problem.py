@@ -238,6 +238,9 @@ class Problem:
     description: str = ""
 
     def __post_init__(self) -> None:
+        # Numbers of NumPy become Python's, since records are JSON.
+        for name in ("learning_rate", "epochs", "batch_size"):
+            object.__setattr__(self, name, _python_number(vars(self)[name]))
         if not any(task.metrics for task in self.tasks.values()):
             raise ValueError(
                 f"The problem {self.name!r} has no task with a metric; one at least needs one."
@@ -459,6 +462,12 @@ class Problem:
             learning_rate=self.learning_rate,
             data=self.digest(),
         )
+
+
+def _python_number(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _python_number(entry) for name, entry in value.items()}
+    return value.item() if hasattr(value, "item") else value
 
 
 def _place(error: Exception, module: Any) -> str:

@@ -163,6 +163,9 @@ class Run:
         )
 
 
+SETTINGS = ("task", "learning_rate", "parameters", "measured_at")
+"""The fields of a run that say what was trained."""
+
 # The fields of a run that differ when it is run again.
 _TIMING = (
     "epoch_seconds",
@@ -307,7 +310,9 @@ class Results:
             "tunings": tunings,
             "runs": runs,
         }
-        _write_json(folder / "results.json", _plain(results, digits=DIGITS))
+        # Settings are kept to the last digit: a comparison that goes on must have the same.
+        rounded = _plain(results, digits=DIGITS) | {"problems": _plain(results["problems"])}
+        _write_json(folder / "results.json", rounded)
         _write_json(folder / "timing.json", timing)
 
     @staticmethod
@@ -346,7 +351,8 @@ class Results:
         """The results of several comparisons in one. Of runs that several have, the first is taken.
 
         Raises:
-          ValueError: if the same problem had other data or settings, or was tuned otherwise.
+          ValueError: if the same problem had other data or settings, or was tuned otherwise, or the
+            runs of one name have other settings.
         """
         whole = Results(command="\n".join(dict.fromkeys(p.command for p in parts if p.command)))
         for part in parts:
@@ -370,6 +376,8 @@ class Results:
                 ]
                 plan = [*whole.planned[name], *part.planned.get(name, [])]
                 whole.planned[name] = list(dict.fromkeys(plan))
+                for of_name in whole.of(name).values():
+                    _check_same_settings(of_name)
         return whole
 
 
@@ -381,6 +389,17 @@ def _check_same(one: Results, other: Results, name: str) -> None:
                 f"The problem {name!r} differs between the folders in its {key.replace('_', ' ')}, "
                 f"{settings[0][key]!r} and {settings[1][key]!r}: report them apart."
             )
+
+
+def _check_same_settings(runs: Sequence[Run]) -> None:
+    for run in runs:
+        for key in SETTINGS:
+            found, first = getattr(run, key), getattr(runs[0], key)
+            if found != first:
+                raise ValueError(
+                    f"The runs of {run.weighting!r} on {run.problem!r} differ between the folders "
+                    f"in their {key.replace('_', ' ')}, {first!r} and {found!r}: report them apart."
+                )
 
 
 def _tuned(results: Results, name: str) -> dict[str, Any]:

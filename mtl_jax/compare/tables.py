@@ -282,7 +282,7 @@ def over_problems_table(
 def answer(analysis: Analysis) -> str:
     """Which weightings are better than equal weights, in a sentence; empty with too few seeds."""
     found = analysis.mean_against_equal
-    if not found or len(analysis.seeds) < FEWEST_SEEDS:
+    if max((one.seeds for one in found.values()), default=0) < FEWEST_SEEDS:
         return ""
     where = " in the mean over the tasks" if len(analysis.info.tasks) > 1 else ""
     better = [name for name in found if name != ALONE and found[name].verdict == "better"]

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import itertools
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -98,20 +99,27 @@ def settings_of(
 def single_task(problem: Problem, runs: Mapping[str, Run | Trial]) -> SingleTask:
     """What each task reached alone, from these runs by task; 1 where there is none.
 
-    A run that failed is taken to have stayed where it was.
+    A run that failed is taken to have stayed where it was last finite.
     """
     losses, metrics, higher = {}, {}, {}
     for task, description in problem.tasks.items():
-        curve = runs[task].train_losses[task] if task in runs else [1.0]
+        curve = _finite(runs[task].train_losses[task] if task in runs else [1.0])
         missing = problem.epochs - len(curve)
-        losses[task] = np.pad(np.asarray(curve, np.float32), (0, missing), mode="edge")
+        losses[task] = np.pad(curve, (0, missing), mode="edge")
         for first in description.metrics[:1]:
             metrics[task], higher[task] = 1.0, first.higher_is_better
             if task in runs:
                 run = runs[task]
                 found = run.validation if isinstance(run, Trial) else run.metrics["validation"]
-                metrics[task] = float(found[task][first.name][-1])
+                metrics[task] = float(_finite(found[task][first.name])[-1])
     return SingleTask(losses, metrics, higher)
+
+
+def _finite(values: Sequence[float]) -> Float[np.ndarray, "known"]:
+    """The finite ones of these values; one NaN if there is none."""
+    known = np.asarray(values, np.float32)
+    known = known[np.isfinite(known)]
+    return known if len(known) else np.full(1, np.nan, np.float32)
 
 
 class Trainer:
@@ -203,7 +211,9 @@ class Trainer:
         """Train with a seed. Yields the run after every epoch, as far as it has come.
 
         With one seed, every setting starts from the same parameters and sees the same batches. A
-        run that finds no finite update in a whole epoch ends there, and says so.
+        run that finds no finite update in a whole epoch ends there, and says so. One whose
+        weighting cannot be made of what the tasks reached alone, as of a negative correlation, has
+        failed before its first step.
 
         Args:
           setting: the setting.
@@ -218,15 +228,29 @@ class Trainer:
           OtherSettingsError: a ``ValueError``; if the checkpoints are of other settings.
           OSError: if a checkpoint cannot be written.
         """
-        run = self.new_run(setting, seed)
+        provenance = environment() | {
+            "program": self.program,
+            "devices of a batch": self.devices.number,
+        }
+        try:
+            run = self.new_run(setting, seed)
+        except ValueError as error:
+            if setting.single_task is None:
+                raise
+            known, setting = (
+                error,
+                dataclasses.replace(setting, single_task=single_task(self.problem, {})),
+            )
+            run = self.new_run(setting, seed)
+            run.failure = f"not to be made of what the tasks reach alone: {known}"
+            run.provenance = provenance
+            yield run
+            return
         numbers, program = _Numbers(setting), self._program(setting, run)
         compiling = _Compiling(run)
         with compiling:
             run.steps_per_call = self.steps_per_call
-            run.provenance = environment() | {
-                "program": self.program,
-                "devices of a batch": self.devices.number,
-            }
+            run.provenance = provenance
             init_key, rng, weighting_key = jax.random.split(jax.random.key(seed), 3)
             state = program.start(numbers, *self._init(init_key), rng, weighting_key)
             state, epoch = self.devices.replicate(state), Epoch()
@@ -251,6 +275,21 @@ class Trainer:
                     checkpoints.save(loop.step, run, epoch, loop.state)
                 if ended:
                     yield run
+
+    def warn_of_another_network(self, programs: Iterable[str | None], what: str) -> None:
+        """Warn if something was trained with other programs (see :attr:`program`) than this one's.
+
+        Args:
+          programs: the digests that it was trained with.
+          what: what it is, in the plural.
+        """
+        if any(program != self.program for program in programs):
+            warnings.warn(
+                f"The network or the losses of {self.problem.name!r} are not those that its {what} "
+                "were trained with, as JAX lowers them. If you changed them, begin anew in another "
+                "folder; another version of JAX or of a library can make a difference, too.",
+                stacklevel=2,
+            )
 
     def is_finished(self, run: Run) -> bool:
         """Whether the run has come to its end, or failed."""

@@ -317,14 +317,22 @@ class _Search:
         pruner = optuna.pruners.MedianPruner(5, 1) if self.prune else optuna.pruners.NopPruner()
         study = optuna.create_study(direction="maximize", pruner=pruner)
         kept, known = self._read(), self._read_others()
+        programs = {one["program"] for one in (*kept, *known.values())}
+        self.trainer.warn_of_another_network(programs, "trials")
         for index in range(number):
             if index < len(kept):
                 trial = Trial(**kept[index]["trial"])
                 study.add_trial(_as_optuna_has_it(kept[index]["optuna"]))
             else:
-                trial = self._next(study, index, known, on_steps)
+                trial, program = self._next(study, index, known, on_steps)
                 of_optuna = _as_json(study.trials[-1])
-                kept.append({"trial": dataclasses.asdict(trial), "optuna": of_optuna})
+                kept.append(
+                    {
+                        "trial": dataclasses.asdict(trial),
+                        "program": program,
+                        "optuna": of_optuna,
+                    }
+                )
                 self._write(kept)
             if self.reference is None and trial.failure is None:
                 self.reference = _with_changes(trial.validation)
@@ -336,7 +344,8 @@ class _Search:
         index: int,
         known: Mapping[str, Mapping[str, Any]],
         on_steps: Callable[[Run, int, Mapping[str, float]], None],
-    ) -> Trial:
+    ) -> tuple[Trial, str]:
+        """The next trial, and the program that it was trained with."""
         import optuna
 
         # Each trial draws from a generator of its own, so that one that goes on after others were
@@ -358,7 +367,10 @@ class _Search:
             parameters={name: one.draw(asked, name, tasks) for name, one in self.space.items()},
         )
         key = _key(setting.learning_rate, setting.parameters)
-        trial = Trial(**known[key]) if key in known else self._train(setting, asked, on_steps)
+        if key in known:
+            trial, program = Trial(**known[key]["trial"]), known[key]["program"]
+        else:
+            trial, program = self._train(setting, asked, on_steps), self.trainer.program
         if trial.failure is None:
             score = self._score(trial.validation)
             finite = np.isfinite(score)
@@ -372,7 +384,7 @@ class _Search:
         else:
             states = optuna.trial.TrialState
             study.tell(asked, state=states.PRUNED if trial.failure == PRUNED else states.FAIL)
-        return trial
+        return trial, program
 
     def _train(
         self,
@@ -457,8 +469,8 @@ class _Search:
                 if content["search"] == own | {"select": content["search"]["select"]}:
                     for one in content["trials"]:
                         key = _key(one["trial"]["learning_rate"], one["trial"]["parameters"])
-                        known.setdefault(key, one["trial"])
-        return {key: one for key, one in known.items() if one["failure"] != PRUNED}
+                        known.setdefault(key, one)
+        return {key: one for key, one in known.items() if one["trial"]["failure"] != PRUNED}
 
     def _write(self, kept: list[dict[str, Any]]) -> None:
         if self.file is not None and is_first_process():

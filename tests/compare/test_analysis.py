@@ -334,6 +334,28 @@ def test_a_failed_run_is_never_better_and_last_in_rank():
     assert texts(main_table(Analysis(results, "made")))[0][1] == "failed"
 
 
+def test_a_seed_that_equal_weights_lose_is_nobodys_failure():
+    """The verdicts are those of the other seeds, in the mean and over problems, too."""
+    gain = {"topic": GAIN["topic"], "depth": np.negative(LOSS["depth"])}
+    rows = {"equal": EQUAL, "gains": shifted(gain)}
+    for of, alone in (("mean", None), ("worst", EQUAL)):
+        results = made_results(rows, alone=alone)
+        whole = over_problems(results, of=of)["made"]["gains"]
+        assert (whole.verdict, whole.seeds, whole.failed) == ("better", 4, 0)
+        (lost,) = (run for run in results.runs if (run.weighting, run.seed) == ("equal", 3))
+        lost.failure = "no finite update in epoch 1"
+        found = over_problems(results, of=of)["made"]["gains"]
+        assert (found.verdict, found.seeds, found.failed) == ("better", 3, 0)
+        change = getattr(Analysis(results, "made"), f"{of}_change")("gains", "equal")
+        assert found.difference == pytest.approx(np.mean(change.values[:3]))
+    analysis = Analysis(results, "made")
+    assert analysis.mean_against_equal["gains"].verdict == "better"
+    assert answer(analysis).startswith("Beyond noise, better than equal weights")
+    # Where nobody has a change, nothing is said of it.
+    nothing = {"topic": [0.0] * 4, "depth": [0.0] * 4}
+    assert answer(Analysis(made_results({"equal": nothing, "gains": EQUAL}), "made")) == ""
+
+
 def test_an_interrupted_comparison_is_of_the_seeds_that_all_have():
     analysis = without_run("loses", 3)
     assert analysis.seeds == [0, 1, 2]
@@ -347,6 +369,9 @@ def test_an_interrupted_comparison_is_of_the_seeds_that_all_have():
     results.runs.clear()
     assert Analysis(results, "made").rows == []
     assert sections(Analysis(results, "made")) == []
+    results = made_results(ROWS, alone=SINGLE)  # of which only the tasks alone are there
+    results.runs = [run for run in results.runs if run.task is not None]
+    assert [row.name for row in Analysis(results, "made").rows] == [ALONE]
 
 
 def test_best_epoch():

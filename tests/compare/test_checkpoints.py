@@ -5,6 +5,7 @@ import resource
 import shutil
 import warnings
 from typing import NamedTuple
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -265,6 +266,30 @@ def test_other_settings_are_an_error_and_leave_all_there(changes, message, tmp_p
     save(tmp_path, 1)
     with pytest.raises(OtherSettingsError, match=message):
         restore(tmp_path, **changes)
+    assert_same(restore(tmp_path)[0], make_run(1))
+
+
+def test_another_network_is_an_error_and_leaves_all_there(tmp_path):
+    save(tmp_path, 1, 2)
+    state = make_state(0)
+    others = {
+        "a shape": state._replace(params=state.params | {"kernel": jnp.zeros((50, 41))}),
+        "a dtype": state._replace(step=jnp.float32(0)),
+        "a name": state._replace(model_state={"empty": {}, "flag": jnp.array([True, False])}),
+    }
+    for changed in others.values():
+        said = pytest.raises(OtherSettingsError, match="are of another network")
+        with RunCheckpoints(tmp_path / "run", 0) as checkpoints, said:
+            checkpoints.restore(new_run(), changed)
+    assert_same(restore(tmp_path)[0], make_run(2))
+
+
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), MemoryError()])
+def test_what_passes_is_not_taken_for_damage(error, tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr(RunCheckpoints, "_read", Mock(side_effect=error))
+        restore(tmp_path)
     assert_same(restore(tmp_path)[0], make_run(1))
 
 

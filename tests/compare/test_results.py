@@ -178,6 +178,13 @@ def test_results_are_combined():
     ):
         with pytest.raises(ValueError, match=f"'made' differs .* {message}"):
             Results.combine([one, changed])
+    tuned_more = made_results({"equal": EQUAL, "dwa": EQUAL}, tuning=made_tuning("equal", "dwa"))
+    for run in tuned_more.runs:
+        run.seed += run.weighting == "dwa"  # one seed more
+        run.learning_rate = 0.05 if run.weighting == "dwa" else 0.01
+    tuned_more.planned["made"].append(("dwa", 4))
+    with pytest.raises(ValueError, match=r"'dwa' on 'made' differ .* learning rate, 0.01 and 0.05"):
+        Results.combine([one, tuned_more])
 
 
 def test_the_chosen_trial():

@@ -9,11 +9,12 @@ import time
 import warnings
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from killed_comparison import run_comparison
 from processes import Processes
-from toy_problem import IN_PARTS, TARGETS, make_problem, split
+from toy_problem import IN_PARTS, TARGETS, losses, make_problem, split
 
 import mtl_jax
 from mtl_jax.compare import (
@@ -203,6 +204,18 @@ def test_other_settings_are_an_error_before_anything_is_trained(
     assert results_of(folder) == results_of(once)
 
 
+@pytest.mark.parametrize("rate", [0.01 / 3, 10**-2.5, np.float32(0.1)])
+def test_settings_may_have_any_number_of_digits(rate, tmp_path, trained):
+    """And those of NumPy become Python's."""
+    problem = make_problem(epochs=1, learning_rate=rate, batch_size=np.int64(50))
+    options = {"alone": False, "checkpoint_seconds": 0}
+    compare(problem, {}, tmp_path / "one", seeds=[0], tune=1, **options)
+    trained.clear()
+    compare(problem, {}, tmp_path / "one", seeds=[0, 1], tune=1, resume=True, **options)
+    compare(problem, {}, tmp_path / "two", seeds=[1], tune=1, reuse=[tmp_path / "one"], **options)
+    assert {run[:2] for run in trained} == {("equal", 1), ("constant", 1)}
+
+
 def test_what_another_version_made_is_kept_and_said(once, tmp_path, trained):
     """The provenance of the record is written by hand."""
     folder = tmp_path / "folder"
@@ -237,6 +250,34 @@ def test_another_network_is_said(once, tmp_path):
         compare(problem, {}, folder, seeds=[0, 1], alone=False, resume=True)
 
 
+def test_another_network_is_said_of_trials(tmp_path):
+    def thousandfold(*args):
+        errors, state = losses(*args)
+        return {task: 1000 * error for task, error in errors.items()}, state
+
+    problem = make_problem(epochs=1)
+    other = make_problem(epochs=1, losses=thousandfold)
+    options = {"alone": False, "tune": 1, "checkpoint_seconds": None}
+    said = "losses of 'toy' are not those that its trials"
+    with stopped_at("equal", 0, 6):  # after the tuning
+        compare(problem, {}, tmp_path / "one", seeds=[0], **options)
+    with pytest.warns(UserWarning, match=said):
+        compare(other, {}, tmp_path / "two", seeds=[0], reuse=[tmp_path / "one"], **options)
+    for folder in ("one", "two"):  # also of what was taken from there
+        with pytest.warns(UserWarning, match=said):
+            compare(other, {}, tmp_path / folder, seeds=[0], resume=True, **options)
+
+
+def test_what_was_tuned_stays_until_it_is_tuned_again(tmp_path):
+    problems = [make_problem(epochs=1), make_problem(epochs=1, name="second")]
+    options = {"alone": False, "tune": 1, "seeds": [0, 1], "checkpoint_seconds": None}
+    compare(problems, {}, tmp_path, **options)
+    (tmp_path / "records" / "toy" / "equal_seed1.json").unlink()
+    with stopped_at("equal", 1, 6):
+        compare(problems, {}, tmp_path, resume=True, **options)
+    assert set(Results.read(tmp_path).tunings) == {"toy", "second"}
+
+
 def test_a_damaged_record_is_an_error_that_names_it(once, tmp_path, trained):
     folder = tmp_path / "folder"
     shutil.copytree(once, folder)
@@ -261,6 +302,9 @@ def test_a_folder_holds_one_comparison(once, tmp_path):
     other = make_problem(name="other", epochs=1)
     with pytest.raises(FileExistsError, match=r"holds a comparison on toy, too"):
         compare(other, {}, folder, resume=True, **options)
+    assert results_of(folder) == results_of(once)
+    (folder / "records" / ".DS_Store").write_text("what a file browser leaves")
+    compare(problem, ["cagrad"], folder, resume=True, **options)
     assert results_of(folder) == results_of(once)
     for part in ("results.json", "records/toy", "checkpoints/toy", "tuning/toy"):
         some = tmp_path / part.replace("/", "_")

@@ -1,15 +1,18 @@
 """Weightings that are made of what each task reaches alone, or are told the metrics."""
 
 import dataclasses
+import re
+import warnings
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_problem import IN_PARTS, THREE_TARGETS, make_problem
+from toy_problem import IN_PARTS, TARGETS, THREE_TARGETS, make_problem
 
 import mtl_jax
 from mtl_jax._metrics import MetricsState
-from mtl_jax.compare import SPACES, WEIGHTINGS, compare, tune
+from mtl_jax.compare import SPACES, WEIGHTINGS, Run, Task, compare, r2, tune
+from mtl_jax.compare.training import single_task
 
 PROBLEM = make_problem(THREE_TARGETS, **IN_PARTS)
 TASKS = list(PROBLEM.tasks)
@@ -102,6 +105,37 @@ def test_tuning_makes_them_of_the_chosen_trials_of_each_task_alone():
     for task in TASKS:
         assert len(tuning.chosen(f"{task} alone").train_losses[task]) == PROBLEM.epochs
     assert list(tuning.trials)[:3] == ["equal", "constant", "adaptive_alone"]
+
+
+def test_what_cannot_be_made_of_the_baselines_has_failed_and_the_others_run(tmp_path):
+    """The R2 of a task is below 0 at first, of which there is no achievement."""
+    problem = make_problem(tasks=dict.fromkeys(TARGETS, Task(r2())), epochs=1, learning_rate=1e-6)
+    options = {"seeds": [0, 1], "tune": 1}
+    results = compare(problem, ["achievement", "dwa"], tmp_path, **options)
+    trials = results.tunings["toy"].trials
+    reason = r"not to be made of what the tasks reach alone: .*metric must be in \(0, inf\)"
+    assert re.match(reason, trials["achievement"][0].failure)
+    assert trials["dwa"][0].failure is None
+    runs = results.of("toy")
+    assert all(re.match(reason, run.failure) and run.epochs == 0 for run in runs["achievement"])
+    assert [run.failure for run in runs["dwa"]] == [None, None]
+    assert "Failed: achievement, seed 1: not to be made" in (tmp_path / "toy.md").read_text()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        again = compare(problem, ["achievement", "dwa"], tmp_path, resume=True, **options)
+    assert len(again.runs) == len(results.runs)
+
+
+def test_a_task_that_failed_alone_stays_where_it_was():
+    run = Run("toy", "", 0, train_losses={"line": [3.0, np.nan]})
+    run.metrics = {"validation": {"line": {"squared error": [2.0, np.nan]}}}
+    problem = make_problem(epochs=4)
+    reached = single_task(problem, {"line": run})
+    np.testing.assert_array_equal(reached.losses["line"], [3, 3, 3, 3])
+    np.testing.assert_array_equal(reached.losses["square"], [1, 1, 1, 1])  # not known yet
+    assert reached.metrics == {"line": 2.0, "square": 1.0}
+    run.train_losses["line"] = [np.nan]
+    assert np.isnan(single_task(problem, {"line": run}).losses["line"]).all()
 
 
 @pytest.mark.parametrize("name", ["adaptive_alone", "achievement"])

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from made_runs import ACCURACY, EQUAL, TASKS, made_results, made_tuning, shifted
 
-from experiments.evidence import MARK, PUBLISHED, anywhere, main
-from mtl_jax.compare import Results, Trial
+from experiments.evidence import MARK, PUBLISHED, Tuned, anywhere, main, of_errors, properties
+from mtl_jax.compare import MetricInfo, Results, Trial
 from mtl_jax.compare.report import Report, report_main
 from mtl_jax.evaluation import delta_m, mean_interval
 
@@ -254,3 +254,21 @@ def test_what_cannot_be_kept_is_said(pages, capsys):
     partial.write(pages / "runs" / "partial")
     assert "'made' is not finished, or was not tuned" in error_of("partial")
     assert "nowhere holds no results" in error_of("nowhere")
+
+
+def test_errors_are_of_what_is_better_when_higher():
+    """A share that is an error already is left as it is."""
+    kinds = {"accuracy": ACCURACY, "error": {"error": MetricInfo(False, unit="%")}}
+    rows = {"equal": {"one": [0.1, 0.2]}, "dwa": {"one": [0.2, 0.3]}}
+    both = Results.combine(
+        [made_results(rows, {"one": kind}, name=name) for name, kind in kinds.items()]
+    )
+    assert list(of_errors(both).problems) == ["accuracy"]
+    assert of_errors(both).of("accuracy")["dwa"][1].metrics["test"]["one"]["accuracy"][-1] == 0.7
+
+
+def test_what_failed_everywhere_is_not_the_best():
+    results = comparison("mean")
+    for one in results.runs:
+        one.failure = "no finite update in epoch 1" if one.weighting == "constant" else None
+    assert properties(Tuned(results, "mean"), "made").best == "upgrad"

@@ -156,7 +156,7 @@ def figure(
     columns = min(4, len(found))
     rows = -(-len(found) // columns)
     picture = matplotlib.figure.Figure(figsize=(3.4 * columns, 3.5 * rows), layout="constrained")
-    axes = picture.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat
+    axes = list(picture.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
     side = np.linspace(-11, 11, 200)
     grid = jnp.array(np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2))
     losses = jax.jit(jax.vmap(lambda x: landscape(x, first_scale)))(grid)
@@ -176,7 +176,7 @@ def figure(
         axis.set_xlim(-11, 11)
         axis.set_ylim(-11, 11)
         axis.set_aspect("equal")
-    for axis in list(axes)[len(found) :]:
+    for axis in axes[len(found) :]:
         axis.remove()
     picture.suptitle(
         "Paths from the starts (dots) over the mean loss; how many reach the Pareto set (green)"

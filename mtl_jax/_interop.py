@@ -11,7 +11,7 @@ from jaxtyping import Array
 from mtl_jax._base import Signal, Weighting, check_weighting
 from mtl_jax._checks import leaf_types, read_integer, read_key
 from mtl_jax._jacobian import gramian_of, nonzero_rows
-from mtl_jax._lift import leading_axis, weighted_sum
+from mtl_jax._lift import all_finite, for_each_task, leading_axis, tree_where, weighted_sum
 from mtl_jax._tasks import at_least_float32, read_mask, read_tasks
 from mtl_jax._typing import Losses, Mask, PyTree, Vector
 
@@ -101,14 +101,21 @@ def as_aggregator(
         if leave_out_zero:
             present = present & nonzero_rows(rows)
             present = present & (losses != 0) if method.positive_losses else present
-        weights, state = weighting.update(
+        weights, new_state = weighting.update(
             tuple(jnp.unstack(losses)),
             state,
             mask=tuple(jnp.unstack(present)),
             gramian=gramian,
             task_gradients=updates,
         )
-        return weighted_sum(jnp.stack(weights), updates), state
+        if mask is not None:  # what is not finite in an absent task's gradient is not read
+            updates = jax.tree.map(
+                lambda leaf: jnp.where(for_each_task(present, leaf), leaf, 0), updates
+            )
+        update = weighted_sum(jnp.stack(weights), updates)
+        valid = all_finite(update)
+        update = jax.tree.map(lambda leaf: jnp.where(valid, leaf, jnp.nan), update)
+        return update, tree_where(valid, new_state, state)
 
     def update(
         updates: PyTree,

@@ -128,6 +128,11 @@ class Partition(NamedTuple):
 _KINDS = {"shared": ("a predicate on", "booleans"), "groups": ("a function of", "names")}
 
 
+def _is_function(choice: Any) -> bool:
+    """Whether it is a function, and not a module of parameters that can be called."""
+    return callable(choice) and jax.tree_util.all_leaves([choice])
+
+
 def _said_of_each(params: PyTree, choice: Any, name: str) -> list[tuple[str, Any]]:
     """The path of each parameter with what a function of it, or a pytree like them, says of it.
 
@@ -136,7 +141,7 @@ def _said_of_each(params: PyTree, choice: Any, name: str) -> list[tuple[str, Any
     """
     structure = jax.tree.structure(params)
     paths = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    if callable(choice):
+    if _is_function(choice):
         return [(path, choice(path)) for path in paths]
     if jax.tree.structure(choice) == structure:
         return list(zip(paths, jax.tree.leaves(choice), strict=True))
@@ -171,8 +176,9 @@ class Groups(NamedTuple):
             return None
         parts = Partition.of(params, shared)
         kept = parts.join(parts.shared(params), None)
-        said = _said_of_each(kept if callable(groups) else params, groups, "groups")
-        if not callable(groups):
+        function = _is_function(groups)
+        said = _said_of_each(kept if function else params, groups, "groups")
+        if not function:
             said = [one for one, flag in zip(said, parts.flags, strict=True) if flag]
         for path, name in said:
             if not isinstance(name, str):
@@ -614,7 +620,8 @@ class ParameterJacobian:
         """
         start = self._params
         if step is not None:
-            start = jax.tree.map(jnp.subtract, start, self.pull_back(step))
+            descent = _conjugate(self.pull_back(step))
+            start = jax.tree.map(jnp.subtract, start, descent)
         there, linear = second(start), self._linear
         assert isinstance(there, ParameterJacobian)
 
@@ -622,7 +629,7 @@ class ParameterJacobian:
             found = there._gradient_of(cotangents)
             if linear is None:
                 return self._parts.shared(found)
-            return [self.tasks.stack(linear(self._parts.without_rest(found)))]
+            return [self.tasks.stack(linear(_conjugate(self._parts.without_rest(found))))]
 
         way = choose_rows(self._rows_mode, len(combinations), self._params)
         way = "map" if way == "low_memory" else way
@@ -686,7 +693,7 @@ class ParameterJacobian:
 
         def row(unit: list[Array]) -> Vector:
             gradient = self._parts.without_rest(self._gradient_of(unit))
-            return self.tasks.stack(linear(gradient))
+            return self.tasks.stack(linear(_conjugate(gradient)))
 
         gramian = jax.lax.map(row, unit_cotangents(self.losses))
         return (gramian + gramian.T) / 2
@@ -802,7 +809,7 @@ class RepresentationJacobian:
 
         def row(leaves: list[Array]) -> Vector:
             gradient = self._parts.without_rest(self._through_encoder(leaves))
-            changes = self._at_z.flatten_up_to(linear(gradient))
+            changes = _conjugate(self._at_z.flatten_up_to(linear(_conjugate(gradient))))
             between = gramian_between(rows, [change[None] for change in changes], self._axes)
             return between[:, 0]
 
@@ -811,6 +818,11 @@ class RepresentationJacobian:
 
 
 TaskJacobian = ParameterJacobian | RepresentationJacobian
+
+
+def _conjugate(gradient: PyTree) -> PyTree:
+    """The direction of steepest ascent: for complex numbers JAX has its conjugate as gradient."""
+    return jax.tree.map(jnp.conj, gradient)
 
 
 def cotangent(weights: Vector, losses: Losses) -> Losses:

@@ -97,12 +97,14 @@ def vector_weighting(
         ``Signal.TASK_GRADIENTS`` it is called as ``init(tasks, key, params)``. In the state, an
         array of one or more dimensions is a statistic of the tasks, its leading axis being the
         task: the rows of absent tasks are kept as they were. A matrix whose two axes are the tasks
-        goes into :class:`mtl_jax.Pairs`. A scalar is shared by the tasks.
+        goes into :class:`mtl_jax.Pairs`. A scalar is shared by the tasks. All of it is finite: a
+        running minimum begins at the largest number.
       observe: ``observe(losses, state, present) -> state``, for a method that reads the losses
         after the step.
       needs: the signal that ``update`` reads.
       due: ``due(state) -> bool``, for a method that reads its signal only now and then: whether it
-        must be measured at this step. Where it need not, ``update`` is called with ``None`` for it.
+        must be measured at this step. Where it need not, ``update`` is called with ``None`` for it;
+        under ``vmap``, and with ``groups``, it is measured for all where it must be for one.
       reads_losses: whether ``update`` reads the losses. If it does not,
         :func:`mtl_jax.as_aggregator` does without them; nothing else depends on it.
       positive_losses: whether a loss of exactly 0 has no answer, or misleads what the method
@@ -619,8 +621,9 @@ def _initial_state(inner: PyTree, tasks: Tasks) -> WeightingState:
                 f"The state's leaf {leaf_name(path)!r} has shape {shape}: an array in a "
                 f"weighting's state has the tasks ({tasks.number}) as its leading axis."
             )
-    # Copies, so that no leaf aliases an argument, a constant or another leaf.
-    inner = jax.tree.map(jnp.copy, inner)
+    # Copies, so that no leaf aliases an argument, a constant or another leaf; and no weak types,
+    # which a step would lose.
+    inner = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.result_type(leaf), copy=True), inner)
     return WeightingState(jnp.zeros((tasks.number,), jnp.int32), inner, tasks)
 
 
@@ -659,11 +662,15 @@ def _read_state(
             f"is for {describe(known.structure)}, the losses are {describe(tasks.structure)}.)"
         )
     if init is not None:
-        # Whether there is a random key in it may be the user's choice.
-        keyed = any(is_key(leaf) for leaf in jax.tree.leaves(state))
-        expected = jax.eval_shape(
-            lambda params: init(tasks, jax.random.key(0) if keyed else None, params), params
-        )
+
+        def made(key: Any) -> WeightingState:
+            return jax.eval_shape(lambda key, params: init(tasks, key, params), key, params)
+
+        expected = made(jax.eval_shape(jax.random.key, 0))
+        if jax.tree.structure(expected) != jax.tree.structure(state):
+            keyed = any(is_key(leaf) for leaf in jax.tree.leaves(expected))
+            # Whether there is a random key in it may be the user's choice.
+            expected = made(None) if keyed else expected
         hint = "Pass the state that this weighting's `init` returned."
         _check_like(state, expected, "The weighting's state", hint)
     return jax.tree.map(jnp.asarray, state)

@@ -70,10 +70,10 @@ def microbatched(
       over all of them, with no example sent elsewhere.
 
     Raises:
-      ValueError: if ``n`` is not a positive integer; in a call, if the batch cannot be split into
-        n equal microbatches, its arrays differ in the leading axis, the count is not of the
-        structure of the losses, or ``aux`` holds what is neither by example nor the same for all
-        microbatches.
+      ValueError: if ``n`` is not a positive integer; in a call, if ``batch_argnums`` names no
+        argument after the parameters, the batch cannot be split into n equal microbatches, its
+        arrays differ in the leading axis, the count is not of the structure of the losses, or
+        ``aux`` holds what is neither by example nor the same for all microbatches.
       TypeError: if the count of a task is not one number.
 
     Example:

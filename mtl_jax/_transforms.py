@@ -154,9 +154,10 @@ def value_and_grad(
         over devices, or ``check_vma`` is False.
       TypeError: if ``losses_fn`` is not a function, ``weighting`` neither a :class:`Weighting` nor
         an aggregator, ``state`` not its state, a loss or a parameter not floating-point, a leaf of
-        ``mask`` not one boolean, the name of a group not a string, or ``losses_fn`` has no forward
-        derivative and ``rows`` is ``"low_memory"``; if there are batch statistics of Flax among the
-        parameters; or if ``losses_fn`` returns a pair of anything but scalars without ``has_aux``.
+        ``mask`` not one boolean, ``second`` not a tuple, the name of a group not a string, or
+        ``losses_fn`` has no forward derivative and ``rows`` is ``"low_memory"``; if there are batch
+        statistics of Flax among the parameters; or if ``losses_fn`` returns a pair of anything but
+        scalars without ``has_aux``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -278,7 +279,8 @@ def representation_value_and_grad(
         ``state`` not the weighting's state, a loss, a parameter or a part of z not floating-point,
         a leaf of ``mask`` not one boolean, or ``weighting`` not a :class:`Weighting`, or one that
         reads the task gradients: those by the parameters, as an aggregator; if there are batch
-        statistics of Flax among the parameters; or if ``heads`` returns a pair without ``has_aux``.
+        statistics of Flax among the parameters; if ``encoder`` has no forward derivative and
+        ``rows`` is ``"low_memory"``; or if ``heads`` returns a pair without ``has_aux``.
 
     References:
       Sener and Koltun, `Multi-Task Learning as Multi-Objective Optimization
@@ -547,6 +549,8 @@ def _weigh(
             silent = ~nonzero_rows(jax.tree.leaves(signal))
             # A task may have a gradient, and one that is orthogonal to those of a second batch.
             moving &= ~(silent & (losses == 0)) if needs is Signal.SECOND_BATCH else ~silent
+            if method.positive_losses:  # a loss of 0 may have a gradient, which must not be seen
+                signal = read_signal(needs, signal, moving, at.tasks)
         weights, new_state = method.update(jnp.where(moving, losses, 1), state, moving, signal)
         if signal is None or at.whole or groups is not None:
             return weights, moving, new_state
@@ -686,7 +690,7 @@ def _any_due(due: Bool[Array, ""]) -> Bool[Array, ""]:
 
     @identity.def_vmap
     def any_of_batch(axis_size: int, in_batched: list[bool], due: Array) -> tuple[Array, bool]:
-        return jnp.any(due), False
+        return _any_due(jnp.any(due)), False  # which an outer `vmap` may have batched, too
 
     return identity(due)
 

@@ -1,5 +1,6 @@
 """The transforms where the task gradients are measured: rows, Gramian, shared parameters."""
 
+import dataclasses
 import functools
 
 import jax
@@ -283,7 +284,7 @@ def test_a_gradient_that_is_not_finite_keeps_the_state(x64, rows):
     assert not value.finite
 
 
-@pytest.mark.parametrize("rows", HELD)
+@each_way
 def test_complex_parameters(x64, rows):
     number = 7 if isinstance(rows, int) else 2
     params = {"a": np.array([1.0 + 2j, -0.5j]), "b": np.array(0.3)}
@@ -307,6 +308,79 @@ def test_complex_parameters(x64, rows):
     weights = np.array(value.weights)
     expected = sum(w * np.asarray(row["a"]) for w, row in zip(weights, rows_, strict=True))
     np.testing.assert_allclose(gradient["a"], expected, rtol=1e-12)
+
+
+def of_complex(z):
+    return {"a": jnp.abs(z[0]) ** 2 * jnp.real(z[1]), "b": jnp.imag(z[0]) ** 3 + jnp.real(z[1])}
+
+
+def of_parts(parts):
+    return of_complex(jnp.array([parts[0] + 1j * parts[1], parts[2] + 1j * parts[3]]))
+
+
+def test_complex_parameters_are_as_their_parts_on_a_second_batch(x64):
+    """Also after the step that the method takes in between."""
+    z, parts = np.array([0.3 + 0.8j, -0.7 + 0.4j]), np.array([0.3, 0.8, -0.7, 0.4])
+    for rows in ("auto", "map"):
+        weights = []
+        for function, at in ((of_complex, z), (of_parts, parts)):
+            for method in (mtl_jax.auto_lambda(optax.sgd(0.1), 0.3), mtl_jax.modo(gamma=0.5)):
+                gradient = mtl_jax.value_and_grad(
+                    lambda p, scale, f=function: jax.tree.map(lambda x: scale * x, f(p)),
+                    method,
+                    rows=rows,
+                )
+                state = gradient.init(at, 1.0)
+                for _ in range(2):
+                    value, _, state = gradient(at, state, 1.0, second=(1.5,))
+                weights.append(vector(value.weights))
+        np.testing.assert_allclose(weights[:2], weights[2:], rtol=1e-10)
+        assert abs(weights[0][0] - weights[0][1]) > 1e-3
+
+
+def test_complex_parameters_of_an_encoder(x64):
+    z = np.array([0.3 + 0.8j, -0.7 + 0.4j])
+    grams = {}
+    for rows in ("map", "low_memory"):
+        gradient = mtl_jax.representation_value_and_grad(
+            lambda params: params["z"] ** 2,
+            lambda params, zs: {task: of_complex(zs[task])[task] for task in "ab"},
+            ROW_SUMS,
+            tasks=("a", "b"),
+            gramian="encoder",
+            rows=rows,
+        )
+        params = {"z": z}
+        grams[rows] = gradient(params, gradient.init(params))[0].gramian
+    np.testing.assert_allclose(grams["low_memory"], grams["map"], rtol=1e-12)
+
+
+def test_a_module_that_can_be_called_says_which_parameters_are_shared():
+    """As one of Equinox, with booleans for its parameters."""
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Network:
+        trunk: jax.Array
+        head: jax.Array
+
+        def __call__(self, x):
+            raise AssertionError("the network was called")
+
+    def losses_fn(network):
+        z = network.trunk**2
+        return {"a": jnp.sum(z * network.head), "b": jnp.sum(z) + jnp.sum(network.head**3)}
+
+    network = Network(jnp.array([1.0, 2.0]), jnp.array([0.5, -1.0]))
+    for option, by_tree, by_path in (
+        ("shared", Network(True, False), lambda path: path == "trunk"),
+        ("groups", Network("low", "high"), {"trunk": "low", "head": "high"}.__getitem__),
+    ):
+        found = []
+        for choice in (by_tree, by_path):
+            gradient = mtl_jax.value_and_grad(losses_fn, mtl_jax.mgda(), **{option: choice})
+            found.append(gradient(network, gradient.init(network))[1:])
+        jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 def test_a_weighting_of_the_task_gradients(x64):
@@ -486,6 +560,19 @@ def test_every_leaves_them_out_under_vmap_over_seeds_too():
     for seed in range(seeds):
         value, _, _ = one(alone[seed], first, *batch)
         np.testing.assert_allclose(history[0][seed], value.weights["task0"], rtol=1e-4)
+
+
+def test_every_remains_a_branch_under_two_vmaps():
+    """Of seeds and of folds."""
+    params, batch = make_params(3, np.float32), make_batch(3, np.float32)
+    gradient_fn = mtl_jax.value_and_grad(losses_fn, mtl_jax.every(ROW_SUMS, 3))
+    first = gradient_fn.init(params, *batch)
+    state = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (2, 2, *leaf.shape)), first)
+    step = jax.vmap(jax.vmap(lambda state: gradient_fn(params, state, *batch)))
+    assert "cond[" in str(jax.make_jaxpr(step)(state))
+    value, _, _ = jax.jit(step)(state)
+    expected, _, _ = jax.jit(gradient_fn.update)(params, first, *batch)
+    np.testing.assert_allclose(value.weights["task0"][1, 1], expected.weights["task0"], rtol=1e-5)
 
 
 def test_seeds_that_are_due_at_different_steps():

@@ -108,6 +108,20 @@ def test_what_is_not_finite():
     got, after = aggregator.update(ROWS | {"b": ROWS["b"].at[0].set(jnp.inf)}, state)
     assert np.all(np.isnan(got["w"]))
     jax.tree.map(np.testing.assert_array_equal, after, state)
+    # Of an absent task it is nothing to anybody.
+    rows = ROWS | {"b": ROWS["b"].at[0].set(jnp.nan)}
+    mask = (np.False_, np.True_, np.True_, np.True_)
+    got, after = aggregator.update(rows, state, mask=mask)
+    expected, _ = aggregator.update(ROWS, state, mask=mask)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    np.testing.assert_array_equal(after.steps, [0, 1, 1, 1])
+    # A sum that overflows leaves the state as it was, too.
+    large = {name: jnp.full_like(leaf, 1.5e19) for name, leaf in ROWS.items()}
+    summed = mtl_jax.as_aggregator(mtl_jax.constant((1e20,) * 4), 4)
+    state = summed.init(PARAMS)
+    got, after = summed.update(large, state)
+    assert np.all(np.isnan(got["w"]))
+    jax.tree.map(np.testing.assert_array_equal, after, state)
 
 
 def test_errors():

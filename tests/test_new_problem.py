@@ -1,5 +1,6 @@
 """``mtl-jax new``: a problem that runs as it is, and on data of one's own where it says CHANGE."""
 
+import importlib
 import pathlib
 import re
 import subprocess
@@ -44,7 +45,7 @@ def test_it_runs_as_it_is(inputs, folder, capsys):
     main(["new", name, "--inputs", inputs])
     assert f"mtl-jax compare {name}:problem --seeds 5" in capsys.readouterr().out
     path = folder / f"{name}.py"
-    assert len(path.read_text().splitlines()) < 160
+    assert len(path.read_text().splitlines()) < 165
     for words in (["check", "--ignore", "D102"], ["format", "--check"]):
         config = ["--config", str(ROOT / "pyproject.toml"), "--no-cache", name + ".py"]
         ruff = subprocess.run([sys.executable, "-m", "ruff", *words, *config], capture_output=True)
@@ -79,8 +80,8 @@ def test_a_table_of_ones_own(folder):
     assert TABLE in text
     (folder / "my_problem.py").write_text(text.replace(TABLE, TABLE.replace(CHANGE, "")))
     problem = load_problem("my_problem:problem")
-    assert problem.train["x"].shape == (280, 4)  # a, b, word_down, word_up
-    np.testing.assert_allclose(problem.train["x"].mean(0), 0, atol=0.1)
+    assert problem.train["inputs"].shape == (280, 4)  # a, b, word_down, word_up
+    np.testing.assert_allclose(problem.train["inputs"].mean(0), 0, atol=0.1)
     splits = [problem.train, problem.validation, problem.test]
     price = np.concatenate([split["price"] for split in splits])
     np.testing.assert_allclose(np.nanmean(price), table["price"].mean(), rtol=1e-5)
@@ -117,10 +118,33 @@ def test_pictures_of_ones_own(folder):
     text = text.replace(numbers, 'NUMBERS = {}\nCLASSES["area"] = accuracy()')
     (folder / "my_problem.py").write_text(text)
     problem = load_problem("my_problem:problem").with_settings(epochs=1, batch_size=16)
-    assert problem.train["x"].shape == (42, 32, 32, 3)
-    assert problem.train["x"].dtype == np.uint8
+    assert problem.train["inputs"].shape == (42, 32, 32, 3)
+    assert problem.train["inputs"].dtype == np.uint8
     results = compare(problem, [], seeds=[0], alone=False)
     assert set(results.runs[0].metrics["test"]) == {"color", "area"}
+
+
+def test_pictures_of_all_kinds_are_seen_as_they_are(folder):
+    """With transparency, with 16 bits, turned by a camera, and with a palette."""
+    (folder / "pictures").mkdir()
+    drawing = np.zeros((32, 32, 4), np.uint8)  # black on nothing
+    drawing[8:24, 8:24, 3] = 255
+    Image.fromarray(drawing).save(folder / "pictures" / "drawing.png")
+    Image.fromarray(np.full((32, 32), 30000, np.uint16)).save(folder / "pictures" / "deep.png")
+    lit = np.zeros((32, 32, 3), np.uint8)
+    lit[:, :16] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    Image.fromarray(lit).save(folder / "pictures" / "turned.png", exif=exif)
+    Image.fromarray(lit).convert("P").save(folder / "pictures" / "palette.png")
+    main(["new", "my_images", "--inputs", "images"])
+    sys.path.insert(0, str(folder))
+    read = importlib.import_module("my_images").read_image
+    expected = np.repeat(255 - drawing[..., 3:], 3, axis=-1)
+    np.testing.assert_array_equal(read("drawing.png"), expected)
+    assert (read("deep.png") == 30000 // 256).all()
+    np.testing.assert_array_equal(read("turned.png"), np.rot90(lit, -1))
+    np.testing.assert_array_equal(read("palette.png"), lit)
 
 
 def test_labels_in_the_names_of_the_files(folder):
@@ -135,7 +159,7 @@ def test_labels_in_the_names_of_the_files(folder):
     (folder / "my_problem.py").write_text(text.replace(NAMES, lines))
     problem = load_problem("my_problem:problem")
     for split in (problem.train, problem.validation, problem.test):
-        number = split["x"][:, 0, 0, 0]
+        number = split["inputs"][:, 0, 0, 0]
         np.testing.assert_array_equal(split["area"], 10.0 * number)
         np.testing.assert_array_equal(split["color"], (number % 2 == 0).astype(int))  # green: 0
 
@@ -143,12 +167,16 @@ def test_labels_in_the_names_of_the_files(folder):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"area": [1.0] * 20, "price": [1.0] * 20}, "['area', 'price', 'id'], but not ['heating']"),
+        ({"area": [1.0] * 20, "price": [1.0] * 20}, "['id', 'area', 'price'], but not ['heating']"),
         (
             {"area": [1.0] * 20, "heating": ["a"] * 20, "price": ["n.a."] * 19 + ["-"]},
             "'price' has words; should it be one of",
         ),
         ({"heating": ["a"] * 20, "price": [1.0] * 20}, "has no column that is an input"),
+        (
+            {"heating": ["a"] * 20, "price": [1.0] * 20, "id": None},
+            "['heating', 'price'], but not ['id']",
+        ),
         (
             {"name": [f"n{i}" for i in range(99)], "heating": ["a"] * 99, "price": [1.0] * 99},
             "The column 'name' has 99 words: put it into LEFT_OUT?",
@@ -156,7 +184,9 @@ def test_labels_in_the_names_of_the_files(folder):
     ],
 )
 def test_a_table_that_does_not_fit_is_said_plainly(table, message, folder, capsys):
-    pd.DataFrame(table | {"id": range(len(table["price"]))}).to_csv("homes.csv", index=False)
+    table = {"id": range(len(table["price"]))} | table
+    columns = {name: values for name, values in table.items() if values is not None}
+    pd.DataFrame(columns).to_csv("homes.csv", index=False)
     main(["new", "my_problem"])
     text = (folder / "my_problem.py").read_text()
     (folder / "my_problem.py").write_text(text.replace(TABLE, TABLE.replace(CHANGE, "")))
@@ -177,10 +207,12 @@ def test_texts_of_ones_own(folder):
     assert TEXT in text
     (folder / "my_problem.py").write_text(text.replace(TEXT, TEXT.replace("#   ", "")))
     problem = load_problem("my_problem:problem")
-    assert (problem.train["x"] == 1).any()  # a word that is in one text only
-    x = np.concatenate([problem.train["x"], problem.validation["x"], problem.test["x"]])
+    assert (problem.train["inputs"] == 1).any()  # a word that is in one text only
+    x = np.concatenate(
+        [problem.train["inputs"], problem.validation["inputs"], problem.test["inputs"]]
+    )
     assert x.shape == (40, 64)
-    assert sorted((x > 0).sum(1)) == [1] * 10 + [3] * 10 + [5] * 10 + [64] * 10
+    assert sorted((x > 0).sum(1)) == [0] * 10 + [3] * 10 + [5] * 10 + [64] * 10
     params, model_state = problem.init(jax.random.key(0))
     found = problem.predict(params, model_state, problem.test)
     assert found["topic"].shape == (6, 2)
@@ -200,10 +232,10 @@ def test_texts_that_come_twice_are_kept_together(folder):
     problem = load_problem("my_text:problem")
     splits = [problem.train, problem.validation, problem.test]
     assert [len(split["stars"]) for split in splits] == [42, 9, 9]  # 14, 3 and 3 texts
-    known = set(problem.train["x"][:, 0])
+    known = set(problem.train["inputs"][:, 0])
     assert len(known) == 14
     # Words that the training texts do not have are all the same: none of theirs.
-    assert all(set(split["x"][:, 0]) == {1} for split in splits[1:])
+    assert all(set(split["inputs"][:, 0]) == {1} for split in splits[1:])
 
 
 @pytest.mark.parametrize(

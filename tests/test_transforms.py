@@ -610,6 +610,26 @@ def test_a_state_of_another_number_of_tasks():
         mtl_jax.value_and_grad(losses_fn, weighting)(PARAMS, weighting.init((1.0, 1.0)), X)
 
 
+def test_an_own_state_that_is_drawn_at_the_start():
+    """The key need not be kept; and a number of Python in it is compiled once."""
+
+    def init(tasks, key):
+        return {"share": jax.random.uniform(key, (tasks.number,)), "count": 0.0}
+
+    def update(losses, state, present, steps):
+        return state["share"], state | {"count": state["count"] + 1}
+
+    gradient_fn = mtl_jax.value_and_grad(losses_fn, mtl_jax.vector_weighting(update, init))
+    state = gradient_fn.init(PARAMS, X, key=KEY)
+    step = jax.jit(gradient_fn)
+    for _ in range(3):
+        value, _, state = step(PARAMS, state, X)
+    share = jax.random.uniform(KEY, (3,))
+    np.testing.assert_array_equal([value.weights[task] for task in TASKS], share)
+    assert state.inner["count"] == 3
+    assert step._cache_size() == 1
+
+
 def test_a_parameter_that_is_an_integer_is_named():
     weighting = WEIGHTINGS["equal"]
     gradient_fn = mtl_jax.value_and_grad(lambda params: {"a": params["w"] * 1.0}, weighting)

@@ -147,6 +147,30 @@ def test_a_loss_of_zero_counts_where_it_has_a_gradient_and_no_domain_forbids_it(
         assert value.weights["b"] > 0
 
 
+READ_INNER_PRODUCTS = [
+    name for name, made in MADE.items() if getattr(made, "needs", None) is Signal.GRAMIAN
+]
+
+
+@pytest.mark.parametrize("name", READ_INNER_PRODUCTS)
+def test_what_a_loss_of_zero_has_for_a_gradient_is_not_seen(name):
+    """A cross-entropy that rounds to 0 has a small gradient, of which the others know nothing."""
+
+    def losses_fn(x):
+        sure = jax.nn.logsumexp(jnp.stack([jnp.float32(20), x[2]])) - 20
+        return {"a": 1 + (x[0] - 1) ** 2, "b": 1 + (x[1] + 1) ** 2 + x[0], "c": sure}
+
+    gradient = mtl_jax.value_and_grad(losses_fn, mtl_jax.log_losses(MADE[name]))
+    x = jnp.array([0.2, 0.1, 0.0])
+    assert losses_fn(x)["c"] == 0
+    assert jax.grad(lambda x: losses_fn(x)["c"])(x)[2] > 0
+    state = gradient.init(x, key=KEY)
+    found = gradient(x, state)
+    masked = gradient(x, state, mask={"a": True, "b": True, "c": False})
+    assert found[0].weights["a"] > 0
+    assert_same((found[0].weights, *found[1:]), (masked[0].weights, *masked[1:]))
+
+
 def test_theory_can_be_restored():
     """Then a task that cannot be improved has all the weight, or the step has no answer."""
     scales = jnp.array([1.0, 1.0, 1.0, 0.0])

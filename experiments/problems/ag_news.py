@@ -127,7 +127,8 @@ def words(text: str) -> list[str]:
 
 def _restored(match: re.Match[str]) -> str:
     entity = f"&{match[1]};"
-    return match[0] if html.unescape(entity) == entity else entity
+    # Of what is no entity, a beginning may be one: &centuries;
+    return match[0] if html.unescape(entity).endswith(";") else entity
 
 
 def _read(

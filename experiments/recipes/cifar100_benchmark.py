@@ -91,8 +91,14 @@ def fine_accuracies(results: Results, problem: str) -> str:
             columns = [_mean_and_deviation(epochs.max(axis=1)), _mean_and_deviation(epochs[:, -1])]
         else:
             columns = ["failed", "failed"]
-        rows.append([name, *columns, published.get(name, "")])
-    headers = ["weighting", "best epoch on test data", "last epoch", "published (best epoch)"]
+        rows.append([name, len(epochs), *columns, published.get(name, "")])
+    headers = [
+        "weighting",
+        "seeds",
+        "best epoch on test data",
+        "last epoch",
+        "published (best epoch)",
+    ]
     return tabulate.tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
@@ -120,14 +126,15 @@ def main(arguments: list[str] | None = None) -> None:
             config.runs_dir / "cifar100_benchmark",
             seeds=range(config.seeds),
             alone=False,
+            resume=True,
             command=shlex.join([*program.split(), *given]),
         )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     for problem in problems:
         print(
-            f"\n{problem.name}: fine accuracy in % (mean ± deviation over {config.seeds} seeds), "
+            f"\n{problem.name}: fine accuracy in % (mean ± deviation over the seeds), "
             f"{problem.size('train')} training pictures, {problem.epochs} epochs\n"
         )
         print(fine_accuracies(results, problem.name))

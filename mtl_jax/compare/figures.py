@@ -14,6 +14,7 @@ from matplotlib.collections import PolyCollection
 
 from mtl_jax.compare.analysis import ALONE, Analysis, Estimate
 from mtl_jax.compare.results import BASELINE, POINTS, Place, Run
+from mtl_jax.evaluation._paired import FEWEST_SEEDS
 
 PLACES: dict[Place, str] = {
     "representation": "at the representation",
@@ -149,7 +150,8 @@ def changes_figure(analysis: Analysis) -> Figure | None:
     axes[0].set_yticks(range(len(names)), names)
     axes[0].set_ylim(len(names) - 0.5, -0.5)
     title = f"{analysis.problem}: change of every task, more is better"
-    finish(figure, axes, title, analysis, "95 % intervals over")
+    few_seeds = len(analysis.seeds) < FEWEST_SEEDS
+    finish(figure, axes, title, analysis, "mean over" if few_seeds else "95 % intervals over")
     return figure
 
 
@@ -440,9 +442,12 @@ def finish(
         figure.legend(
             labelled.values(), labelled, loc="outside right center", frameon=False, ncols=columns
         )
-    number = len(analysis.planned_seeds)
+    rows = analysis.results.of(analysis.problem).values()
+    numbers = {sum(run.failure is None for run in runs) for runs in rows} - {0} or {0}
+    number, fewest = max(numbers), min(numbers)
     shown = shown or ("mean and standard deviation over" if banded else "mean over")
-    seeds = "one seed" if number == 1 else f"{shown} {number} seeds"
+    number_text = f"{number}" if number == fewest else f"{fewest} to {number}"
+    seeds = "one seed" if number == 1 else f"{shown} {number_text} seeds"
     whole = f"{title} ({seeds})"
     # About 0.1 inches a letter; a narrow figure has the title in two lines.
     narrow = 0.1 * len(whole) > figure.get_figwidth()

@@ -728,11 +728,11 @@ def _classes(name: str, output: Array, label: Array) -> Array:
     """The most likely class: of logits along the last axis, or of one logit for each element."""
     if output.shape == label.shape:
         return (output > 0).astype(jnp.int32)
-    if output.shape[:-1] == label.shape:
+    if output.shape[:-1] == label.shape and output.shape[-1] > 1:
         return output.argmax(axis=-1)
     raise ValueError(
-        f"{name}: the output must have the label's shape, {label.shape}, or one more axis, of the "
-        f"classes; got {output.shape}."
+        f"{name}: the output must have the label's shape, {label.shape}, or one more axis, of at "
+        f"least two classes; got {output.shape}."
     )
 
 

@@ -428,9 +428,9 @@ def main_text(analysis: Analysis) -> str:
 
 
 AGAINST_EQUAL = (
-    "The mean difference from equal weights with the same seeds, its 95 % interval (by the "
-    "bootstrap, so that it need not be symmetric), the p-value of the paired t-test after Holm's "
-    "correction for all rows of this table, and what follows at 5 %."
+    "The mean difference from equal weights with the same seeds, its 95 % interval (Student's; "
+    "from 5 seeds on the bootstrap's, which need not be symmetric), the p-value of the paired "
+    "t-test after Holm's correction for all rows of this table, and what follows at 5 %."
 )
 
 

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float
 
 from mtl_jax._base import Weighting
-from mtl_jax._checks import check_numbers, read_number
+from mtl_jax._checks import check_numbers, is_traced, read_number
 from mtl_jax._learned import per_task
 from mtl_jax._lift import vector_weighting
 from mtl_jax._typing import PyTree
@@ -119,5 +119,5 @@ def famo(
         logits = optax.apply_updates(logits, updates)
         return state._replace(logits=logits, opt_state=opt_state)
 
-    at_zero = not any(np.any(leaf) for leaf in jax.tree.leaves(min_losses))
+    at_zero = not any(is_traced(leaf) or np.any(leaf) for leaf in jax.tree.leaves(min_losses))
     return vector_weighting(update, init, observe=observe, positive_losses=at_zero)

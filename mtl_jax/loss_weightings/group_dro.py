@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mtl_jax._base import Weighting
-from mtl_jax._checks import check_flags, check_numbers, read_number
+from mtl_jax._checks import check_flags, check_numbers, is_traced, read_number
 from mtl_jax._lift import vector_weighting
 from mtl_jax._typing import PyTree
 from mtl_jax.loss_weightings._statistics import among_themselves
@@ -112,7 +112,7 @@ def group_dro(
         finfo = jnp.finfo(losses.dtype)
         ascent = jnp.clip(step_size * scores, -finfo.max, finfo.max)
         log_shares = jax.nn.log_softmax(state.log_shares + ascent, where=present)
-        if smoothing:
+        if is_traced(smoothing) or smoothing:
             shares = (1 - smoothing) * jnp.exp(log_shares) + smoothing / number
             log_shares = jnp.log(shares)
         weights = number * jnp.exp(log_shares)

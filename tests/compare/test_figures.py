@@ -57,6 +57,21 @@ def drawn(figure, path):
     return path.stat().st_size > 1000
 
 
+def test_titles_tell_the_seeds_that_are_drawn():
+    made = analysed({"equal": EQUAL, "adaptive": shifted({"topic": 0.1, "depth": 0.1})})
+    assert "over 4 seeds" in metrics_figure(made).get_suptitle()
+    assert "95 % intervals over 4 seeds" in changes_figure(made).get_suptitle()
+    runs = made.results.runs
+    runs[:] = [run for run in runs if run.seed < 3]
+    runs[1].failure = "no finite update in epoch 1"
+    interrupted = Analysis(made.results, "made")
+    assert "over 2 to 3 seeds" in metrics_figure(interrupted).get_suptitle().replace("\n", " ")
+    runs[:] = [run for run in runs if run.seed in (1, 2)]
+    both = changes_figure(Analysis(made.results, "made")).get_suptitle()
+    assert "mean over 2 seeds" in both
+    assert "95 %" not in both
+
+
 def test_pictures_show_every_task_and_weighting(analysis):
     figure = metrics_figure(analysis)
     assert titles(figure) == ["topic", "depth"]

@@ -347,6 +347,8 @@ def test_outputs_of_low_precision_are_summed_in_float32():
     [
         (accuracy(), (4, 3, 2), (4,), "accuracy: the output must have the label's shape, .4,., or"),
         (mean_iou(3), (4, 2), (4,), r"mIoU: .* an axis of 3 classes, \(4, 3\); got \(4, 2\)"),
+        (accuracy(), (4, 1), (4,), r"or one more axis, of at least two classes; got .4, 1."),
+        (f1("macro"), (4, 1), (4,), r"F1: the output must have the label's shape, .4,., or one"),
         (f1(), (4, 3), (4,), "there are two classes"),
         (entity_f1(TAGS), (4, 5), (4,), r"entity F1: labels \[batch, length\]"),
         (roc_auc(), (4, 3), (4,), r"ROC-AUC: a label is yes \(1\) or no \(0\)"),

@@ -29,6 +29,8 @@ def test_plain_text():
         "doesn #39;t cost  #36;46, quot;he said quot; &lt;b&gt;AT amp;T&lt;/b&gt;\\Rates Rises; up"
     )
     assert plain_text(raw) == 'doesn\'t cost $46,"he said" AT&T Rates Rises; up'
+    no_entities = "for two centuries; nothing; then regulators;"
+    assert plain_text(no_entities) == no_entities
     assert words("Doesn't cost $46") == ["doesn't", "cost", "46"]
 
 

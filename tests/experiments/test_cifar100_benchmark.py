@@ -162,6 +162,12 @@ def test_a_short_run_of_the_benchmark(tmp_path, capsys, monkeypatch):
     assert "40 training pictures, 2 epochs" in printed
     row = next(line for line in printed.splitlines() if line.startswith("| pcgrad"))
     assert "64.53" in row
+    assert row.split("|")[2].strip() == "1"  # seed
+    cifar100_benchmark.main([*arguments, "--seeds", "2"])  # goes on with the second
+    more = capsys.readouterr().out
+    row = next(line for line in more.splitlines() if line.startswith("| pcgrad"))
+    assert row.split("|")[2].strip() == "2"
+    assert "pcgrad, seed 0: finished" not in more
     assert "equal" in printed
     assert (
         'measured_at": "parameters'

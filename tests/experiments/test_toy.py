@@ -11,6 +11,7 @@ from experiments.toy import (
     STARTS,
     WINDOW,
     distance_to_front,
+    figure,
     landscape,
     main,
     pareto_set,
@@ -95,6 +96,13 @@ def test_equal_weights_stay_in_the_valleys():
 
     far = distance_to_front(ends("equal", 30_000, first_scale=0.1)) > 0.1
     np.testing.assert_array_equal(far, [start == (9.0, 9.0) for start in STARTS])
+
+
+def test_a_panel_for_each_weighting():
+    paths = np.array(STARTS)[:, None].repeat(2, axis=1)
+    names = ["equal", "famo", "pcgrad", "mgda", "cagrad"]
+    picture = figure(dict.fromkeys(names, paths), 1.0, 0.1)
+    assert [axis.get_title().partition(":")[0] for axis in picture.axes] == names
 
 
 def test_the_program(tmp_path, capsys):

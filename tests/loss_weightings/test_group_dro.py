@@ -1,5 +1,6 @@
 """group_dro against the published updates, written in NumPy and float64."""
 
+import jax
 import numpy as np
 import pytest
 from methods import run_vectors as run
@@ -63,6 +64,18 @@ def test_absent_tasks_keep_their_shares(x64):
         np.testing.assert_allclose(found[present], expected, rtol=1e-10)
         assert np.all(found[~present] == 0)
     np.testing.assert_allclose(np.exp(state.inner.log_shares), q, rtol=1e-10)
+
+
+def test_smoothing_may_be_traced():
+    @jax.jit
+    def weights(smoothing):
+        weighting = mtl_jax.group_dro(smoothing=smoothing)
+        return weighting.update((1.0, 3.0), weighting.init((1.0, 3.0)))[0]
+
+    for smoothing in (0.0, 0.3):
+        plain = mtl_jax.group_dro(smoothing=smoothing)
+        expected, _ = plain.update((1.0, 3.0), plain.init((1.0, 3.0)))
+        np.testing.assert_allclose(weights(smoothing), expected, rtol=1e-6)
 
 
 def test_a_task_that_was_easy_for_long_comes_back():

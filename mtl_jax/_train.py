@@ -142,6 +142,10 @@ def make_train_step(
     :class:`mtl_jax.Aggregator` has no weights, and ``groups`` have each their own: the sum is then
     the plain one, while ``grad`` is the combined gradient.
 
+    For complex parameters the gradient is, as that of ``jax.grad``, the conjugate of the direction
+    of steepest ascent. Optimizers that do not conjugate it themselves need ``optax.stateless(lambda
+    updates, _: jax.tree.map(jnp.conj, updates))`` before them in an ``optax.chain``.
+
     Args:
       gradient: from :func:`mtl_jax.value_and_grad` or
         :func:`mtl_jax.representation_value_and_grad`. Where its weighting observes the losses

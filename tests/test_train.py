@@ -758,3 +758,19 @@ def test_training_in_bfloat16():
     assert step.update._cache_size() == 1
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(state.params))
     assert all(value.losses[task] < before[task] for task in before)
+
+
+def test_complex_parameters_with_a_conjugate_before_the_optimizer():
+    """As the docstring says; plain gradient descent on |z - z0|^2 halves the distance here."""
+    goal = jnp.array([1 + 2j, -3j], jnp.complex64)
+
+    def losses_fn(z):
+        return {"a": jnp.sum(jnp.abs(z - goal) ** 2), "b": jnp.sum(jnp.abs(z - goal) ** 2)}
+
+    conjugate = optax.stateless(lambda updates, _: jax.tree.map(jnp.conj, updates))
+    optimizer = optax.chain(conjugate, optax.sgd(0.125))
+    step = make_train_step(value_and_grad(losses_fn, mtl_jax.equal()), optimizer)
+    state = step.init(jnp.zeros(2, jnp.complex64))
+    for number in range(1, 5):
+        state, _ = step(state)
+        np.testing.assert_allclose(state.params, goal * (1 - 0.5**number), rtol=1e-5)

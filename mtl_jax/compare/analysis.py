@@ -593,12 +593,12 @@ def over_problems(
 
 def _against_nothing(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[PairedComparison]:
     """The comparison of each row of changes with one of none, corrected for all of them."""
-    changes, none = zip(*pairs, strict=True)
+    numbered = {str(number): pair for number, pair in enumerate(pairs)}
     table = {
-        name: {str(number): row for number, row in enumerate(rows)}
-        for name, rows in (("change", changes), ("none", none))
+        name: {number: pair[place] for number, pair in numbered.items()}
+        for place, name in enumerate(("change", "none"))
     }
-    up = dict.fromkeys(table["none"], True)
+    up = dict.fromkeys(numbered, True)
     return list(compare_table(table, up, baseline="none")["change"].values())
 
 

@@ -43,7 +43,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:class", r"(collections|jax|jaxlib|jaxtyping|numpy|optax|os|pandas|rich)\..*"),
     ("py:class", r"mtl_jax\.(_base\.(\w+Fn|VectorMethod)|_metrics\.State|compare\.weightings\.T)"),
-    ("py:class", r"ndarray"),  # NumPy's, as jaxtyping has it
+    ("py:class", r"ndarray|Array"),  # those of NumPy and JAX, as jaxtyping has them
     ("py:.*", r"|dict\[str|typing\.Literal\[.*"),
 ]
 

@@ -220,7 +220,8 @@ def weights_figure(analysis: Analysis) -> Figure | None:
             color, kind = style(names.index(name)) if many else style(number)
             line(axis, steps, values, label, color, kind)
             axis.set_title(task if many else name)
-    lowest = min((np.nanmin(curve.get_ydata()) for axis in axes for curve in axis.lines), default=0)
+    drawn = [np.asarray(curve.get_ydata(), float) for axis in axes for curve in axis.lines]
+    lowest = min(map(np.nanmin, drawn), default=0)
     for axis in axes:
         axis.set_ylabel("relative weight")
         axis.sharey(axes[0])

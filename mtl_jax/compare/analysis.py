@@ -437,8 +437,8 @@ class Analysis:
 
         NaN where there is no change of any row: the reference failed there, or is 0.
         """
-        start = ALONE if ALONE in self.values else BASELINE
-        start = reference if of == "mean" else start
+        worst_from = ALONE if ALONE in self.values else BASELINE
+        start = reference if of == "mean" else worst_from
         found = _task_changes(self.columns, self.values[reference], self.values[start])
         return 0 * np.sum(list(found.values()), axis=0)
 

@@ -228,29 +228,22 @@ class Trainer:
           OtherSettingsError: a ``ValueError``; if the checkpoints are of other settings.
           OSError: if a checkpoint cannot be written.
         """
-        provenance = environment() | {
-            "program": self.program,
-            "devices of a batch": self.devices.number,
-        }
         try:
             run = self.new_run(setting, seed)
         except ValueError as error:
             if setting.single_task is None:
                 raise
-            known, setting = (
-                error,
-                dataclasses.replace(setting, single_task=single_task(self.problem, {})),
-            )
-            run = self.new_run(setting, seed)
-            run.failure = f"not to be made of what the tasks reach alone: {known}"
-            run.provenance = provenance
+            not_known = single_task(self.problem, {})
+            run = self.new_run(dataclasses.replace(setting, single_task=not_known), seed)
+            run.failure = f"not to be made of what the tasks reach alone: {error}"
+            run.provenance = self._provenance()
             yield run
             return
         numbers, program = _Numbers(setting), self._program(setting, run)
         compiling = _Compiling(run)
         with compiling:
             run.steps_per_call = self.steps_per_call
-            run.provenance = provenance
+            run.provenance = self._provenance()
             init_key, rng, weighting_key = jax.random.split(jax.random.key(seed), 3)
             state = program.start(numbers, *self._init(init_key), rng, weighting_key)
             state, epoch = self.devices.replicate(state), Epoch()
@@ -275,6 +268,11 @@ class Trainer:
                     checkpoints.save(loop.step, run, epoch, loop.state)
                 if ended:
                     yield run
+
+    def _provenance(self) -> dict[str, Any]:
+        """What a run is made with."""
+        devices = {"program": self.program, "devices of a batch": self.devices.number}
+        return environment() | devices
 
     def warn_of_another_network(self, programs: Iterable[str | None], what: str) -> None:
         """Warn if something was trained with other programs (see :attr:`program`) than this one's.

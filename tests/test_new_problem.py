@@ -244,6 +244,7 @@ def test_texts_that_come_twice_are_kept_together(folder):
         ("my-problem", "must be one that Python can import"),
         ("class", "must be one that Python can import"),
         ("json", "'json' is the name of an installed module"),
+        ("__main__", "'__main__' is the name of an installed module"),
         ("there", "there.py exists already"),
     ],
 )

@@ -528,7 +528,10 @@ class Analysis:
                     for one in (run, ends[run.seed])
                 )
                 changes = _task_changes(self.columns, by_epoch, equal[:, -1:])
-                reached = np.flatnonzero(np.mean(list(changes.values()), axis=0) >= 0)
+                mean = np.mean(list(changes.values()), axis=0)
+                if np.isnan(mean).all():  # of equal weights that end at 0
+                    continue
+                reached = np.flatnonzero(mean >= 0)
                 first = int(reached[0]) + 1 if len(reached) else None
             found.append(None if first is None else (first, sum(run.epoch_seconds[:first])))
         return tuple(found)

@@ -197,8 +197,11 @@ def run(
     absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs errors that it also raises
     with _Signals() as signals:
         try:
+            given = (options.coordinator, options.processes, options.process)
             if options.distributed:
                 _meet(options)
+            elif any(one is not None for one in given):
+                fail("--coordinator, --processes and --process are for --distributed.")
             _run(options, names, build, command)
         except BaseException:
             # A signal that comes while JAX traces can come out as an error of another kind.
@@ -219,7 +222,9 @@ def _run(
 ) -> None:
     try:
         if not names:
-            raise ValueError("A problem is needed, as package.module:name.")
+            swallowed = [word for word in options.weightings if ":" in word]
+            hint = f" Put {swallowed[0]} before --weightings." if swallowed else ""
+            raise ValueError(f"A problem is needed, as package.module:name.{hint}")
         weightings = named_weightings(list(options.weightings))
         problems = [
             build(name, options.data_dir).with_settings(
@@ -267,6 +272,8 @@ def _meet(options: Options) -> None:
     try:
         if options.peer_timeout < 1:
             raise ValueError(f"--peer-timeout must be at least 1, got {options.peer_timeout}.")
+        if options.coordinator is not None and ":" not in options.coordinator:
+            raise ValueError(f"--coordinator has no port: {options.coordinator}.")
         jax.distributed.initialize(
             options.coordinator,
             options.processes,
@@ -323,7 +330,7 @@ def new(config: New) -> None:
     path = pathlib.Path(f"{config.name}.py")
     if not config.name.isidentifier() or keyword.iskeyword(config.name):
         fail(f"NAME must be one that Python can import, such as my_problem; got {config.name!r}.")
-    if importlib.util.find_spec(config.name) is not None and not path.exists():
+    if _is_installed(config.name) and not path.exists():
         fail(f"{config.name!r} is the name of an installed module; take another one.")
     text = template("problem.py.jinja").render(dataclasses.asdict(config))
     try:
@@ -337,6 +344,13 @@ def new(config: New) -> None:
         f"Written: {path}, a problem that runs as it is. CHANGE marks what to replace for your "
         f"data.\n\n    mtl-jax compare {config.name}:problem --seeds 5"
     )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # __main__ has no spec
+        return True
 
 
 # The methods

@@ -27,7 +27,7 @@ from mtl_jax.compare.checkpoints import (
 )
 from mtl_jax.compare.devices import is_first_process, wait_for_all
 from mtl_jax.compare.problem import Problem
-from mtl_jax.compare.report import print_tables, write_report
+from mtl_jax.compare.report import print_place, print_tables, write_report
 from mtl_jax.compare.results import (
     BASELINE,
     Results,
@@ -292,7 +292,7 @@ class _Output:
     def end(self) -> None:
         """Say where to look."""
         if self.folder is not None and self.console is not None:
-            self.console.print(f"Everything on one page: {self.folder / 'report.html'}")
+            print_place(self.folder, self.console)
 
 
 @dataclasses.dataclass

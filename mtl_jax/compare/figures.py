@@ -131,7 +131,7 @@ def changes_figure(analysis: Analysis) -> Figure | None:
                     markersize=4 if few else 3,
                     elinewidth=1,
                     color=style(number)[0] if few else "0.6",
-                    label=task if few else "a task",
+                    label=_label(task) if few else "a task",
                 )
             axis.errorbar(
                 100 * mean.mean,
@@ -141,7 +141,7 @@ def changes_figure(analysis: Analysis) -> Figure | None:
                 markersize=6,
                 capsize=3,
                 color="black",
-                label="mean of the tasks" if len(tasks) > 1 else tasks[0],
+                label="mean of the tasks" if len(tasks) > 1 else _label(tasks[0]),
                 zorder=3,
             )
         axis.axvline(0, color="gray", linewidth=0.8, zorder=0)
@@ -287,7 +287,9 @@ def front_figure(analysis: Analysis) -> Figure | None:
         if name == ALONE:
             color, marker = "black", "x"
         axis.scatter(*points, s=14, color=color, alpha=0.45, marker=marker, linewidths=1)
-        axis.scatter(*np.nanmean(points, axis=1), s=80, color=color, label=name, marker=marker)
+        axis.scatter(
+            *np.nanmean(points, axis=1), s=80, color=color, label=_label(name), marker=marker
+        )
     front = np.array([rows[row.name].mean(axis=1) for row in analysis.rows if row.on_front])
     if len(front):
         x, y = front[np.argsort(front[:, 0])].T
@@ -396,7 +398,7 @@ def line(
         gaps = np.flatnonzero(steps > longest) + 1
         x, mean, deviation = (np.insert(curve, gaps, np.nan) for curve in (x, mean, deviation))
     marker = "." if len(x) == 1 else ""
-    axis.plot(x, mean, kind, color=color, label=label, linewidth=1.5, marker=marker)
+    axis.plot(x, mean, kind, color=color, label=_label(label), linewidth=1.5, marker=marker)
     axis.fill_between(x, mean - deviation, mean + deviation, color=color, linewidth=0)
 
 
@@ -432,17 +434,22 @@ def finish(
         for band in bands:
             band.set_alpha(0.15) if len(bands) <= MOST_BANDS else band.remove()
         banded |= 0 < len(bands) <= MOST_BANDS
-    labelled = {}
+    labelled, texts = {}, []
     for axis in axes:
+        texts += [axis.title, axis.xaxis.label, axis.yaxis.label]
+        for one in (axis.xaxis, axis.yaxis):
+            if isinstance(one.get_major_locator(), matplotlib.ticker.FixedLocator):  # names
+                texts += one.get_ticklabels()
         handles, labels = axis.get_legend_handles_labels()
         labelled |= dict(zip(labels, handles, strict=True))
     if labelled:
         columns = -(-len(labelled) // int(figure.get_figheight() / LEGEND_LINE))
         width = columns * (0.8 + 0.085 * max(map(len, labelled)))
         figure.set_figwidth(figure.get_figwidth() + width)
-        figure.legend(
+        legend = figure.legend(
             labelled.values(), labelled, loc="outside right center", frameon=False, ncols=columns
         )
+        texts += legend.get_texts()
     rows = analysis.results.of(analysis.problem).values()
     numbers = {sum(run.failure is None for run in runs) for runs in rows} - {0} or {0}
     number, fewest = max(numbers), min(numbers)
@@ -452,7 +459,14 @@ def finish(
     whole = f"{title} ({seeds})"
     # About 0.1 inches a letter; a narrow figure has the title in two lines.
     narrow = 0.1 * len(whole) > figure.get_figwidth()
-    figure.suptitle(f"{title}\n({seeds})" if narrow else whole)
+    texts.append(figure.suptitle(f"{title}\n({seeds})" if narrow else whole))
+    for text in texts:
+        text.set_parse_math(False)  # a dollar in a name is one
+
+
+def _label(name: str) -> str:
+    """A name in a legend, which leaves out what begins with an underscore."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def _over_epochs(

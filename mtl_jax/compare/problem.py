@@ -4,7 +4,9 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import math
 import os
+import pathlib
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -353,9 +355,11 @@ class Problem:
         """The number of training steps in an epoch, over the dataset with the most batches.
 
         Raises:
-          ValueError: if the batch size or the epochs are not at least 1, or a batch is larger than
-            the training data.
+          ValueError: if the batch size or the epochs are not at least 1, the learning rate is not a
+            positive number, or a batch is larger than the training data.
         """
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"`learning_rate` must be in (0, inf), got {self.learning_rate}.")
         if self.epochs < 1:
             raise ValueError(f"`epochs` must be at least 1, got {self.epochs}.")
         sizes = self.sizes("train")
@@ -490,6 +494,7 @@ def load_problem(name: str, data_dir: str | None = None) -> Problem:
 
     Raises:
       ValueError: if there is no such module or name, or it is not a problem.
+      FileNotFoundError: if the function does not find its data.
 
     Example:
       >>> from mtl_jax.compare import load_problem
@@ -498,8 +503,10 @@ def load_problem(name: str, data_dir: str | None = None) -> Problem:
       ValueError: 'math:tau' is a float; a Problem is wanted, or a function that returns one.
     """
     module_name, separator, attribute = name.partition(":")
-    if not (module_name and separator and attribute) or module_name.endswith(".py"):
-        likely = f"{module_name.removesuffix('.py') or 'module'}:{attribute or 'problem'}"
+    parts = module_name.split(".")
+    if not (separator and attribute and all(map(str.isidentifier, parts))) or parts[-1] == "py":
+        path = pathlib.PurePath(module_name.removesuffix(".py"))
+        likely = f"{'.'.join(path.parts).strip('./') or 'module'}:{attribute or 'problem'}"
         raise ValueError(
             f"A problem is named as package.module:name; got {name!r}. Is it {likely!r}?"
         )
@@ -516,7 +523,12 @@ def load_problem(name: str, data_dir: str | None = None) -> Problem:
         raise ValueError(f"The module {module_name!r} has no {attribute!r}{there}.")
     found: Any = getattr(module, attribute)
     if callable(found):
-        takes_folder = "data_dir" in inspect.signature(found).parameters
+        signature = inspect.signature(found)
+        takes_folder = "data_dir" in signature.parameters
+        try:
+            signature.bind(**({"data_dir": data_dir} if takes_folder else {}))
+        except TypeError as error:
+            raise ValueError(f"{name!r} cannot be called without arguments: {error}.") from error
         try:
             found = found(data_dir=data_dir) if takes_folder else found()
         except (ValueError, FileNotFoundError) as error:

@@ -383,8 +383,13 @@ def report_main(config: Report) -> None:
             raise ValueError("Name at least one folder of a comparison.")
         results = Results.combine([Results.read(folder) for folder in config.folders])
         folder = config.folders[0] if config.out is None else config.out
-        # The results of several folders never replace those that one of them goes on from.
+        over_problems_sections(results, config.weighting)  # what is wrong is said before writing
         if folder.resolve() not in [given.resolve() for given in config.folders]:
+            # What a comparison goes on from is never replaced.
+            if any((folder / kept).exists() for kept in ("records", "tuning", "checkpoints")):
+                raise ValueError(
+                    f"{folder} holds another comparison; name another folder as --out."
+                )
             results.write(folder)
         draw_report(results, folder, weighting=config.weighting)
     except (OSError, ValueError) as error:
@@ -396,7 +401,13 @@ def report_main(config: Report) -> None:
     for over in over_problems_sections(results, config.weighting):
         console.print(f"\n[bold]{over.title}[/bold]: change in %")
         _print(over.table, console)
-    console.print(f"Everything on one page: {folder / 'report.html'}", soft_wrap=True)
+    print_place(folder, console)
+
+
+def print_place(folder: pathlib.Path, console: rich.console.Console) -> None:
+    """Say where everything is."""
+    where = f"Everything on one page: {folder / 'report.html'}"
+    console.print(where, markup=False, soft_wrap=True)
 
 
 def terminal() -> rich.console.Console:

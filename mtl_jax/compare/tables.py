@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -69,8 +70,9 @@ class Table:
     def markdown(self) -> str:
         """The table in Markdown."""
         rows = [[f"{entry.text} {entry.verdict}".strip() for entry in row] for row in self.rows]
+        rows, headers = [list(map(_plain, row)) for row in rows], list(map(_plain, self.headers))
         return tabulate.tabulate(
-            rows, self.headers, tablefmt="github", disable_numparse=True, stralign="right"
+            rows, headers, tablefmt="github", disable_numparse=True, stralign="right"
         )
 
     def terminal(self) -> rich.table.Table:
@@ -279,6 +281,11 @@ def over_problems_table(
     return Table.from_columns(columns)
 
 
+def _plain(text: str) -> str:
+    """The text so that Markdown finds nothing in it, as in the name of a task."""
+    return re.sub(r"[\\|<*`]", r"\\\g<0>", text)
+
+
 def answer(analysis: Analysis) -> str:
     """Which weightings are better than equal weights, in a sentence; empty with too few seeds."""
     found = analysis.mean_against_equal
@@ -292,13 +299,15 @@ def answer(analysis: Analysis) -> str:
         named.append(f"{len(better) - MOST_NAMES} more")
     if named:
         text = f"Beyond noise, better than equal weights{where}: {_joined(named)}."
-    else:
+    elif set(found) - {ALONE}:
         text = f"Beyond noise, no weighting is better than equal weights{where}."
+    else:
+        text = ""
     if ALONE in found and found[ALONE].verdict in ("better", "worse"):
         change = 100 * found[ALONE].difference
         why = "the tasks disturb each other" if change > 0 else "the tasks help each other"
         text += f" Each task alone is {found[ALONE].verdict} by {abs(change):.1f} %: {why}."
-    return text
+    return text.strip()
 
 
 def verdicts(analysis: Analysis) -> list[str]:

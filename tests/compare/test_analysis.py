@@ -137,6 +137,8 @@ def test_the_answer_is_one_sentence(found):
     nothing = "Beyond noise, no weighting is better than equal weights in the mean over the tasks."
     why = f" Each task alone is better by {alone:.1f} %: the tasks disturb each other."
     assert answer(found) == nothing + why
+    only = made_results({"equal": EQUAL}, alone=shifted({"topic": 0.2, "depth": -0.2}))
+    assert answer(Analysis(only, "made")).startswith("Each task alone is better by ")
     # The test is that of the change alone, corrected for all rows.
     rows = ("gains", "loses", ALONE)
     changes = [found.mean_change(name, "equal").values for name in rows]
@@ -401,15 +403,15 @@ def test_time_until_as_good_as_equal():
     results = made_results({"equal": {"topic": [0.4], "depth": [1.0]}})
     info = results.problems["made"]
 
-    def run(name, course, seconds):
+    def run_of(name, course, seconds):
         made = made_run(info, name, 0, {"topic": course, "depth": [1.0] * 3})
         return dataclasses.replace(made, epoch_seconds=[seconds] * 3)
 
     results.runs = [
-        run("equal", [0.2, 0.4, 0.4], 2.0),
-        run("fast", [0.4, 0.3, 0.5], 3.0),
-        run("slow", [0.1, 0.2, 0.39], 1.0),
-        dataclasses.replace(run("fell", [0.4, 0.4, 0.4], 1.0), failure="it did"),
+        run_of("equal", [0.2, 0.4, 0.4], 2.0),
+        run_of("fast", [0.4, 0.3, 0.5], 3.0),
+        run_of("slow", [0.1, 0.2, 0.39], 1.0),
+        dataclasses.replace(run_of("fell", [0.4, 0.4, 0.4], 1.0), failure="it did"),
     ]
     results.planned = {"made": [(run.weighting, 0) for run in results.runs]}
     analysis = Analysis(results, "made")
@@ -427,6 +429,9 @@ def test_time_until_as_good_as_equal():
         info, "fast", 0, {"topic": [0.4, 0.5, 0.2], "depth": [1.2, 1.2, 1.2]}
     )
     assert Analysis(results, "made").costs[1].until_equal == ((2, 4.0),)
+    # There is no relative change from 0.
+    results.runs[0] = run_of("equal", [0.2, 0.4, 0.0], 2.0)
+    assert Analysis(results, "made").costs[1].until_equal == ()
     for run in results.runs:
         run.memory_bytes, run.epoch_seconds, run.compile_seconds = None, [], 0.0
     titles = [section.title for section in sections(Analysis(results, "made"))]

@@ -1,3 +1,4 @@
+import matplotlib.text
 import numpy as np
 import pytest
 from made_runs import ACCURACY, EQUAL, TASKS, made_problem, made_results, made_run, shifted
@@ -97,6 +98,24 @@ def test_pictures_show_every_task_and_weighting(analysis):
     total = sum(line.get_ydata() for line in figure.axes[1].lines)
     np.testing.assert_allclose(total, 2, rtol=1e-5)
     assert len(total) == 18
+
+
+def test_names_are_drawn_as_they_are(tmp_path):
+    tasks = {
+        "price $_$ x": {"error": MetricInfo(unit="$")},
+        "_heat": {"accuracy": MetricInfo(True)},
+    }
+    rows = {"equal": [3.0, 2.0, 1.0, 2.5], "_own": [2.5, 2.1, 0.8, 2.4]}
+    made = analysed({name: dict.fromkeys(tasks, row) for name, row in rows.items()}, tasks)
+    for runs in made.results.of("made").values():
+        for run in runs:
+            run.weights = {task: np.linspace(0.5, 1.5, 18) for task in tasks}
+    for kind, figure in figures(made).items():
+        assert drawn(figure, tmp_path / f"{kind}.svg")
+        whole = names_of(figure.findobj(matplotlib.text.Text))
+        assert not any("price" in text and "$_$" not in text for text in whole)
+    assert [name.strip() for name in legend(changes_figure(made))[:2]] == list(tasks)
+    assert " _own" in legend(front_figure(made))
 
 
 def test_the_start_does_not_hide_the_end():

@@ -1,7 +1,9 @@
+import html
 import io
 import json
 import re
 
+import markdown_it
 import numpy as np
 import PIL.Image
 import pytest
@@ -20,6 +22,7 @@ from mtl_jax.compare.report import (
     warnings_of,
     write_report,
 )
+from mtl_jax.compare.tables import Entry, Table
 
 GAIN = {"topic": [0.100, 0.110, 0.090, 0.105], "depth": [0.1, -0.1, 0.2, -0.3]}
 ROWS = {"equal": EQUAL, "gains": shifted(GAIN)}
@@ -126,6 +129,27 @@ def test_what_cannot_be_reported_is_said_plainly(folders, options, message, tmp_
         report_main(Report(tuple(tmp_path / folder for folder in folders), **options))
     assert error.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_report_does_not_replace_another_comparison(tmp_path, capsys):
+    made("one").write(tmp_path / "one")
+    made("two").write(tmp_path / "two")
+    (tmp_path / "two" / "records").mkdir()
+    numbers = (tmp_path / "two" / "results.json").read_bytes()
+    for out, weighting, message in (("two", None, "holds another"), ("new", "famo", "'famo' with")):
+        with pytest.raises(SystemExit):
+            report_main(Report((tmp_path / "one",), out=tmp_path / out, weighting=weighting))
+        assert message in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "two" / "results.json").read_bytes() == numbers
+    assert not (tmp_path / "new").exists()
+
+
+def test_markdown_finds_nothing_in_a_name():
+    headers = ["weighting", "a|b <i>", "*c* `d`"]
+    table = Table(headers, [[Entry("x|y"), Entry("1"), Entry("2")]])
+    page = markdown_it.MarkdownIt("gfm-like", {"linkify": False}).render(table.markdown())
+    cells = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", page)
+    assert [html.unescape(cell) for cell in cells] == [*headers, "x|y", "1", "2"]
 
 
 def test_the_verdicts_come_first():

@@ -19,6 +19,7 @@ import tyro
 
 from experiments.problems import build_problem
 from mtl_jax.compare import WEIGHTINGS, compare
+from mtl_jax.compare.command_line import fail
 
 EMPHASES = {"proportional": (0.5, 1.0, 2.0, 4.0), "softmax": (0.5, 1.0, 2.0)}
 FORMS = {
@@ -52,13 +53,16 @@ class Config:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; what is finished is not run again."""
+    """Run the command line; what is finished is not run again. Exits with 2 if it cannot."""
     config = tyro.cli(Config, args=arguments)
-    problem = build_problem(config.problem, config.data_dir).with_settings(
-        learning_rate=config.learning_rate, epochs=config.epochs
-    )
-    folder = config.runs_dir / f"forms_{problem.name}"
-    compare(problem, FORMS, folder, seeds=range(config.seeds), resume=True)
+    try:
+        problem = build_problem(config.problem, config.data_dir).with_settings(
+            learning_rate=config.learning_rate, epochs=config.epochs
+        )
+        folder = config.runs_dir / f"forms_{problem.name}"
+        compare(problem, FORMS, folder, seeds=range(config.seeds), resume=True)
+    except (ValueError, OSError) as error:
+        fail(error)
 
 
 if __name__ == "__main__":

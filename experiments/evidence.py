@@ -10,9 +10,9 @@ import functools
 import json
 import math
 import pathlib
-import re
+import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import matplotlib
@@ -165,13 +165,26 @@ def keep(results: Results, folder: pathlib.Path) -> None:
 
 def anywhere(command: str) -> str:
     """The command without the folders of the machine that it ran on."""
-    command = re.sub(r" --runs-dir \S+", "", command)
-    command = re.sub(r"(--data-dir) \S+", r"\1 DIR", command)
-    return re.sub(r"(?<=--reuse)( (?!-)\S+)+", _in_runs, command)
+    return "\n".join(shlex.join(_anywhere(shlex.split(line))) for line in command.splitlines())
 
 
-def _in_runs(folders: re.Match[str]) -> str:
-    return "".join(f" runs/{pathlib.PurePath(folder).name}" for folder in folders[0].split())
+def _anywhere(words: Iterable[str]) -> Iterator[str]:
+    option = ""
+    for word in words:
+        folder = word
+        if word.startswith("--"):
+            option, _, folder = word.partition("=")
+            option = option.replace("_", "-")
+            if option in ("--data-dir", "--reuse"):
+                yield option
+        if option not in ("--runs-dir", "--data-dir", "--reuse"):
+            yield word
+        elif folder and option == "--reuse":
+            yield f"runs/{pathlib.PurePath(folder).name}"
+        elif folder:
+            if option == "--data-dir":
+                yield "DIR"
+            option = ""  # it has one
 
 
 def shortened(run: Run, select: Select) -> Run:
@@ -342,7 +355,7 @@ def learning_rate_table(tuned: Tuned) -> str:
         "equal weights: tuned against default",
         "best weighting at the defaults",
         "the same, both tuned",
-        "the same on the test split, 10 seeds",
+        "the same on the test split",
     ]
     return markdown(header, rows)
 
@@ -434,7 +447,7 @@ class Properties:
 def properties(tuned: Tuned, problem: str) -> Properties:
     """The properties of a problem."""
     analysis = tuned.analyses[problem]
-    equal = analysis.weightings[BASELINE]
+    equal = [run for run in analysis.weightings[BASELINE] if run.failure is None]
     first, last = (
         {
             task: float(np.mean([run.train_losses[task][epoch] for run in equal]))
@@ -452,7 +465,7 @@ def properties(tuned: Tuned, problem: str) -> Properties:
         first=first,
         last=last,
         alone=analysis.mean_change(BASELINE, ALONE),
-        worst=min((float(np.mean(values)) for values in changes.values()), default=math.nan),
+        worst=min((float(np.nanmean(values)) for values in changes.values()), default=math.nan),
         best=max(gains, key=lambda name: gains[name], default=""),
     )
 
@@ -491,7 +504,7 @@ def properties_table(tuned: Tuned) -> str:
         "last epoch",
         "the losses fell by",
         "conflicting pairs, mean cosine",
-        "gain in the last tenth of training",
+        "gain in the last tenth of training, or its last epoch",
         "equal against alone, %: mean, worst task",
         "best weighting against equal, %",
     ]
@@ -501,7 +514,7 @@ def properties_table(tuned: Tuned) -> str:
 def unfinished(analysis: Analysis) -> float:
     """How much the test metrics of equal weights still gain in the last tenth of training."""
     changes = []
-    for run in analysis.weightings[BASELINE]:
+    for run in (run for run in analysis.weightings[BASELINE] if run.failure is None):
         for column in analysis.columns:
             course = run.metrics["test"][column.task][column.metric]
             then = course[-1 - max(1, round(len(course) / 10))] if len(course) > 1 else math.nan
@@ -625,7 +638,7 @@ def predictors_figure(tuned: Tuned) -> matplotlib.figure.Figure:
                 label=f"{problem}: {known[problem].best}",
             )
     left.set_xscale("log")
-    left.set_xlim(1, 2 * max(spreads.values()))
+    left.set_xlim(1, 2 * max(spread for spread in spreads.values() if math.isfinite(spread)))
     right.set_xscale("symlog", linthresh=1)
     shown = [0.5, *(value for value in lost.values() if not math.isnan(value))]
     right.set_xlim(2 * min(0, *shown), 2 * max(shown))

@@ -509,7 +509,10 @@ def _read_mat(path: Path, *names: str) -> dict[str, np.ndarray]:
     import scipy.io
 
     with open(path, "rb") as file:
-        found = scipy.io.loadmat(file)
+        try:
+            found = scipy.io.loadmat(file)
+        except (NotImplementedError, ValueError, scipy.io.matlab.MatReadError) as error:
+            raise ValueError(f"{path} is no MATLAB file of version 5: {error}") from error
     missing = [name for name in names if name not in found]
     if missing:
         raise ValueError(f"{path} must hold {', '.join(names)}; it lacks {', '.join(missing)}.")
@@ -524,6 +527,10 @@ def _frames(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         raise ValueError(
             "To read a MATLAB file of version 7.3, h5py is needed: pip install -e '.[prepare]'."
         ) from error
+    with open(path, "rb"):  # the message of one that is not there names it
+        pass
+    if not h5py.is_hdf5(path):
+        raise ValueError(f"{path} is no MATLAB file of version 7.3.")
     with h5py.File(path) as file:
         missing = [name for name in ("images", "depths", "labels") if name not in file]
         if missing:

@@ -41,6 +41,7 @@ def prepared_sources(name: str, data_dir: str | None) -> dict[str, Sequence[dict
 
     Raises:
       FileNotFoundError: if the data set is not prepared and TensorFlow is not installed.
+      ValueError: if it is prepared in another format than ArrayRecord, which is read by number.
     """
     import tensorflow_datasets as tfds
 
@@ -48,7 +49,17 @@ def prepared_sources(name: str, data_dir: str | None) -> dict[str, Sequence[dict
     verbosity = absl.logging.get_verbosity()
     absl.logging.set_verbosity(absl.logging.ERROR)
     try:
-        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        try:
+            builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        except ValueError as error:
+            if "File format is already set" not in str(error):
+                raise
+            where = "tensorflow-datasets' default folder" if data_dir is None else data_dir
+            raise ValueError(
+                f"The data set {name!r} is prepared in {where} in another format than ArrayRecord. "
+                f"Prepare it in another folder, to be given with --data-dir:\n"
+                f"{_to_prepare(name, 'FOLDER')}"
+            ) from error
         if not builder.is_prepared():
             if importlib.util.find_spec("tensorflow") is None:
                 raise FileNotFoundError(_how_to_prepare(name, data_dir, builder.data_path))
@@ -60,12 +71,18 @@ def prepared_sources(name: str, data_dir: str | None) -> dict[str, Sequence[dict
 
 
 def _how_to_prepare(name: str, data_dir: str | None, path: Any) -> str:
+    return (
+        f"The data set {name!r} is not prepared: there is none in {path}. If it is prepared "
+        "elsewhere, give the folder that holds it with --data-dir. To download and prepare it:\n"
+        f"{_to_prepare(name, data_dir)}"
+    )
+
+
+def _to_prepare(name: str, data_dir: str | None) -> str:
     # Not `tfds build`, which also imports Apache Beam.
     option = "" if data_dir is None else f", data_dir={data_dir!r}"
     build = f"tfds.builder({name!r}{option}, file_format='array_record').download_and_prepare()"
     return (
-        f"The data set {name!r} is not prepared: there is none in {path}. If it is prepared "
-        "elsewhere, give the folder that holds it with --data-dir. To download and prepare it:\n"
         "  pip install -e '.[prepare]'\n"
         f'  python -c "import tensorflow_datasets as tfds; {build}"'
     )

@@ -207,7 +207,11 @@ def read_table(data_dir: str | None) -> tuple[list[str], Int8[np.ndarray, "molec
     absent = [column for column in columns if column not in table]
     if absent:
         raise ValueError(f"{path} is not MoleculeNet's table: it has no column {absent[0]!r}.")
-    labels = table[list(ASSAYS)].fillna(MISSING).to_numpy(np.int8)
+    table = table.dropna(subset=["smiles"])
+    found = table[list(ASSAYS)].fillna(MISSING)
+    if not found.isin([0, 1, MISSING]).all(axis=None):
+        raise ValueError(f"{path}: a label is 0, 1 or empty, and there are others.")
+    labels = found.to_numpy(np.int8)
     return table["smiles"].tolist(), labels
 
 

@@ -224,6 +224,36 @@ def test_what_is_wrong_with_the_files_is_said(tmp_path):
             build_problem("atis", write(tmp_path, splits | {"validation": wrong}))
     with pytest.raises(ValueError, match=r"test.jsonl, line 1: tokens, slots and intent"):
         build_problem("atis", write(tmp_path, splits | {"test": [{"tokens": ["a"]}]}))
+    write(tmp_path, splits)
+    for line, message in (
+        ("3", "line 4: tokens, slots and intent are wanted; got 3"),
+        ("{", "line 4 is not JSON: Expecting property name"),
+        ('{"tokens": [], "slots": [], "intent": "a"}', "line 4: there are no tokens"),
+        ('{"tokens": ["a"], "slots": null, "intent": "a"}', "line 4: tokens, slots and intent"),
+    ):
+        lines = [json.dumps(one) for one in splits["test"]]
+        (tmp_path / "test.jsonl").write_text("\n".join([*lines, line]))
+        with pytest.raises(ValueError, match=message):
+            build_problem("atis", str(tmp_path))
+
+
+def test_data_without_parts_of_speech(problem, tmp_path):
+    splits = {
+        part: [{key: value for key, value in one.items() if key != "upos"} for one in sentences_of]
+        for part, sentences_of in sentences().items()
+    }
+    splits["train"][0]["upos"] = None
+    for name in FILES.values():
+        write(tmp_path, splits)
+        (tmp_path / name).write_text((tmp_path / name).read_text() + "\n")
+    without = build_problem("atis", str(tmp_path))
+    assert list(without.tasks) == ["intent", "slots"]
+    params, model_state = without.init(jax.random.key(0))
+    batch = {field: values[:8] for field, values in without.train.items()}
+    assert set(without.predict(params, model_state, batch)) == {"intent", "slots"}
+    assert set(without.present(batch)) == {"intent", "slots"}
+    for field in ("ids", "intent", "slots"):
+        np.testing.assert_array_equal(without.train[field], problem.train[field])
 
 
 def test_recurrent_encoder_against_its_definition():

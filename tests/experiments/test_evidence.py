@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from made_runs import ACCURACY, EQUAL, TASKS, made_results, made_tuning, shifted
 
-from experiments.evidence import MARK, PUBLISHED, Tuned, anywhere, main, of_errors, properties
+from experiments.evidence import (
+    MARK,
+    PUBLISHED,
+    Tuned,
+    anywhere,
+    main,
+    of_errors,
+    predictors_figure,
+    properties,
+    unfinished,
+)
 from mtl_jax.compare import MetricInfo, Results, Trial
 from mtl_jax.compare.report import Report, report_main
 from mtl_jax.evaluation import delta_m, mean_interval
@@ -222,6 +232,9 @@ def test_commands_are_for_any_machine():
         "--seeds 10"
     )
     assert anywhere("mtl-jax compare --reuse /a/b c/d") == "mtl-jax compare --reuse runs/b runs/d"
+    one = "mtl-jax compare m:p --runs_dir='/a b/runs' --data-dir=/c --reuse=/d/e --seeds 3"
+    expected = "mtl-jax compare m:p --data-dir DIR --reuse runs/e --seeds 3"
+    assert anywhere(f"{one}\n{one}") == f"{expected}\n{expected}"
 
 
 def test_the_page_of_a_problem(pages):
@@ -272,3 +285,19 @@ def test_what_failed_everywhere_is_not_the_best():
     for one in results.runs:
         one.failure = "no finite update in epoch 1" if one.weighting == "constant" else None
     assert properties(Tuned(results, "mean"), "made").best == "upgrad"
+
+
+def test_a_failed_run_of_equal_weights_is_left_out():
+    results, shorter = comparison("mean"), comparison("mean")
+    failed = next(run for run in results.runs if run.weighting == "equal")
+    failed.failure, failed.train_losses = "it did", {t: [np.nan] for t in failed.train_losses}
+    for metrics in failed.metrics["test"].values():
+        metrics |= {name: [np.nan] for name in metrics}
+    shorter.runs = [run for run in shorter.runs if run.seed != failed.seed]
+    shorter.planned = {"made": [(run.weighting, run.seed) for run in shorter.runs]}
+    found, expected = (properties(Tuned(r, "mean"), "made") for r in (results, shorter))
+    assert (found.first, found.last) == (expected.first, expected.last)
+    assert found.worst == pytest.approx(expected.worst)
+    analyses = [Tuned(r, "mean").analyses["made"] for r in (results, shorter)]
+    assert unfinished(analyses[0]) == pytest.approx(unfinished(analyses[1]))
+    assert predictors_figure(Tuned(results, "mean"))

@@ -362,10 +362,16 @@ def test_the_program_makes_the_folder_that_is_read(tmp_path, capsys):
         ({"mapping13": "map40.mat"}, "must hold classMapping13"),
         ({"splits": "none.mat"}, "none.mat"),
         ({"mat": "none.mat"}, "none.mat"),
+        ({"splits": "raw.mat"}, "raw.mat is no MATLAB file of version 5"),
+        ({"splits": "text.mat"}, "text.mat is no MATLAB file of version 5"),
+        ({"mat": "text.mat"}, "text.mat is no MATLAB file of version 7.3"),
     ],
 )
 def test_the_program_says_what_is_wrong(tmp_path, capsys, others, message):
     write_authors_files(tmp_path, np.random.default_rng(0))
+    (tmp_path / "text.mat").write_text("no numbers")
+    header = b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM"
+    (tmp_path / "raw.mat").write_bytes(header.ljust(512, b"\0"))
     others = {k: tmp_path / v if isinstance(v, str) else v for k, v in others.items()}
     with pytest.raises(SystemExit) as stopped:
         main(arguments(tmp_path, **others))

@@ -3,6 +3,7 @@ import collections
 import csv
 import gzip
 import io
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from experiments.problems.tox21 import (
     binary_cross_entropy,
     featurize,
     random_split,
+    read_table,
     scaffold_split,
     tox21,
 )
@@ -217,6 +219,12 @@ def test_what_is_missing_is_said(folder, tmp_path, monkeypatch):
         tox21(str(folder), split="stratified")
     (tmp_path / "tox21.csv").write_text(table()[0].replace("SR-MMP", "SR-MPP"))
     with pytest.raises(ValueError, match=r"tox21.csv is not MoleculeNet's.*no column 'SR-MMP'"):
+        tox21(str(tmp_path))
+    smiles = read_table(str(folder))[0]
+    (tmp_path / "tox21.csv").write_text(table()[0] + "," * table()[0].splitlines()[0].count(","))
+    assert read_table(str(tmp_path))[0] == smiles
+    (tmp_path / "tox21.csv").write_text(re.sub(r"(?m)^(0|1)(\.0)?,", "2,", table()[0], count=1))
+    with pytest.raises(ValueError, match=r"tox21.csv: a label is 0, 1 or empty"):
         tox21(str(tmp_path))
     imported = builtins.__import__
 

@@ -355,11 +355,11 @@ class Problem:
         """The number of training steps in an epoch, over the dataset with the most batches.
 
         Raises:
-          ValueError: if the batch size or the epochs are not at least 1, the learning rate is not a
-            positive number, or a batch is larger than the training data.
+          ValueError: if the batch size or the epochs are not at least 1, the learning rate is
+            negative or not finite, or a batch is larger than the training data.
         """
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"`learning_rate` must be in (0, inf), got {self.learning_rate}.")
+        if not 0 <= self.learning_rate < math.inf:
+            raise ValueError(f"`learning_rate` must be in [0, inf), got {self.learning_rate}.")
         if self.epochs < 1:
             raise ValueError(f"`epochs` must be at least 1, got {self.epochs}.")
         sizes = self.sizes("train")

@@ -213,8 +213,8 @@ def test_wrong_settings_are_errors_before_training(problem, tmp_path, monkeypatc
         compare([problem, problem], {})
     for changes, message in (
         ({"epochs": 0}, "`epochs` must be at least 1, got 0"),
-        ({"learning_rate": math.inf}, r"`learning_rate` must be in \(0, inf\), got inf"),
-        ({"learning_rate": -0.1}, r"`learning_rate` must be in \(0, inf\), got -0.1"),
+        ({"learning_rate": math.inf}, r"`learning_rate` must be in \[0, inf\), got inf"),
+        ({"learning_rate": -0.1}, r"`learning_rate` must be in \[0, inf\), got -0.1"),
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
         ({"batch_size": 500}, "batch size, 500, is larger .* 200 examples"),
     ):

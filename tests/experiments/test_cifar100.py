@@ -1,3 +1,5 @@
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -79,3 +81,16 @@ def test_nothing_prepared(name, dataset, tmp_path, monkeypatch):
     ):
         assert part in message
     assert not list(tmp_path.iterdir())
+
+
+def test_prepared_in_another_format(data_dir, tmp_path):
+    folder = shutil.copytree(data_dir, tmp_path / "data")
+    (about,) = folder.rglob("dataset_info.json")
+    about.write_text(about.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(
+        ValueError, match=r"another format than ArrayRecord.*\n.*pip install"
+    ) as error:
+        build_problem("cifar100", str(folder))
+    assert "tfds.builder('cifar100', data_dir='FOLDER', file_format='array_record')" in str(
+        error.value
+    )

@@ -150,6 +150,24 @@ def test_pictures_are_standardised_and_their_border_is_black():
     assert set(rows) | set(columns) == {0, 1, 2, 3, 4}
 
 
+def test_pictures_are_flipped_left_to_right_and_shifted():
+    rows, columns = np.meshgrid(np.arange(1, 33), np.arange(1, 33), indexing="ij")
+    own = np.stack([rows, columns, rows], axis=-1).astype(np.float32)
+    padded = np.pad(own, ((4, 4), (4, 4), (0, 0)))
+    flipped = np.pad(own[:, ::-1], ((4, 4), (4, 4), (0, 0)))
+    possible = {
+        one[i : i + 32, j : j + 32].tobytes(): (number, i, j)
+        for number, one in enumerate((padded, flipped))
+        for i in range(9)
+        for j in range(9)
+    }
+    many = jnp.tile(jnp.asarray(own), (300, 1, 1, 1))
+    changed = np.asarray(flip_and_shift(jax.random.key(0), many))
+    drawn = np.array([possible[picture.tobytes()] for picture in changed])
+    assert 100 < drawn[:, 0].sum() < 200
+    assert {*drawn[:, 1]} == {*drawn[:, 2]} == {*range(9)}
+
+
 def test_a_short_run_of_the_benchmark(tmp_path, capsys, monkeypatch):
     labels = {"label": 100, "coarse_label": 20}
     folder = write_cifar(tmp_path / "tfds", "cifar100", labels, 41, 12)

@@ -168,7 +168,8 @@ def test_losses_are_those_of_the_equation_at_new_points_and_fall(problems, name)
     sums = np.sum([losses[task] for task in expected], axis=0)
     assert sums[-20:].mean() < 0.7 * sums[:5].mean()
     # With the same parameters another key has other points.
-    assert slow_losses(name, params, keys[1], points)["equation"] != expected["equation"]
+    again = problem.losses(params, model_state, keys[1], batch)[0]["equation"]
+    assert abs(again / losses["equation"][0] - 1) > 1e-3
     outputs = problem.predict(trained, model_state, problem.validation)
     assert set(outputs) == {"equation"}
     (metric,) = problem.tasks["equation"].metrics

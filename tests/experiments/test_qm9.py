@@ -214,6 +214,14 @@ def test_fit_and_standardisation_are_of_the_training_molecules(prepared, problem
     assert features.shape == (96, 34)
     varying = features.std(axis=0) > 0
     assert varying.sum() == 8 + 4  # molecules of at most 8 atoms, of 4 elements
+    train = splits["train"]
+    own = [  # molecule by molecule
+        coulomb_eigenvalues(charges[None], positions[None])[0]
+        for charges, positions in zip(train.charges, train.positions, strict=True)
+    ]
+    values = np.concatenate([own, counts["train"]], axis=1)
+    expected = (values - values.mean(axis=0)) / np.where(varying, values.std(axis=0), 1)
+    np.testing.assert_allclose(features, expected, atol=1e-4)
     np.testing.assert_allclose(features.mean(axis=0), 0, atol=1e-5)
     np.testing.assert_allclose(features[:, varying].std(axis=0), 1, rtol=1e-4)
 

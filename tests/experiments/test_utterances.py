@@ -3,7 +3,7 @@ import collections
 import numpy as np
 import pytest
 
-from experiments.problems.utterances import RARE, corpus, distinct_texts, utterances
+from experiments.problems.utterances import RARE, corpus, distinct_texts, ngram_ids, utterances
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +45,18 @@ def test_splits_share_no_text(problem, texts):
 def test_labels_and_ids_belong_to_the_texts(problem, texts):
     """All three labels and the ids, as a multiset over the splits, are those of the texts."""
     names = [sorted({labels[task] for labels in texts.values()}) for task in range(3)]
+    ids = ngram_ids(texts, 128)
     expected = collections.Counter(
-        tuple(names[task].index(labels[task]) for task in range(3)) for labels in texts.values()
+        (row.tobytes(), *(names[task].index(labels[task]) for task in range(3)))
+        for row, labels in zip(ids, texts.values(), strict=True)
     )
     found = collections.Counter()
     for split in (problem.train, problem.validation, problem.test):
         assert split["ids"].shape[1] == 128
         assert (split["ids"][:, 0] != 0).all()
-        found.update(
-            zip(*(split[task].tolist() for task in ("language", "topic", "role")), strict=True)
-        )
+        rows = [row.tobytes() for row in split["ids"]]
+        labels = [split[task].tolist() for task in ("language", "topic", "role")]
+        found.update(zip(rows, *labels, strict=True))
     assert found == expected
 
 

@@ -209,9 +209,10 @@ def read_table(data_dir: str | None) -> tuple[list[str], Int8[np.ndarray, "molec
         raise ValueError(f"{path} is not MoleculeNet's table: it has no column {absent[0]!r}.")
     table = table.dropna(subset=["smiles"])
     found = table[list(ASSAYS)].fillna(MISSING)
-    if not found.isin([0, 1, MISSING]).all(axis=None):
+    labels = found.to_numpy(np.float64)
+    if not np.isin(labels, (0, 1, MISSING)).all():
         raise ValueError(f"{path}: a label is 0, 1 or empty, and there are others.")
-    labels = found.to_numpy(np.int8)
+    labels = labels.astype(np.int8)
     return table["smiles"].tolist(), labels
 
 

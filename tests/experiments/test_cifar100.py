@@ -87,10 +87,7 @@ def test_prepared_in_another_format(data_dir, tmp_path):
     folder = shutil.copytree(data_dir, tmp_path / "data")
     (about,) = folder.rglob("dataset_info.json")
     about.write_text(about.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(
-        ValueError, match=r"another format than ArrayRecord.*\n.*pip install"
-    ) as error:
+    with pytest.raises(ValueError, match="in another format than ArrayRecord") as error:
         build_problem("cifar100", str(folder))
-    assert "tfds.builder('cifar100', data_dir='FOLDER', file_format='array_record')" in str(
-        error.value
-    )
+    build = "tfds.builder('cifar100', data_dir='FOLDER', file_format='array_record')"
+    assert build in str(error.value)

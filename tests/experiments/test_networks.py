@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from jax import lax
 
+from experiments.networks.cifar import ResNet
 from experiments.networks.convolution import Conv, convolve
 from experiments.networks.heads import Heads
-from experiments.networks.image import ConvEncoder, ResidualEncoder
+from experiments.networks.image import ConvEncoder, ResidualBlock, ResidualEncoder
 from experiments.networks.text import (
     PADDING,
     BagEncoder,
@@ -16,6 +17,7 @@ from experiments.networks.text import (
     character_ngrams,
     hashed_ids,
 )
+from experiments.networks.unet import UNet
 
 
 def reference(inputs, kernel, strides, padding):
@@ -158,6 +160,43 @@ def test_encoders_for_any_batch_size(encoder, inputs, features):
     outputs = encoder.apply(variables, inputs)
     assert outputs.shape == (3, features)
     assert_close(encoder.apply(variables, inputs[:1]), outputs[:1], 1e-5)
+
+
+def without(variables, is_cut):
+    """The variables with kernels of 0 where the path of the parameter says so."""
+
+    def cut(path, value):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return jnp.zeros_like(value) if name.endswith("kernel") and is_cut(name, value) else value
+
+    return jax.tree_util.tree_map_with_path(cut, variables)
+
+
+@pytest.mark.parametrize(
+    ("network", "is_cut"),
+    [
+        # All convolutions of window 3 but the first one: the shortcuts alone are left.
+        (
+            ResNet(1, (8, 16)),
+            lambda name, value: len(value) == 3 and "NormalisedConv_0/" not in name,
+        ),
+        (ResidualBlock(8), lambda name, value: True),
+        (ResidualBlock(16), lambda name, value: len(value) == 3),
+        # All levels below the finest one: its map goes straight to the last convolutions.
+        (UNet((8, 16)), lambda name, value: "Conv_2/" in name or "Conv_3/" in name),
+    ],
+)
+def test_what_is_passed_by_is_there(network, is_cut):
+    pictures = jax.random.normal(jax.random.key(0), (2, 16, 16, 8))
+    variables = network.init(jax.random.key(1), pictures)
+    left = without(variables, is_cut)
+    assert any(
+        (a != b).any() for a, b in zip(*map(jax.tree.leaves, (variables, left)), strict=True)
+    )
+    found = np.asarray(network.apply(left, pictures))
+    assert np.ptp(found.reshape(2, -1, found.shape[-1]), axis=(0, 1)).max() > 0.1
+    if network == ResidualBlock(8):
+        np.testing.assert_array_equal(found, pictures)
 
 
 @pytest.mark.parametrize("encoder", [BagEncoder(50, width=7), ConvTextEncoder(50)])

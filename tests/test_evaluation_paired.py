@@ -119,13 +119,13 @@ def test_failed_seeds():
     expected = compare_to_baseline(BETTER[kept], EQUAL[kept], True)
     assert found[2:6] == expected[2:6]
     assert found.p_value < 0.05
-    assert found.verdict == "undecided: failed seeds"
+    assert found.verdict == "undecided: missing seeds"
     assert compare_to_baseline(missing, EQUAL, False).verdict == "worse"
     # That the baseline failed is not the weighting's fault.
     found = compare_to_baseline(BETTER, np.where(np.isnan(missing), math.inf, EQUAL), True)
     assert (found.seeds, found.failed, found.verdict) == (4, 0, "better")
     found = compare_to_baseline(np.full(6, nan), EQUAL, True)
-    assert (found.seeds, found.failed, found.verdict) == (0, 6, "undecided: failed seeds")
+    assert (found.seeds, found.failed, found.verdict) == (0, 6, "undecided: missing seeds")
 
 
 @pytest.mark.parametrize("test", ["t", "sign-flip"])
@@ -212,7 +212,7 @@ def test_table_is_corrected_for_all_its_comparisons():
     table["failed"] = dict.fromkeys(table["equal"], np.full(6, math.nan))
     again = compare_table(table, {"score": True} | dict.fromkeys(noise, True))
     assert again["middling"] == found["middling"]
-    assert again["failed"]["score"].verdict == "undecided: failed seeds"
+    assert again["failed"]["score"].verdict == "undecided: missing seeds"
 
 
 NOISE = {

@@ -7,7 +7,7 @@ import scipy.stats
 from numpy.typing import ArrayLike
 
 Verdict = Literal[
-    "better", "worse", "undecided", "undecided: too few seeds", "undecided: failed seeds"
+    "better", "worse", "undecided", "undecided: too few seeds", "undecided: missing seeds"
 ]
 """What a comparison with the baseline says."""
 
@@ -27,7 +27,7 @@ class PairedComparison(NamedTuple):
 
     Attributes:
       seeds: the number of seeds with which both finished.
-      failed: the number of seeds with which the baseline finished and the weighting did not.
+      failed: the number of seeds with which the baseline has a value and the weighting has not.
       difference: the mean over these seeds of the metric minus the baseline's; NaN without seeds.
       interval: the confidence interval of the mean difference; NaN for less than two seeds.
       p_value: how probable a mean difference this large or larger, in either direction, is without
@@ -87,12 +87,13 @@ def compare_to_baseline(
     **The verdict** is ``"better"`` or ``"worse"`` for a p-value below 1 - ``confidence``, else
     ``"undecided"``, which is not to say that there is no difference: the interval shows how large
     a one may be. It says ``"undecided: too few seeds"`` for less than 3 seeds, and where the
-    sign-flip test could not have decided whatever the values. A weighting that failed where the
-    baseline did not is never called better, since the seeds that were hard for it are missing:
-    ``"undecided: failed seeds"``.
+    sign-flip test could not have decided whatever the values. A weighting that has no finite
+    value where the baseline has one is never called better, since the seeds that were hard for it
+    are missing: ``"undecided: missing seeds"``.
 
     Args:
-      values: the weighting's metric for each seed; not finite where it failed.
+      values: the weighting's metric for each seed; not finite where it failed or
+        the metric is undefined.
       baseline: the baseline's, in the same order.
       higher_is_better: the metric's direction.
       test: the test that gives the p-value.
@@ -213,7 +214,7 @@ def verdict_of(
     if significant and not better:
         return "worse"
     if found.failed:
-        return "undecided: failed seeds"
+        return "undecided: missing seeds"
     if significant:
         return "better"
     hopeless = test == "sign-flip" and number * _smallest_p_value(found.seeds) >= 1 - confidence

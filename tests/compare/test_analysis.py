@@ -314,7 +314,7 @@ def test_too_few_seeds_are_said_plainly(number):
 def test_a_failed_run_is_never_better_and_last_in_rank():
     failed = without_run("gains", 2, "no finite update in epoch 1")
     row = failed.rows[1]
-    assert row.cells[0].against_equal.verdict == "undecided: failed seeds"
+    assert row.cells[0].against_equal.verdict == "undecided: missing seeds"
     assert (row.rank, row.on_front) == (3, False)
     assert math.isnan(row.against_equal.values[2])
     table = main_table(failed)

@@ -122,7 +122,7 @@ def test_everything_is_on_the_page(opened):
         "Cost beside quality",
         "Interrupted: 2 runs not finished.",
         "Failed: adaptive, seed 1: no finite update in epoch 1.",
-        "undecided: failed seeds",
+        "undecided: missing seeds",
         "jax 0.9.9 (1 run), 0.10.0 (3 runs)",
         COMMAND.strip(),
     ):

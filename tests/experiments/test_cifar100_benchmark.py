@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from made_runs import ACCURACY, made_results
 
 import mtl_jax
 from experiments.networks.cifar import VGG, NormalisedConv, ResNet
@@ -191,3 +192,17 @@ def test_a_short_run_of_the_benchmark(tmp_path, capsys, monkeypatch):
         'measured_at": "parameters'
         in (tmp_path / "cifar100_benchmark" / "results.json").read_text()
     )
+
+
+def test_the_table_has_the_best_and_the_last_epoch():
+    rows = {"equal": {"fine": [0.0] * 3}, "pcgrad": {"fine": [0.0] * 3}}
+    results = made_results(rows, {"fine": ACCURACY}, name="cifar100_resnet20")
+    courses = {0: [0.5, 0.7, 0.6], 1: [0.6, 0.5, 0.4], 2: [0.1, 0.2, 0.9]}
+    for run in results.runs:
+        run.metrics["test"]["fine"]["accuracy"] = courses[run.seed]
+        failed = run.weighting == "equal" or run.seed == 2
+        run.failure = "it did" if failed else None
+    table = cifar100_benchmark.fine_accuracies(results, "cifar100_resnet20")
+    equal, pcgrad = ([e.strip() for e in line.split("|")] for line in table.splitlines()[2:])
+    assert equal[1:5] == ["equal", "0", "failed", "failed"]
+    assert pcgrad[1:6] == ["pcgrad", "2", "65.00 ± 7.07", "50.00 ± 14.14", "64.53"]

@@ -444,10 +444,15 @@ class Properties:
         return max(self.last.values()) / min(self.last.values())
 
 
+def finished_equal(analysis: Analysis) -> list[Run]:
+    """The runs of equal weights that did not fail."""
+    return [run for run in analysis.weightings[BASELINE] if run.failure is None]
+
+
 def properties(tuned: Tuned, problem: str) -> Properties:
     """The properties of a problem."""
     analysis = tuned.analyses[problem]
-    equal = [run for run in analysis.weightings[BASELINE] if run.failure is None]
+    equal = finished_equal(analysis)
     first, last = (
         {
             task: float(np.mean([run.train_losses[task][epoch] for run in equal]))
@@ -514,7 +519,7 @@ def properties_table(tuned: Tuned) -> str:
 def unfinished(analysis: Analysis) -> float:
     """How much the test metrics of equal weights still gain in the last tenth of training."""
     changes = []
-    for run in (run for run in analysis.weightings[BASELINE] if run.failure is None):
+    for run in finished_equal(analysis):
         for column in analysis.columns:
             course = run.metrics["test"][column.task][column.metric]
             then = course[-1 - max(1, round(len(course) / 10))] if len(course) > 1 else math.nan
@@ -638,7 +643,7 @@ def predictors_figure(tuned: Tuned) -> matplotlib.figure.Figure:
                 label=f"{problem}: {known[problem].best}",
             )
     left.set_xscale("log")
-    left.set_xlim(1, 2 * max(spread for spread in spreads.values() if math.isfinite(spread)))
+    left.set_xlim(1, 2 * max(spreads.values()))
     right.set_xscale("symlog", linthresh=1)
     shown = [0.5, *(value for value in lost.values() if not math.isnan(value))]
     right.set_xlim(2 * min(0, *shown), 2 * max(shown))

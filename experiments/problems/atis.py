@@ -185,13 +185,13 @@ def read_sentences(data_dir: str | None) -> dict[str, list[Sentence]]:
 
 def _sentence(line: str, where: str) -> Sentence:
     try:
-        sentence = json.loads(line)
+        found = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
-    if isinstance(sentence, dict):
-        sentence = {key: value for key, value in sentence.items() if value is not None}
-    if not isinstance(sentence, dict) or not {"tokens", "slots", "intent"} <= set(sentence):
-        got = list(sentence) if isinstance(sentence, dict) else sentence
+    entries = found.items() if isinstance(found, dict) else ()
+    sentence = {key: value for key, value in entries if value is not None}
+    if not {"tokens", "slots", "intent"} <= set(sentence):
+        got = list(sentence) or found
         raise ValueError(f"{where}: tokens, slots and intent are wanted; got {got}.")
     number = len(sentence["tokens"])
     if not number:

@@ -527,9 +527,7 @@ def _frames(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         raise ValueError(
             "To read a MATLAB file of version 7.3, h5py is needed: pip install -e '.[prepare]'."
         ) from error
-    with open(path, "rb"):  # the message of one that is not there names it
-        pass
-    if not h5py.is_hdf5(path):
+    if path.exists() and not h5py.is_hdf5(path):
         raise ValueError(f"{path} is no MATLAB file of version 7.3.")
     with h5py.File(path) as file:
         missing = [name for name in ("images", "depths", "labels") if name not in file]

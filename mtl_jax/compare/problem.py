@@ -524,13 +524,13 @@ def load_problem(name: str, data_dir: str | None = None) -> Problem:
     found: Any = getattr(module, attribute)
     if callable(found):
         signature = inspect.signature(found)
-        takes_folder = "data_dir" in signature.parameters
+        options = {"data_dir": data_dir} if "data_dir" in signature.parameters else {}
         try:
-            signature.bind(**({"data_dir": data_dir} if takes_folder else {}))
+            signature.bind(**options)
         except TypeError as error:
             raise ValueError(f"{name!r} cannot be called without arguments: {error}.") from error
         try:
-            found = found(data_dir=data_dir) if takes_folder else found()
+            found = found(**options)
         except (ValueError, FileNotFoundError) as error:
             if place := _place(error, module):
                 error.add_note(place)

@@ -383,7 +383,7 @@ def report_main(config: Report) -> None:
             raise ValueError("Name at least one folder of a comparison.")
         results = Results.combine([Results.read(folder) for folder in config.folders])
         folder = config.folders[0] if config.out is None else config.out
-        over_problems_sections(results, config.weighting)  # what is wrong is said before writing
+        over_problems = over_problems_sections(results, config.weighting)
         if folder.resolve() not in [given.resolve() for given in config.folders]:
             # What a comparison goes on from is never replaced.
             if any((folder / kept).exists() for kept in ("records", "tuning", "checkpoints")):
@@ -398,7 +398,7 @@ def report_main(config: Report) -> None:
     console = terminal()
     for problem in results.problems:
         print_tables(results, problem, console)
-    for over in over_problems_sections(results, config.weighting):
+    for over in over_problems:
         console.print(f"\n[bold]{over.title}[/bold]: change in %")
         _print(over.table, console)
     print_place(folder, console)

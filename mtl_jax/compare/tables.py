@@ -297,17 +297,17 @@ def answer(analysis: Analysis) -> str:
     named = [f"{name} by {100 * found[name].difference:.1f} %" for name in better[:MOST_NAMES]]
     if len(better) > MOST_NAMES:
         named.append(f"{len(better) - MOST_NAMES} more")
+    sentences = []
     if named:
-        text = f"Beyond noise, better than equal weights{where}: {_joined(named)}."
+        sentences.append(f"Beyond noise, better than equal weights{where}: {_joined(named)}.")
     elif set(found) - {ALONE}:
-        text = f"Beyond noise, no weighting is better than equal weights{where}."
-    else:
-        text = ""
+        sentences.append(f"Beyond noise, no weighting is better than equal weights{where}.")
     if ALONE in found and found[ALONE].verdict in ("better", "worse"):
         change = 100 * found[ALONE].difference
         why = "the tasks disturb each other" if change > 0 else "the tasks help each other"
-        text += f" Each task alone is {found[ALONE].verdict} by {abs(change):.1f} %: {why}."
-    return text.strip()
+        verdict = found[ALONE].verdict
+        sentences.append(f"Each task alone is {verdict} by {abs(change):.1f} %: {why}.")
+    return " ".join(sentences)
 
 
 def verdicts(analysis: Analysis) -> list[str]:
